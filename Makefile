@@ -1,0 +1,99 @@
+# Each target is one call of the command line, in an environment that makes itself. `make` alone lists the targets.
+PYTHON ?= python3
+CONFIG ?= sample
+DATA ?=
+DATA_VAL ?=
+RUN ?=
+SET ?=
+CACHE_ROOT ?=
+ARGS ?=
+
+READY := .venv/.ready
+BIN := .venv/bin
+PERMAFROST = $(BIN)/python -m pipeline
+FLAGS = --config "$(CONFIG)" $(if $(DATA),--data "$(DATA)") $(if $(DATA_VAL),--data-val "$(DATA_VAL)") \
+	$(if $(RUN),--run "$(RUN)") $(if $(CACHE_ROOT),--cache-root "$(CACHE_ROOT)") $(if $(SET),--set $(SET)) $(ARGS)
+
+.PHONY: help setup all plan explain status e2e freeze speedup probe report verify repair equivalence gc finetune \
+	export study bench test check FORCE
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / { sub("%", "N", $$1); printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo '  CONFIG=recipe or file.toml (sample)   DATA=images   DATA_VAL=images to evaluate on   RUN=folder (runs/<recipe>)'
+	@echo '  SET="key=value ..."   CACHE_ROOT=folder   ARGS="further flags such as --debug or --yes"   PYTHON=python3'
+
+setup: $(READY) ## .venv from pinned versions; does nothing when it is up to date
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	"Python 3.11 or newer is needed, this is %d.%d; set PYTHON=python3.11" % sys.version_info[:2])'
+	@echo 'making .venv from pinned versions: some minutes, 6 GB where torch comes with CUDA'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+all: $(READY) ## all stages, the arms, evaluation, the table
+	@$(PERMAFROST) all $(FLAGS)
+
+stage-%: $(READY) FORCE ## run stage N, and first what before it is missing or stale
+	@$(PERMAFROST) stage $* $(FLAGS)
+
+cache-%: $(READY) FORCE ## only build the cache that stage N reads
+	@$(PERMAFROST) cache $* $(FLAGS)
+
+plan: $(READY) ## what would run: time, disk, break-even, against e2e
+	@$(PERMAFROST) plan $(FLAGS)
+
+explain: $(READY) ## for every stage: current, stale and why, or missing
+	@$(PERMAFROST) explain $(FLAGS)
+
+status: $(READY) ## where the run stands
+	@$(PERMAFROST) status $(FLAGS)
+
+e2e: $(READY) ## the baseline arm in which nothing is frozen
+	@$(PERMAFROST) arm e2e $(FLAGS)
+
+freeze: $(READY) ## the baseline arm whose frozen blocks still run forward
+	@$(PERMAFROST) arm freeze $(FLAGS)
+
+speedup: $(READY) ## the three arms side by side, written to speedup.json
+	@$(PERMAFROST) speedup $(FLAGS)
+
+probe: $(READY) ## kNN and linear probe of the stages' and arms' encoders
+	@$(PERMAFROST) probe $(FLAGS)
+
+report: $(READY) ## report.html with its figures (not built yet)
+	@$(PERMAFROST) report $(FLAGS)
+
+verify: $(READY) ## hash every shard of every cache again
+	@$(PERMAFROST) verify $(FLAGS)
+
+repair: $(READY) ## rebuild only the shards that are bad
+	@$(PERMAFROST) repair $(FLAGS)
+
+equivalence: $(READY) ## recompute samples live and compare them with the cache
+	@$(PERMAFROST) equivalence $(FLAGS)
+
+gc: $(READY) ## remove caches that no current stage needs; asks first
+	@$(PERMAFROST) gc $(FLAGS)
+
+finetune: $(READY) ## supervised fine-tuning from a stage's encoder (not built yet)
+	@$(PERMAFROST) finetune $(FLAGS)
+
+export: $(READY) ## a checkpoint that timm loads (not built yet)
+	@$(PERMAFROST) export $(FLAGS)
+
+study: $(READY) ## a grid of overrides as one table (not built yet)
+	@$(PERMAFROST) study $(FLAGS)
+
+bench: $(READY) ## the benchmarks; prints ratios
+	@$(PERMAFROST) bench $(FLAGS)
+
+test: $(READY) ## the tests
+	@$(BIN)/python -m pytest -q
+
+check: $(READY) ## ruff, mypy and the tests
+	@$(BIN)/ruff check
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q

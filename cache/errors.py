@@ -1,0 +1,24 @@
+"""What can go wrong with a cache. Each error is one line for the user: what, where, the bound, the remedy. Free of
+torch, so that commands that only decide can tell a stale cache from a damaged one without loading the reader."""
+
+from __future__ import annotations
+
+
+class CacheError(ValueError):
+    """A request that the cache cannot serve, or settings that are not built yet."""
+
+
+class MissingCache(CacheError):
+    """There is no finished cache at a path."""
+
+
+class StaleCache(CacheError):
+    """The cache holds something else than what is wanted."""
+
+
+class DamagedCache(CacheError):
+    """A file of the cache is missing, cut short or altered."""
+
+
+class Unrepresentable(CacheError):
+    """A feature is not finite, or too large for the codec."""

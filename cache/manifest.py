@@ -1,0 +1,226 @@
+"""The manifest: what a cache is, and the size and checksum of every file in it. It is written last and atomically, so a
+folder with a manifest is a finished cache; every later question (is it current, is it whole) is answered from it. Free
+of torch and zarr."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cache.errors import CacheError, DamagedCache, MissingCache, StaleCache
+from models.spec import FeatureSpec
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One file of the cache; `rows` is 0 for files that hold no rows of a view (metadata, labels, keys)."""
+
+    name: str
+    first_row: int
+    rows: int
+    bytes: int
+    checksum: str
+    """sha256 of the file, hex."""
+    moments: tuple[float, float, float] | None = None
+    """Sum, sum of squares and largest magnitude of a shard of features."""
+
+
+@dataclass(frozen=True)
+class ViewStats:
+    """The stored features of one view."""
+
+    mean: float
+    std: float
+    max_abs: float
+
+
+@dataclass(frozen=True)
+class CacheManifest:
+    """A finished cache."""
+
+    spec: FeatureSpec
+    num_samples: int
+    shard_rows: int
+    shards: tuple[ShardEntry, ...]
+    stats: tuple[ViewStats, ...]
+    backend: str = "zarr"
+    format: int = FORMAT
+    complete: bool = True
+
+    @property
+    def fingerprint(self) -> str:
+        return self.spec.fingerprint
+
+    @property
+    def parent(self) -> str:
+        """Fingerprint of the cache that this one was built from; empty when built from images."""
+        return self.spec.parent
+
+    @property
+    def num_tokens(self) -> int:
+        return self.spec.num_tokens
+
+    @property
+    def width(self) -> int:
+        return self.spec.width
+
+    @property
+    def views(self) -> int:
+        return self.spec.views
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": self.format,
+            "fingerprint": self.fingerprint,
+            "parent": self.parent,
+            "spec": self.spec.to_dict(),
+            "num_samples": self.num_samples,
+            "num_tokens": self.num_tokens,
+            "width": self.width,
+            "views": self.views,
+            "backend": self.backend,
+            "shard_rows": self.shard_rows,
+            "stats": [asdict(stats) for stats in self.stats],
+            "shards": [asdict(entry) for entry in self.shards],
+            "complete": self.complete,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CacheManifest:
+        return cls(
+            spec=FeatureSpec.from_dict(values["spec"]),
+            num_samples=values["num_samples"],
+            shard_rows=values["shard_rows"],
+            shards=entries_from_dicts(values["shards"]),
+            stats=tuple(ViewStats(**stats) for stats in values["stats"]),
+            backend=values["backend"],
+            format=values["format"],
+            complete=values["complete"],
+        )
+
+
+def entries_from_dicts(dicts: list[dict[str, Any]]) -> tuple[ShardEntry, ...]:
+    return tuple(ShardEntry(**{**d, "moments": d["moments"] and tuple(d["moments"])}) for d in dicts)
+
+
+def cache_folder_name(spec: FeatureSpec) -> str:
+    return f"cut-{spec.cut}-{spec.fingerprint[:8]}"
+
+
+def write_manifest(folder: str | os.PathLike[str], manifest: CacheManifest) -> None:
+    """Declares the cache finished; every file that it names must be on disk already."""
+    atomic_write(Path(folder) / MANIFEST, seal(manifest.to_dict()))
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> CacheManifest:
+    """The manifest of a finished cache. MissingCache, DamagedCache, or StaleCache for another version's format."""
+    path = Path(folder) / MANIFEST
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        state = "is unfinished" if path.parent.is_dir() else "does not exist"
+        raise MissingCache(f"the cache at {folder} {state}; run its `make cache-N`, which resumes") from None
+    try:
+        values = unseal(content)
+    except ValueError:
+        raise DamagedCache(f"{path} is altered or cut short; run `make repair`") from None
+    if values["format"] != FORMAT:
+        raise StaleCache(f"{path} has format {values['format']}, this version reads {FORMAT}; build the cache again")
+    try:
+        return CacheManifest.from_dict(values)
+    except ValueError as error:
+        raise StaleCache(f"{path} was written by another version ({error}); build the cache again") from None
+
+
+def check_spec(manifest: CacheManifest, wanted: FeatureSpec) -> None:
+    """StaleCache, naming the first differing fields, unless the cache holds exactly what is wanted."""
+    differences = manifest.spec.differences(wanted)[:3]
+    if differences:
+        holds = " ".join(f"{field}={_short(mine)}" for field, mine, _ in differences)
+        wants = " ".join(f"{field}={_short(theirs)}" for field, _, theirs in differences)
+        raise StaleCache(f"cache holds {holds}, wanted {wants}; run `make explain`")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:8]}…" if isinstance(value, str) and len(text) == 64 else text
+
+
+def checksum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def find_damage(folder: Path, entry: ShardEntry) -> str:
+    """What is wrong with a file, hashed afresh; empty when it is as it was written."""
+    path = folder / entry.name
+    try:
+        size = path.stat().st_size
+        if size != entry.bytes:
+            return f"has {size} bytes instead of {entry.bytes}"
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except (FileNotFoundError, NotADirectoryError):
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return "" if digest == entry.checksum else "is altered"
+
+
+def seal(values: dict[str, Any]) -> bytes:
+    """JSON whose last field is the sha256 of every byte before it: not even white space can change unnoticed."""
+    body = json.dumps(values, indent=1, ensure_ascii=False).removesuffix("\n}").encode()
+    return body + _seal_of(body)
+
+
+def unseal(content: bytes) -> dict[str, Any]:
+    """The values of sealed JSON; ValueError when any byte is not as it was written."""
+    body = content[: -len(_seal_of(b""))]
+    if content != body + _seal_of(body):
+        raise ValueError("the seal is broken")
+    values = json.loads(content)
+    del values["checksum"]
+    return values
+
+
+def _seal_of(body: bytes) -> bytes:
+    return f',\n "checksum": "{checksum(body)}"\n}}\n'.encode()
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Writes a file durably, all or nothing: a kill at any moment leaves the old file or the new one.
+
+    Raises CacheError when the disk does not take it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise CacheError(
+            f"cannot write {path} ({len(content)} bytes): {error.strerror}; "
+            f"make room and run again, what is finished stays"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames and removals in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,39 @@
+"""Receipts of a build in progress: one small file per shard, written once the shard is durable, by which a build that
+was stopped anywhere knows what it has. They go when the manifest, which then says the same, is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cache.layout import Layout, Shard
+from cache.manifest import ShardEntry, atomic_write, entries_from_dicts, seal, unseal
+
+RECEIPTS = "receipts"
+STORE_RECEIPT = "store"
+
+
+def receipt_name(shard: Shard) -> str:
+    return f"view_{shard.view}-{shard.first_row:09d}"
+
+
+def write_receipt(folder: Path, layout: Layout, name: str, entries: Iterable[ShardEntry]) -> None:
+    """Notes that the files of `entries` are durably written."""
+    values = {**_identity(layout), "entries": [asdict(entry) for entry in entries]}
+    atomic_write(folder / RECEIPTS / f"{name}.json", seal(values))
+
+
+def read_receipt(folder: Path, layout: Layout, name: str) -> tuple[ShardEntry, ...] | None:
+    """Entries of a receipt, or None when there is none, it is not whole, or it is another layout's."""
+    try:
+        values = unseal((folder / RECEIPTS / f"{name}.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    entries = values.pop("entries")
+    return entries_from_dicts(entries) if values == _identity(layout) else None
+
+
+def _identity(layout: Layout) -> dict[str, Any]:
+    return {"fingerprint": layout.spec.fingerprint, "num_samples": layout.num_samples, "shard_rows": layout.shard_rows}

@@ -1,0 +1,51 @@
+"""How large a cache will be on disk, before anything is computed: for the plan, and for refusing a build that does not
+fit. Free of torch and zarr."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+
+from cache.errors import CacheError
+from cache.layout import Layout, RowArray
+
+# Measured on caches written here; only their order of magnitude matters beside the arrays.
+METADATA_BYTES = 1200
+MANIFEST_ENTRY_BYTES = 300
+KEY_BYTES = 16
+
+
+def array_bytes(layout: Layout, array: RowArray) -> int:
+    """Bytes of the shard files of an array, all views, exactly: values, checksums and indexes."""
+    whole, rest = divmod(layout.num_samples, layout.shard_rows)
+    view = whole * array.shard_bytes(layout.shard_rows, layout.shard_rows)
+    view += array.shard_bytes(rest, layout.shard_rows) if rest else 0
+    return layout.spec.views * view
+
+
+def feature_bytes(layout: Layout) -> int:
+    """Bytes of all feature shards, all views, exactly."""
+    return array_bytes(layout, layout.arrays[0])
+
+
+def cache_bytes(layout: Layout) -> int:
+    """Bytes of the whole cache: shards exactly; metadata, labels and keys (of unknown length) about."""
+    arrays = sum(array_bytes(layout, array) for array in layout.arrays)
+    files = len(layout.arrays) * layout.spec.views * math.ceil(layout.num_samples / layout.shard_rows)
+    metadata = METADATA_BYTES * len(layout.arrays) * layout.spec.views
+    return arrays + metadata + files * MANIFEST_ENTRY_BYTES + layout.num_samples * (8 + KEY_BYTES)
+
+
+def check_space(folder: Path, layout: Layout) -> None:
+    """CacheError, with the numbers, when what is still to be written of a cache does not fit the disk of its folder."""
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    needed = cache_bytes(layout) - there
+    disk = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(disk).free
+    if needed > free:
+        raise CacheError(
+            f"the cache at {os.fspath(folder)} needs {needed / 1e9:.1f} GB more, {disk} has {free / 1e9:.1f} GB free; "
+            f"lower cache.views (now {layout.spec.views}) or data.limit, or point cache.root at a larger disk"
+        )

@@ -1,0 +1,81 @@
+"""Whether a finished cache still is what was written, and how a damaged one becomes whole: `verify_cache` hashes every
+file again, `drop_damaged` turns the cache back into a half-built one, and the ordinary build then rebuilds only what is
+bad, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from cache.errors import DamagedCache, MissingCache
+from cache.layout import STORE, Layout
+from cache.manifest import MANIFEST, find_damage, read_manifest, sync_folder
+from cache.receipts import RECEIPTS, STORE_RECEIPT, receipt_name, write_receipt
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A file that is not as it was written."""
+
+    file: str
+    what: str
+    rows: range | None = None
+    """The samples that it held; None for a file without rows of a view."""
+    view: int | None = None
+
+
+def verify_cache(folder: Path) -> list[Damage]:
+    """Damaged files, in the manifest's order; every file is hashed. MissingCache when there is no finished cache."""
+    try:
+        manifest = read_manifest(folder)
+    except DamagedCache:
+        return [Damage(MANIFEST, "is altered or cut short: no shard can be trusted without it")]
+    layout = Layout(manifest.spec, manifest.num_samples, manifest.shard_rows)
+    shard_of = {name: shard for shard in layout.shards for name in layout.files(shard)}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        findings = pool.map(lambda entry: find_damage(folder, entry), manifest.shards)
+    damages = []
+    for entry, what in zip(manifest.shards, findings, strict=True):
+        if what and entry.rows:
+            rows = range(entry.first_row, entry.first_row + entry.rows)
+            damages.append(Damage(entry.name, what, rows, shard_of[entry.name].view))
+        elif what:
+            damages.append(Damage(entry.name, what))
+    return damages
+
+
+def drop_damaged(folder: Path, damages: Iterable[Damage]) -> None:
+    """Makes a half-built cache of a damaged one: good shards get their receipts back, then the manifest goes.
+
+    A kill in between leaves a cache that still has its manifest, and whose damage is found again.
+    """
+    bad = {damage.file for damage in damages}
+    if not bad:
+        return
+    if MANIFEST not in bad:
+        manifest = read_manifest(folder)
+        layout = Layout(manifest.spec, manifest.num_samples, manifest.shard_rows)
+        entries = {entry.name: entry for entry in manifest.shards}
+        parts = {receipt_name(shard): layout.files(shard) for shard in layout.shards}
+        parts[STORE_RECEIPT] = [entry.name for entry in manifest.shards if not entry.rows]
+        for receipt, names in parts.items():
+            if bad.isdisjoint(names):
+                write_receipt(folder, layout, receipt, [entries[name] for name in names])
+    _remove_manifest(folder)
+
+
+def remove_cache(folder: Path) -> None:
+    """Deletes a cache, finished or not; the manifest first, so that a kill leaves no cache that looks finished."""
+    if not any((folder / part).exists() for part in (MANIFEST, STORE, RECEIPTS)):
+        raise MissingCache(f"{folder} is no cache; nothing was removed")
+    _remove_manifest(folder)
+    shutil.rmtree(folder)
+
+
+def _remove_manifest(folder: Path) -> None:
+    (folder / MANIFEST).unlink(missing_ok=True)
+    sync_folder(folder)

@@ -1,0 +1,1 @@
+"""What is computed: pure torch, no files, no clocks."""

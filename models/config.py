@@ -1,0 +1,91 @@
+"""Settings of what is computed. Free of torch, so that commands that only decide or explain start in a moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The vision transformer."""
+
+    name: str = "vit_tiny"
+    """vit_tiny, vit_small, vit_base, or the name of any plain ViT in timm."""
+    weights: str = ""
+    """Checkpoint to start stage 0 from; empty starts from scratch."""
+    image_size: int = 224
+    """Side of the square input image, in pixels."""
+    patch_size: int = 16
+    """Side of a patch, in pixels; (image_size / patch_size)² is the number of tokens."""
+    width: int = 0
+    """Channels of a token; 0 takes the named model's own."""
+    depth: int = 0
+    """Number of blocks; 0 takes the named model's own."""
+    heads: int = 0
+    """Attention heads; 0 takes the named model's own."""
+    attention: Literal["auto", "plain", "fused"] = "auto"
+    """plain softmax(QKᵀ)V, torch's fused kernel, or auto: plain on a CPU (its fused backward is slower), fused elsewhere."""
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def patch_values(self) -> int:
+        """Values of one RGB patch."""
+        return 3 * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Which tokens are hidden from the encoder."""
+
+    ratio: float = 0.75
+    """Share of the tokens that is hidden."""
+    groups: Literal[1, 2, 4] = 4
+    """Token groups that pass the frozen blocks separately. 4: leak-free, masks fixed when the cache is built.
+    2: leak-free, fresh masks. 1: full mode; it leaks, since visible features have attended to hidden tokens."""
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """What the decoder predicts for hidden tokens."""
+
+    kind: Literal["pixels", "features", "hog"] = "pixels"
+    """pixels: per-patch normalised; features: the learning blocks' input, layer-normalised (pixels in stage 0)."""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The matching-shape decoder: its output has the shape of the encoder's input at the cut."""
+
+    depth: int = 2
+    """Blocks of the decoder."""
+    width: int = 96
+    """Channels inside the decoder."""
+    heads: int = 3
+    """Attention heads of the decoder."""
+
+
+SIZES = {"vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6), "vit_base": (768, 12, 12)}
+"""Width, depth and heads of the models that have a short name."""
+
+
+def model_name(name: str) -> str:
+    """timm's name of a model."""
+    return f"{name}_patch16_224" if name in SIZES else name
+
+
+def model_identity(config: ModelConfig) -> dict[str, str | int]:
+    """What a model is: timm's name, width, depth, heads. Only a model without a short name has to be built to know."""
+    if config.name in SIZES:
+        sizes = SIZES[config.name]
+    else:
+        from models.vit import build_encoder
+
+        encoder = build_encoder(config, seed=0)
+        sizes = encoder.width, encoder.depth, encoder.vit.blocks[0].attn.num_heads
+    asked = (config.width, config.depth, config.heads)
+    width, depth, heads = (want or own for want, own in zip(asked, sizes, strict=True))
+    return {"model": model_name(config.name), "width": width, "depth": depth, "heads": heads}

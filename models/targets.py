@@ -1,0 +1,55 @@
+"""What the decoder is asked for: pixels of a patch, normalised, or features, normalised. A patch of 16 x 16 x 3 has 768
+values and so has ViT-B's token, hence the names: `pixels` end in P, features in D.
+
+Shapes: B batch, C channels, H and W pixels, L tokens, P values of a patch in the order (row, column, channel), D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def patchify(images_BCHW: Tensor, patch: int) -> Tensor:
+    """(B, L, P): an image's patches in raster order. Source: `patchify` in facebookresearch/mae."""
+    batch, channels, height, width = images_BCHW.shape
+    rows, columns = height // patch, width // patch
+    grid = images_BCHW.reshape(batch, channels, rows, patch, columns, patch)
+    return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch * patch * channels)
+
+
+def unpatchify(pixels_BLP: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) from the patches of square images; the reverse of `patchify`."""
+    batch, tokens, values = pixels_BLP.shape
+    side = round(tokens**0.5)
+    grid = pixels_BLP.reshape(batch, side, side, patch, patch, values // patch**2)
+    return grid.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, side * patch, side * patch)
+
+
+def normalize_pixels(pixels_BLP: Tensor) -> Tensor:
+    """Every patch to mean 0 and unbiased variance 1: (x - mean) / sqrt(var + 1e-6). Source: MAE's norm_pix_loss."""
+    mean = pixels_BLP.mean(dim=-1, keepdim=True)
+    variance = pixels_BLP.var(dim=-1, keepdim=True, unbiased=True)
+    return (pixels_BLP - mean) / (variance + 1e-6).sqrt()
+
+
+def normalize_images(images_BCHW: Tensor) -> Tensor:
+    """uint8 RGB images as the encoder takes them: float32, ImageNet's mean and standard deviation."""
+    mean, std = (torch.tensor(v, device=images_BCHW.device).reshape(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images_BCHW.float() / 255 - mean) / std
+
+
+def pixel_target(pixels_BLP: Tensor) -> Tensor:
+    """The target that uint8 pixels make: normalised as images are, then patch by patch."""
+    repeats = pixels_BLP.shape[-1] // 3
+    mean, std = (torch.tensor(v, device=pixels_BLP.device).repeat(repeats) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return normalize_pixels((pixels_BLP.float() / 255 - mean) / std)
+
+
+def feature_target(features_BLD: Tensor) -> Tensor:
+    """The target that features make: each token to mean 0 and variance 1 (LayerNorm without affine, eps 1e-6)."""
+    return layer_norm(features_BLD.float(), features_BLD.shape[-1:], eps=1e-6)

@@ -1,0 +1,255 @@
+"""The command line: `permafrost VERB`, which is `python -m pipeline VERB`. Reads the request, completes the settings,
+hands one Job to the verb's function, and turns what happens into an exit status. What a verb needs is imported when it
+is called, so that `status` and `explain` answer in a moment."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, make_dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from pipeline import __version__
+from pipeline.config import ConfigError, Settings, check, parse, read_config, read_toml, resolve, run_tyro
+from pipeline.job import Interrupted, Job, RunFailed
+from pipeline.layout import run_paths
+
+DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+WRONG_PATH = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
+ROOMS = ("pipeline", "stages", "cache", "models")
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb of the command line."""
+
+    function: str
+    """`module:function`, called with the Job; empty for what is not built yet."""
+    help: str
+    target: str = ""
+    """What follows the verb: `N` a stage's number, `ARM` e2e or freeze, brackets when it may be left out."""
+    saves: bool = False
+    """Whether Ctrl-C lets it save and stop by itself; otherwise it simply ends."""
+    instead: str = ""
+    """What to use while it is not built yet."""
+    torch: bool = True
+    """Whether it may take the seconds that asking torch about this machine costs."""
+
+
+VERBS = {
+    "all": Verb("pipeline.runner:run_all", "all stages, the arms, evaluation, a table", saves=True),
+    "stage": Verb("pipeline.runner:run_stage", "run stage N, and first what it needs", "N", saves=True),
+    "cache": Verb("pipeline.runner:run_cache", "only build the cache that stage N reads", "N", saves=True),
+    "plan": Verb("pipeline.costs:show_plan", "what would run: time, disk, break-even, against e2e"),
+    "explain": Verb("pipeline.explain:show_explain", "of every stage: current, stale and why, or missing", torch=False),
+    "status": Verb("pipeline.status:show_status", "where the run stands", torch=False),
+    "arm": Verb("pipeline.runner:run_arm", "run a baseline arm: e2e or freeze", "ARM", saves=True),
+    "speedup": Verb("pipeline.speedup:run_speedup", "the three arms side by side, written to speedup.json", saves=True),
+    "probe": Verb("pipeline.runner:run_probe", "kNN and linear probe of a stage's or an arm's encoder", "[N|ARM]"),
+    "verify": Verb("pipeline.care:run_verify", "hash every shard of every cache again"),
+    "repair": Verb("pipeline.care:run_repair", "rebuild only the shards that are bad", saves=True),
+    "equivalence": Verb("pipeline.equivalence:run_equivalence", "recompute samples live, compare them with the cache"),
+    "gc": Verb("pipeline.care:run_gc", "remove caches that no current stage needs; asks first, --yes does not"),
+    "bench": Verb("pipeline.bench:run_bench", "the benchmarks; prints ratios"),
+    "report": Verb("", "report.html with its figures", instead="`speedup` writes speedup.json and a figure"),
+    "finetune": Verb("", "supervised fine-tuning from a stage's encoder", "[N]", instead="`probe` scores an encoder"),
+    "export": Verb("", "a checkpoint that timm loads", "[N]", instead="stage-<k>/model.safetensors has timm's names"),
+    "study": Verb("", "a grid of overrides as one table", "[NAME]", instead="repeat a verb with --run and --set"),
+}
+
+ARMS = ("e2e", "freeze")
+Text = Annotated[str, tyro.conf.arg(metavar="TEXT")]
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Flags that every verb takes."""
+
+    config: Text = "sample"
+    """A recipe (sample, cifar10, vit_b16, original) or a TOML file."""
+    data: Text = ""
+    """Short for --data.source."""
+    data_val: Text = ""
+    """Short for --data.val_source."""
+    run: Text = ""
+    """Folder of the run; empty means runs/<recipe>."""
+    set: Annotated[tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]], tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
+    """Overrides of settings; the later one wins."""
+    cache_root: Text = ""
+    """Short for --cache.root."""
+    debug: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Add the traceback to an error."""
+    yes: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Do not ask before anything is removed."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb. Returns 0 done, 1 the run failed, 2 the request is wrong, 130 interrupted."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _call(args)
+    except SystemExit as stop:  # tyro has printed its help
+        return int(stop.code or DONE)
+    except KeyboardInterrupt:
+        return _report(INTERRUPTED, "interrupted; what was saved is kept, the same command goes on from there")
+    except Interrupted as error:
+        return _report(INTERRUPTED, error)
+    except Exception as error:
+        status = exit_status(error)
+        if status is None or "--debug" in args:
+            traceback.print_exc()
+        return FAILED if status is None else _report(status, error)
+
+
+def _call(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print(overview())
+        return DONE
+    if args[0] == "--version":
+        print(f"permafrost {__version__}")
+        return DONE
+    name, rest = args[0], args[1:]
+    if name not in VERBS:
+        near = difflib.get_close_matches(name, VERBS, n=1)
+        hint = f"did you mean {near[0]}?" if near else "`permafrost --help` lists the verbs"
+        raise ConfigError(f"no verb {name}; {hint}")
+    verb = VERBS[name]
+    if not verb.function:
+        raise ConfigError(f"{name} is not built yet in version {__version__}; {verb.instead}")
+    job = read_job(name, rest)
+    module, _, function = verb.function.partition(":")
+    with stop_on_signal(job.stop) if verb.saves else contextlib.nullcontext():
+        getattr(importlib.import_module(module), function)(job)
+    return DONE
+
+
+def overview() -> str:
+    """The verbs with a line of help each."""
+    lines = [f"  {name + ' ' + verb.target:18} {verb.help}" for name, verb in VERBS.items() if verb.function]
+    later = ", ".join(name for name, verb in VERBS.items() if not verb.function)
+    return "\n".join(
+        (
+            "usage: permafrost VERB [--config RECIPE|FILE.toml] [--data SOURCE] [--run FOLDER] [--set KEY=VALUE ...]",
+            "",
+            *lines,
+            "",
+            f"not built yet in version {__version__}: {later}",
+            "`permafrost VERB --help` lists every flag and setting with its default.",
+        )
+    )
+
+
+# --- the request ------------------------------------------------------------------------------------------------------
+
+
+def read_job(name: str, args: list[str]) -> Job:
+    """The job that the arguments after a verb ask for. Raises ConfigError; prints and exits for --help."""
+    verb = VERBS[name]
+    flags, rest = run_tyro(Flags, args, return_unknown_args=True, add_help=False)
+    overrides = [text for texts in flags.set for text in texts]
+    recipe, config = read_config(flags.config, overrides, flags.data, flags.data_val)
+    if flags.cache_root:
+        config = parse({"cache.root": flags.cache_root}, config)
+    words = rest
+    if any(word.startswith("-") for word in rest):  # settings as flags: only now is it worth the time to list them all
+        if {"-h", "--help"} & set(rest):
+            args = ["--help"]  # tyro leaves out of its help what it has already read
+        request = run_tyro(request_type(verb), args, prog=f"permafrost {name}", default=request_type(verb)(config))
+        words, config = list(request.target), request.settings
+    check(config)
+    paths = run_paths(flags.run, recipe, config.cache.root)
+    previous = read_toml(paths.config) if paths.config.exists() else None
+    config = resolve(config, previous, detect=verb.torch)
+    target = read_target(name, verb.target, words, len(config.schedule.cuts))
+    return Job(recipe, config, paths, yes=flags.yes, target=target)
+
+
+def request_type(verb: Verb) -> type[Any]:
+    """What tyro reads for a verb: its flags, and every setting as a flag with its help and default."""
+    target = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar=verb.target, help="")]
+    return make_dataclass(
+        "Request",
+        [
+            ("settings", Annotated[Settings, tyro.conf.arg(name="")]),
+            ("flags", Annotated[Flags, tyro.conf.arg(name="")], field(default_factory=Flags)),
+            ("target", target if verb.target else tyro.conf.Suppress[tuple[str, ...]], ()),
+        ],
+        namespace={"__doc__": verb.help},
+        frozen=True,
+    )
+
+
+def read_target(name: str, wanted: str, words: list[str], stages: int) -> str | int | None:
+    """The word after the verb, as a stage's number or an arm's name. Raises ConfigError."""
+    usage = f"write `permafrost {name} {wanted}`".strip()
+    if len(words) > bool(wanted):
+        raise ConfigError(f"{name} does not know what to do with {words[-1]!r}; {usage}")
+    if not words:
+        if wanted and wanted[0] != "[":
+            raise ConfigError(f"{name} needs {wanted}; {usage}")
+        return None
+    (word,) = words
+    first = 1 if name == "cache" else 0  # stage 0 reads images
+    if "N" in wanted.strip("[]").split("|") and word.isdigit():
+        if not first <= int(word) < stages:
+            raise ConfigError(f"{name} {word} is outside {first}..{stages - 1}, the stages of schedule.cuts; pick one")
+        return int(word)
+    if "ARM" in wanted and word in ARMS:
+        return word
+    raise ConfigError(f"{name} does not know {word!r}; N is a stage's number, ARM one of {', '.join(ARMS)}; {usage}")
+
+
+# --- how it ends ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def stop_on_signal(stop: threading.Event) -> Iterator[None]:
+    """The first SIGINT or SIGTERM sets stop, so that the work can save; the next one interrupts it where it is."""
+
+    def handle(*_: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        os.write(2, b"stopping: the state is being saved; once more stops at once\n")  # print may not be re-entered
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def exit_status(error: Exception) -> int | None:
+    """Whose fault an error is: 2 the request's, 1 the run's, None ours, which earns a traceback.
+
+    A ValueError is the user's when a line of this project raised it; one from inside a library is a bug let through.
+    """
+    if isinstance(error, WRONG_PATH):
+        return WRONG
+    if isinstance(error, RunFailed | OSError):
+        return FAILED
+    if isinstance(error, ValueError):
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        room = str(frames[-1].f_globals.get("__name__", "")).partition(".")[0] if frames else ""
+        if room in (*ROOMS, "__main__") or type(error).__module__.partition(".")[0] in ROOMS:
+            return WRONG
+    return None
+
+
+def _report(status: int, error: object) -> int:
+    print("permafrost: " + " ".join(str(error).split()), file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

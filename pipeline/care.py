@@ -1,0 +1,77 @@
+"""`permafrost verify`, `repair` and `gc`: the caches of a run checked file by file, mended, and cleared away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cache.errors import CacheError
+from cache.manifest import read_manifest
+from cache.verify import Damage, drop_damaged, remove_cache, verify_cache
+from pipeline.config import ConfigError
+from pipeline.job import Job, RunFailed
+from pipeline.runner import Desk, at_work, ensure_cache
+
+
+def run_verify(job: Job) -> None:
+    """Hash every file of every cache of the run again. RunFailed when one is damaged."""
+    bad = 0
+    for folder in caches(job):
+        damages = check(folder)
+        bad += len(damages)
+        for damage in damages:
+            print(f"damaged: {damage.file}: {damage.what}")
+        print(f"{folder}: {f'{len(damages)} damaged files' if damages else 'sound'}")
+    if bad:
+        raise RunFailed(f"{bad} damaged files; run `make repair`, which rebuilds only what is bad")
+
+
+def run_repair(job: Job) -> None:
+    """Rebuild the damaged shards of the run's caches, and nothing else."""
+    with at_work(job) as desk:
+        for stage in range(1, len(desk.wanted.segments)):
+            repair(desk, stage)
+
+
+def repair(desk: Desk, stage: int) -> None:
+    """Mend the cache that a stage reads, where there is one; its parent was mended before it."""
+    spec = desk.wanted.cache_spec(stage)
+    folder = desk.wanted.cache_folder(spec) if spec else None
+    if folder is None or not folder.exists():
+        return
+    damages = check(folder)
+    desk.log.message(f"{folder}: {len(damages)} damaged files")
+    if damages:
+        drop_damaged(folder, damages)
+        ensure_cache(desk, stage)
+
+
+def run_gc(job: Job) -> None:
+    """Remove the caches that no stage of the run, as it is now configured, needs."""
+    with at_work(job) as desk:
+        wanted = desk.wanted
+        specs = (wanted.cache_spec(stage) for stage in range(1, len(wanted.segments)))
+        needed = {wanted.cache_folder(spec) for spec in specs if spec}
+        doomed = [folder for folder in caches(job) if folder not in needed]
+        if not doomed:
+            desk.log.message("nothing to remove: every cache is one that the run's settings ask for")
+            return
+        total = sum(file.stat().st_size for folder in doomed for file in folder.rglob("*") if file.is_file())
+        desk.log.message("\n".join(f"not needed: {folder}" for folder in doomed))
+        if not (job.yes or input(f"remove {len(doomed)} caches, {total / 1e9:.2f} GB? [y/N] ").strip().lower() == "y"):
+            raise ConfigError("nothing removed; answer y, or give --yes")
+        for folder in doomed:
+            remove_cache(folder)
+
+
+def caches(job: Job) -> list[Path]:
+    """The cache folders of the run, finished or not."""
+    return sorted(folder for folder in job.paths.cache_root.glob("cut-*") if folder.is_dir())
+
+
+def check(folder: Path) -> list[Damage]:
+    """The damage in a cache. One without a readable manifest is unfinished, which `stage` mends, not `verify`."""
+    try:
+        read_manifest(folder)
+    except CacheError as error:
+        return [Damage(file="manifest.json", what=str(error), rows=None, view=None)]
+    return verify_cache(folder)

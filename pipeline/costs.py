@@ -1,0 +1,185 @@
+"""`permafrost plan`: what would run, how long it would take, what it would put on disk, and when the caches have paid for
+themselves. Step times are measured on this machine in a few seconds, on random data of the run's shapes."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cache.manifest import atomic_write
+from cache.size import cache_bytes
+from models.mim import MaskedBatch, MaskedModel
+from pipeline.bench import fresh_model
+from pipeline.decide import Wanted, judge_stage
+from pipeline.job import Job
+from pipeline.runner import refuse_what_does_not_fit
+from pipeline.speedup import break_even
+from pipeline.work import live_source, sampling
+from stages.config import TrainConfig
+from stages.device import autocast, synchronize
+from stages.segment import Segment
+from stages.sources import Inputs, Sampling, Source, mask_features
+from stages.train import train_step
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Predicted cost of a stage. Seconds of training by arm, of building its cache, and the cache's bytes."""
+
+    stage: int
+    cut: int
+    epochs: float
+    state: str
+    e2e_seconds: float
+    freeze_seconds: float
+    cached_seconds: float
+    cache_seconds: float
+    cache_bytes: int
+
+
+def show_plan(job: Job) -> None:
+    """Measure, predict, print, and write plan.json."""
+    wanted = Wanted(job.config, job.paths)
+    refuse_what_does_not_fit(wanted, len(wanted.segments) - 1)
+    costs = [stage_cost(wanted, stage) for stage in range(len(wanted.segments))]
+    table = Table(
+        "stage",
+        "cut",
+        "epochs",
+        "state",
+        "e2e s",
+        "freeze s",
+        "cached s",
+        "cache s",
+        "cache on disk",
+        box=None,
+        pad_edge=False,
+    )
+    for cost in costs:
+        table.add_row(
+            *(str(cost.stage), str(cost.cut), f"{cost.epochs:g}", cost.state),
+            *(f"{s:.0f}" for s in (cost.e2e_seconds, cost.freeze_seconds, cost.cached_seconds, cost.cache_seconds)),
+            f"{cost.cache_bytes / 1e6:,.0f} MB" if cost.cache_bytes else "",
+        )
+    found = totals(costs)
+    console = Console(highlight=False, width=120)
+    console.print(table)
+    even = found["break_even_epoch"]
+    console.print(
+        f"total: e2e {found['e2e_seconds']:.0f} s, freeze {found['freeze_seconds']:.0f} s, cached {found['cached_seconds']:.0f} s "
+        f"with caches; speed-up {found['speedup_total']:.2f}; break-even "
+        + ("not reached" if even is None else f"at epoch {even:.1f}")
+        + f"; disk {found['cache_bytes'] / 1e6:,.0f} MB"
+    )
+    atomic_write(
+        job.paths.plan, (json.dumps({"stages": [asdict(cost) for cost in costs]} | found, indent=2) + "\n").encode()
+    )
+
+
+def totals(costs: list[StageCost]) -> dict[str, Any]:
+    """The plan as a whole. Evaluation is left out, as it is from training time."""
+    slow, fast, epoch = [(0.0, 0.0)], [(0.0, 0.0)], 0.0
+    for cost in costs:
+        fast.append((epoch, fast[-1][1] + cost.cache_seconds))
+        epoch += cost.epochs
+        slow.append((epoch, slow[-1][1] + cost.e2e_seconds))
+        fast.append((epoch, fast[-1][1] + cost.cached_seconds))
+    return {
+        "e2e_seconds": slow[-1][1],
+        "freeze_seconds": sum(cost.freeze_seconds for cost in costs),
+        "cached_seconds": fast[-1][1],
+        "speedup_total": slow[-1][1] / fast[-1][1],
+        "break_even_epoch": break_even(slow, fast),
+        "cache_bytes": sum(cost.cache_bytes for cost in costs),
+    }
+
+
+def stage_cost(wanted: Wanted, stage: int) -> StageCost:
+    """Measure a stage's steps and its encoding on this machine, and scale them to the stage's length."""
+    segment = wanted.segments[stage]
+    e2e = step_seconds(wanted, stage, "e2e") * segment.steps
+    verdict = judge_stage(wanted, stage)
+    epochs = segment.steps / segment.steps_per_epoch
+    if not stage:
+        return StageCost(stage, 0, epochs, verdict.state, e2e, e2e, e2e, 0.0, 0)
+    return StageCost(
+        stage=stage,
+        cut=segment.cut,
+        epochs=epochs,
+        state=verdict.state,
+        e2e_seconds=e2e,
+        freeze_seconds=step_seconds(wanted, stage, "freeze") * segment.steps,
+        cached_seconds=step_seconds(wanted, stage, "cached") * segment.steps,
+        cache_seconds=encode_seconds(wanted, stage) * wanted.config.cache.views * len(wanted.data.train),
+        cache_bytes=cache_bytes(wanted.layout(stage)),
+    )
+
+
+def step_seconds(wanted: Wanted, stage: int, arm: str) -> float:
+    """Seconds of one training step of an arm at a stage's cut, its inputs in memory."""
+    segment = wanted.segments[stage] if arm != "e2e" else replace(wanted.segments[stage], cut=0)
+    model, optimizer = fresh_model(wanted, segment.cut)
+    train = wanted.config.train
+    if arm == "cached":
+        source: Source = Imagined(sampling(wanted), model.encoder.width, wanted.config.model.patch_values)
+    else:
+        source = live_source(wanted, segment)
+    inputs = source.load(segment, 0)
+    return seconds_of(lambda: train_step(model, optimizer, source, inputs, train), train)
+
+
+def encode_seconds(wanted: Wanted, stage: int) -> float:
+    """Seconds that the frozen blocks between the cache before and this one take for one view of one image."""
+    config, segment = wanted.config, wanted.segments[stage]
+    model, _ = fresh_model(wanted, segment.cut)
+    start = wanted.segments[stage - 1].cut if stage > 1 else 0
+    tokens = torch.randn(config.cache.encode_batch, config.model.num_tokens, model.encoder.width).to(
+        config.train.device
+    )
+
+    def encode() -> None:
+        with torch.inference_mode(), autocast(config.train.device, config.train.precision):
+            model.encoder.run_groups(tokens, config.mask.groups, start, segment.cut)
+
+    return seconds_of(encode, config.train) / config.cache.encode_batch
+
+
+def seconds_of(work: Callable[[], object], train: TrainConfig) -> float:
+    """The median of three runs after one to warm up."""
+    torch.set_num_threads(train.threads)
+    device, times = torch.device(train.device), []
+    for _ in range(4):
+        synchronize(device)
+        started = time.perf_counter()
+        work()
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+@dataclass(frozen=True)
+class Imagined:
+    """Random numbers in the shape of cached features, where no cache has been built yet."""
+
+    sampling: Sampling
+    width: int
+    patch_values: int
+
+    def load(self, segment: Segment, step: int) -> Inputs:
+        how = self.sampling
+        size = how.model.num_tokens if how.target_kind == "features" else how.group_tokens
+        order = torch.rand(how.batch_size, how.model.num_tokens).argsort(1)
+        pixels = torch.randint(0, 256, (how.batch_size, how.model.num_tokens, self.patch_values), dtype=torch.uint8)
+        features = torch.randn(how.batch_size, size, self.width)
+        return Inputs(features, how.noise(segment, step, how.group_tokens), order[:, :size], pixels)
+
+    def mask(self, model: MaskedModel, inputs: Inputs) -> MaskedBatch:
+        return mask_features(model, self.sampling, inputs)

@@ -1,0 +1,276 @@
+"""What a run wants, what it has, and therefore what is current, stale or missing. `stage` acts on these verdicts and
+`explain` prints them. Free of torch, so that a call with nothing to do returns at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from cache.errors import CacheError, MissingCache
+from cache.layout import Layout
+from cache.manifest import cache_folder_name, check_spec, read_manifest
+from cache.order import steps_per_epoch
+from models.config import model_identity
+from models.spec import COMPUTATION_VERSION, FeatureSpec, digest
+from pipeline.config import PipelineConfig
+from pipeline.layout import RunPaths, StagePaths
+from stages.images import Data, open_data
+from stages.schedule import StagePlan, plan_stages
+from stages.segment import Segment, segments_of
+from stages.views import view_transform_id
+
+TRAINING_VERSION = 1
+"""Bumped when training computes other numbers for a reason that no setting tells."""
+
+ARMS = ("e2e", "freeze")
+
+NO_INFLUENCE = frozenset(
+    {"train.device", "train.threads", "train.loader_threads", "train.prefetch", "train.save_every", "train.max_steps"}
+)
+"""Settings of `train` that change how fast a stage is or, as max_steps, act through its number of steps."""
+
+State = Literal["current", "stale", "missing", "unfinished"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How something that the run wants stands, and why."""
+
+    what: str
+    state: State
+    reason: str
+
+    @property
+    def current(self) -> bool:
+        return self.state == "current"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The run as its settings ask for it. Stages are counted from 0."""
+
+    config: PipelineConfig
+    paths: RunPaths
+
+    @cached_property
+    def data(self) -> Data:
+        return open_data(self.config.data, self.paths.index)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        return model_identity(self.config.model)
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(len(self.data.train), self.config.train.batch_size)
+
+    @cached_property
+    def plan(self) -> tuple[StagePlan, ...]:
+        return plan_stages(
+            self.config.schedule, self.identity["depth"], self.steps_per_epoch, self.config.train.warmup_epochs
+        )
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        return segments_of(self.plan, self.steps_per_epoch, self.config.train)
+
+    @property
+    def total_steps(self) -> int:
+        return sum(segment.steps for segment in self.segments)
+
+    def record(self, paths: StagePaths) -> dict[str, Any] | None:
+        """What stage.json says, or None where there is none."""
+        try:
+            found: dict[str, Any] = json.loads(paths.json.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        return found
+
+    def stage_inputs(self, stage: int) -> dict[str, Any]:
+        """Everything that can change the outcome of a stage, by the setting's name."""
+        inputs = self._common() | {"schedule.stage": asdict(self.segments[stage])}
+        if stage:
+            parent = self.record(self.paths.stage(stage - 1)) or {}
+            inputs |= {f"cache.{name}": getattr(self.config.cache, name) for name in ("views", "codec")}
+            inputs |= {"mask.groups": self.config.mask.groups, "parent state": parent.get("state")}
+        return inputs
+
+    def arm_inputs(self, arm: str) -> dict[str, Any]:
+        """The same for a baseline arm, which goes on from stage 0."""
+        inputs = self._common() | {"arm": arm, "schedule.stages": [asdict(segment) for segment in self.segments[1:]]}
+        if arm == "freeze" and self.config.target.kind == "features":
+            inputs |= {"mask.groups": self.config.mask.groups, "cache.views": self.config.cache.views}
+        return inputs | {"parent state": (self.record(self.paths.stage(0)) or {}).get("state")}
+
+    def _common(self) -> dict[str, Any]:
+        config = self.config
+        inputs: dict[str, Any] = {"seed": config.seed, "data": self.data.train.digest, "version": TRAINING_VERSION}
+        inputs |= {"data.views": view_transform_id(config.data, config.model.image_size)}
+        inputs |= _named("model", config.model, {"attention"}) | _named("mask", config.mask, {"groups"})
+        inputs |= _named("target", config.target) | _named("decoder", config.decoder)
+        inputs |= _named("train", config.train, {name.removeprefix("train.") for name in NO_INFLUENCE})
+        if config.train.lr_schedule == "cosine" or config.schedule.kind == "freezeout":
+            inputs |= {"schedule.total_steps": self.total_steps}
+        if config.schedule.kind == "freezeout":
+            inputs |= {
+                f"schedule.{name}": getattr(config.schedule, name) for name in ("kind", "t0", "scale", "scale_lr")
+            }
+        return inputs
+
+    def cache_spec(self, stage: int) -> FeatureSpec | None:
+        """The identity of the cache that a stage reads; None as long as the stage before it has not been trained."""
+        parent = self.cache_spec(stage - 1) if stage > 1 else None
+        record = self.record(self.paths.stage(stage - 1)) or {}
+        weights = record.get("frozen_weights", {}).get(str(self.segments[stage].cut))
+        if not weights or (stage > 1 and parent is None):
+            return None
+        return replace(self.draft_spec(stage), weights=weights, parent=parent.fingerprint if parent else "")
+
+    def draft_spec(self, stage: int) -> FeatureSpec:
+        """The cache's identity as far as it is known before anything is trained: weights and parent are open."""
+        config = self.config
+        return FeatureSpec(
+            **self.identity,
+            image_size=config.model.image_size,
+            patch_size=config.model.patch_size,
+            weights="",
+            cut=self.segments[stage].cut,
+            groups=config.mask.groups,
+            mask_ratio=config.mask.ratio,
+            views=config.cache.views,
+            view_transform=view_transform_id(config.data, config.model.image_size),
+            data=self.data.train.digest,
+            seed=config.seed,
+            dtype=config.train.precision,
+            codec=config.cache.codec,
+            pixels=config.target.kind == "pixels",
+            parent="",
+            version=COMPUTATION_VERSION,
+        )
+
+    def layout(self, stage: int) -> Layout:
+        """How a stage's cache lies on disk, known before it is built."""
+        return Layout(self.draft_spec(stage), len(self.data.train), self.config.cache.shard_rows)
+
+    def cache_folder(self, spec: FeatureSpec) -> Path:
+        return self.paths.cache_root / cache_folder_name(spec)
+
+
+def judge_stage(wanted: Wanted, stage: int) -> Verdict:
+    """Whether a stage is current, given that the stages before it are."""
+    return _judge(
+        f"stage {stage}",
+        wanted.record(wanted.paths.stage(stage)),
+        wanted.stage_inputs(stage),
+        wanted.paths.stage(stage),
+    )
+
+
+def judge_arm(wanted: Wanted, arm: str) -> Verdict:
+    """Whether a baseline arm is current, given that stage 0 is."""
+    return _judge(f"arm {arm}", wanted.record(wanted.paths.arm(arm)), wanted.arm_inputs(arm), wanted.paths.arm(arm))
+
+
+def judge_cache(wanted: Wanted, stage: int) -> Verdict:
+    """Whether the cache that a stage reads is on disk, complete and the very one that is wanted."""
+    name, spec = f"cache {stage}", wanted.cache_spec(stage)
+    if spec is None:
+        return Verdict(name, "missing", f"stage {stage - 1} has to be trained first")
+    folder = wanted.cache_folder(spec)
+    try:
+        check_spec(read_manifest(folder), spec)
+    except MissingCache:
+        state: State = "unfinished" if folder.exists() else "missing"
+        other = _nearest_cache(wanted, spec)
+        return Verdict(
+            name, "stale" if other and state == "missing" else state, other or f"no complete cache in {folder}"
+        )
+    except CacheError as error:
+        return Verdict(name, "stale", str(error))
+    return Verdict(name, "current", str(folder))
+
+
+def judge_all(wanted: Wanted) -> list[Verdict]:
+    """Every stage, cache and arm in the order in which they would run.
+
+    Whatever follows a stage that will run again is stale; a cache is not needed for a stage that is current.
+    """
+    found: list[Verdict] = []
+    broken = ""
+    for stage in range(len(wanted.segments)):
+        verdict = _after(broken, judge_stage(wanted, stage))
+        if stage:
+            found.append(_cache_verdict(wanted, stage, broken, needed=not verdict.current))
+        found.append(verdict)
+        broken = broken or ("" if verdict.current else verdict.what)
+    first = "" if found[0].current else found[0].what
+    return found + [_after(first, judge_arm(wanted, arm)) for arm in ARMS]
+
+
+def _cache_verdict(wanted: Wanted, stage: int, broken: str, needed: bool) -> Verdict:
+    verdict = _after(broken, judge_cache(wanted, stage))
+    if verdict.current or needed:
+        return verdict
+    return replace(verdict, reason=f"not needed, stage {stage} is current")
+
+
+def _after(broken: str, verdict: Verdict) -> Verdict:
+    if broken and verdict.current:
+        return Verdict(verdict.what, "stale", f"{broken} runs again before it")
+    return verdict
+
+
+def difference(had: Mapping[str, Any], wants: Mapping[str, Any]) -> str:
+    """The inputs that changed: `train.lr: 0.001 -> 0.002`; a setting that came or went shows as `(none)`."""
+    changed = [
+        f"{name}: {_short(had.get(name, '(none)'))} -> {_short(wants.get(name, '(none)'))}"
+        for name in sorted(had.keys() | wants.keys())
+        if had.get(name, "(none)") != wants.get(name, "(none)")
+    ]
+    return ", ".join(changed)
+
+
+def inputs_digest(inputs: Mapping[str, Any]) -> str:
+    """The fingerprint of a stage or arm."""
+    return digest(dict(inputs))
+
+
+def _judge(what: str, record: dict[str, Any] | None, inputs: dict[str, Any], paths: StagePaths) -> Verdict:
+    if record is None:
+        return Verdict(what, "missing", f"no {paths.json}")
+    plain = json.loads(json.dumps(inputs))
+    if record.get("inputs") != plain:
+        return Verdict(what, "stale", difference(record.get("inputs") or {}, plain))
+    if record["status"] != "done":
+        return Verdict(what, "unfinished", f"status {record['status']}; goes on from {paths.last}")
+    for path, size in record["files"].items():
+        file = paths.root / path
+        if not file.exists() or file.stat().st_size != size:
+            return Verdict(what, "missing", f"{file} is gone or has another size than {size} bytes")
+    return Verdict(what, "current", f"fingerprint {record['fingerprint'][:8]}")
+
+
+def _named(prefix: str, settings: Any, without: frozenset[str] | set[str] = frozenset()) -> dict[str, Any]:
+    return {f"{prefix}.{name}": value for name, value in asdict(settings).items() if name not in without}
+
+
+def _nearest_cache(wanted: Wanted, spec: FeatureSpec) -> str | None:
+    """Why the caches of the same cut that lie there will not do: the one that differs least speaks."""
+    reasons: list[tuple[int, str]] = []
+    for folder in wanted.paths.cache_root.glob(f"cut-{spec.cut}-*"):
+        try:
+            manifest = read_manifest(folder)
+            differences = spec.differences(manifest.spec)
+            check_spec(manifest, spec)
+        except CacheError as error:
+            reasons.append((len(differences) if "differences" in locals() else 99, str(error)))
+    return min(reasons)[1] if reasons else None
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:8]}…" if len(text) == 64 and all(c in "0123456789abcdef" for c in text) else text

@@ -1,0 +1,106 @@
+"""`permafrost equivalence`: is training from the cache the same as training live? Recomputes a batch of every cache from
+the images with the frozen blocks, and compares features and the first step's loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cache import open_cache
+from cache.store import CacheReader
+from pipeline.config import ConfigError
+from pipeline.decide import Wanted, judge_cache
+from pipeline.job import Job, RunFailed
+from pipeline.work import sampling, state_file
+from stages.checkpoint import apply_tensors, read_state
+from stages.device import autocast
+from stages.optim import build_adamw, parameter_groups
+from stages.sources import CachedFeatures, LiveFeatures, Source
+from stages.train import Build, build_model
+
+FEATURE_BOUND = {"float32": 1e-3, "bfloat16": 1e-2}
+"""Largest relative RMSE of cached against live features. float16 alone rounds by 2^-12 of a value on average; under
+bfloat16 autocast such a difference can flip a rounding of 2^-9 in every later block."""
+LOSS_BOUND = 1e-3
+"""Largest relative difference of the first step's loss."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Cached against live, at one stage."""
+
+    stage: int
+    cut: int
+    feature_rmse: float
+    feature_max: float
+    cached_loss: float
+    live_loss: float
+
+    @property
+    def loss_difference(self) -> float:
+        return abs(self.cached_loss - self.live_loss) / abs(self.live_loss)
+
+
+def run_equivalence(job: Job) -> None:
+    """Compare every cache of the run that is there; RunFailed when one differs by more than its bound."""
+    wanted = Wanted(job.config, job.paths)
+    stages = [stage for stage in range(1, len(wanted.segments)) if judge_cache(wanted, stage).current]
+    if not stages:
+        raise ConfigError(
+            f"{job.paths.root} has no current cache to compare; run `make stage-1` first, or see `make explain`"
+        )
+    found = [compare_stage(wanted, stage) for stage in stages]
+    table = Table(
+        "stage", "cut", "features: rel. RMSE", "max |diff|", "loss cached", "loss live", "rel. difference", box=None
+    )
+    for one in found:
+        table.add_row(
+            *(str(one.stage), str(one.cut), f"{one.feature_rmse:.2e}", f"{one.feature_max:.2e}"),
+            *(f"{one.cached_loss:.6f}", f"{one.live_loss:.6f}", f"{one.loss_difference:.2e}"),
+        )
+    Console(highlight=False).print(table)
+    bound = FEATURE_BOUND[job.config.train.precision]
+    for one in found:
+        if not (one.feature_rmse <= bound and one.loss_difference <= LOSS_BOUND):
+            raise RunFailed(
+                f"cache {one.stage} is not what the frozen blocks compute: features differ by {one.feature_rmse:.2e} "
+                f"(bound {bound:g}), the loss by {one.loss_difference:.2e} (bound {LOSS_BOUND:g}); run `make verify`"
+            )
+
+
+def compare_stage(wanted: Wanted, stage: int) -> Comparison:
+    """The first batch of a stage, read and recomputed, under the stage's starting weights."""
+    config, segment = wanted.config, wanted.segments[stage]
+    torch.set_num_threads(config.train.threads)
+    build = Build(config.seed, config.model, config.decoder, config.target)
+    model = build_model(build, segment.cut, config.train.device)
+    optimizer = build_adamw(parameter_groups(model, 0.0), config.train)
+    apply_tensors(model, optimizer, read_state(state_file(wanted.paths.stage(stage - 1)))[2])
+    spec = wanted.cache_spec(stage)
+    assert spec is not None
+    cache: CacheReader = open_cache(wanted.cache_folder(spec))
+    cached = CachedFeatures(cache, sampling(wanted))
+    live = LiveFeatures(wanted.data.train, sampling(wanted), config.cache.views)
+
+    def loss(source: Source) -> float:
+        with torch.no_grad(), autocast(config.train.device, config.train.precision):
+            return float(model(source.mask(model, source.load(segment, 0).to(config.train.device))))
+
+    inputs = live.load(segment, 0).to(config.train.device)
+    assert inputs.ids_BL is not None
+    with autocast(config.train.device, config.train.precision):
+        wants = model.frozen_features(inputs.values, inputs.ids_BL, config.mask.groups).float().cpu()
+    rows = live.sampling.rows(segment, 0, len(cache))
+    has = cache.read(rows, live.sampling.slot(segment, 0, config.cache.views)[0]).features_BLD
+    difference = has - wants
+    return Comparison(
+        stage=stage,
+        cut=segment.cut,
+        feature_rmse=float(difference.norm() / wants.norm()),
+        feature_max=float(difference.abs().max()),
+        cached_loss=loss(cached),
+        live_loss=loss(live),
+    )

@@ -1,0 +1,34 @@
+"""What a verb of the command line is given, and the two ways in which it may end early."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+from pipeline.config import PipelineConfig
+from pipeline.layout import RunPaths
+
+
+class Interrupted(Exception):
+    """The work was asked to stop and has saved where it stands; the one-line message says how to go on."""
+
+
+class RunFailed(RuntimeError):
+    """The request was right and the run failed, for instance a loss that is no number; a one-line message."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of a verb."""
+
+    name: str
+    """The recipe's name, or the config file's."""
+    config: PipelineConfig
+    """Checked, and completed for this machine."""
+    paths: RunPaths
+    stop: threading.Event = field(default_factory=threading.Event)
+    """Set by Ctrl-C or SIGTERM: save and raise Interrupted."""
+    yes: bool = False
+    """Do not ask before anything is removed."""
+    target: str | int | None = None
+    """The stage's number, the arm's name, or what else follows the verb."""

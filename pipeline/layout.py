@@ -1,0 +1,134 @@
+"""The one place that names a run's files, and the lock that keeps two processes from writing one run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+class RunBusy(ValueError):
+    """Another process works in this run's folder."""
+
+
+@dataclass(frozen=True)
+class StagePaths:
+    """The files of a stage or an arm."""
+
+    root: Path
+
+    @property
+    def json(self) -> Path:
+        """What happened: status, fingerprint, times, scores."""
+        return self.root / "stage.json"
+
+    @property
+    def model(self) -> Path:
+        """The whole encoder after the stage, timm's parameter names."""
+        return self.root / "model.safetensors"
+
+    @property
+    def last(self) -> Path:
+        """Folder of what a mid-stage resume needs."""
+        return self.root / "last"
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The files of a run. caches: where its caches lie when not inside it."""
+
+    root: Path
+    caches: Path | None = None
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.toml"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
+    def events(self) -> Path:
+        return self.root / "events.jsonl"
+
+    @property
+    def speedup(self) -> Path:
+        return self.root / "speedup.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def figures(self) -> Path:
+        return self.root / "figures"
+
+    @property
+    def export(self) -> Path:
+        return self.root / "export"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def index(self) -> Path:
+        """Folder of the image lists that need not be hashed again."""
+        return self.root / "index"
+
+    @property
+    def cache_root(self) -> Path:
+        return self.caches or self.root / "cache"
+
+    def stage(self, index: int) -> StagePaths:
+        return StagePaths(self.root / f"stage-{index}")
+
+    def arm(self, name: str) -> StagePaths:
+        """A baseline arm, e2e or freeze, laid out like a stage."""
+        return StagePaths(self.root / "arms" / name)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the run for this process; the kernel lets go when the process ends, however it ends. Not re-entrant.
+
+        Raises RunBusy at once, naming the process that holds it.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            held = FileLock(self.root / ".lock", timeout=0).acquire()
+        except Timeout:
+            process = f"process {self.holder() or 'unknown'}"
+            raise RunBusy(
+                f"run {self.root} is in use by {process}; wait for it, stop it, or take another --run (RUN=)"
+            ) from None
+        with held:
+            self._pid.write_text(str(os.getpid()))
+            try:
+                yield
+            finally:
+                self._pid.unlink(missing_ok=True)
+
+    def holder(self) -> int | None:
+        """The process that works in this run, without disturbing it; None when there is none."""
+        try:
+            pid = int(self._pid.read_text())
+            os.kill(pid, 0)  # a process that was killed has left its number behind
+        except PermissionError:
+            return pid
+        except (FileNotFoundError, ValueError, ProcessLookupError):
+            return None
+        return pid
+
+    @property
+    def _pid(self) -> Path:
+        return self.root / ".lock.pid"
+
+
+def run_paths(run: str, name: str, cache_root: str) -> RunPaths:
+    """The files of the run in folder run (empty: runs/<name>), its caches in cache_root (empty: inside the run)."""
+    return RunPaths(Path(run or f"runs/{name}"), Path(cache_root) if cache_root else None)

@@ -1,0 +1,146 @@
+"""Runs what is missing or stale, in order, and says why. It decides with `decide`, as `explain` does, and leaves the
+work itself to `work`, which is imported only when there is some, since torch takes its time to load."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from cache.manifest import atomic_write
+from cache.size import cache_bytes
+from pipeline.config import ConfigError, to_toml
+from pipeline.decide import ARMS, Verdict, Wanted, judge_arm, judge_cache, judge_stage
+from pipeline.events import EventLog
+from pipeline.job import Job
+
+
+@dataclass(frozen=True)
+class Desk:
+    """A job at work: what it wants, and where it tells what it does."""
+
+    job: Job
+    wanted: Wanted
+    log: EventLog
+
+    def say(self, verdict: Verdict) -> None:
+        """Tell a verdict before acting on it."""
+        self.log.message(f"{verdict.what}: {verdict.state} ({verdict.reason})")
+
+
+@contextmanager
+def at_work(job: Job) -> Iterator[Desk]:
+    """Hold the run's lock, write its resolved settings, open its log."""
+    with job.paths.lock():
+        text = to_toml(job.config)
+        if not job.paths.config.exists() or job.paths.config.read_text() != text:
+            atomic_write(job.paths.config, text.encode())
+        with EventLog(job.paths.events, job.paths.tensorboard, show=True) as log:
+            yield Desk(job, Wanted(job.config, job.paths), log)
+
+
+def run_all(job: Job) -> None:
+    """All stages, both baseline arms, and the comparison."""
+    with at_work(job) as desk:
+        last = len(desk.wanted.segments) - 1
+        refuse_what_does_not_fit(desk.wanted, last)
+        ensure_stage(desk, last)
+        for arm in ARMS:
+            ensure_arm(desk, arm)
+        from pipeline.speedup import compare
+
+        compare(desk)
+
+
+def run_stage(job: Job) -> None:
+    """Stage N, and first whatever before it is missing or stale."""
+    with at_work(job) as desk:
+        stage = _stage(desk.wanted, job.target, first=0)
+        refuse_what_does_not_fit(desk.wanted, stage)
+        ensure_stage(desk, stage)
+
+
+def run_cache(job: Job) -> None:
+    """The cache that stage N reads, and first whatever before it is missing or stale."""
+    with at_work(job) as desk:
+        stage = _stage(desk.wanted, job.target, first=1)
+        refuse_what_does_not_fit(desk.wanted, stage)
+        ensure_cache(desk, stage)
+
+
+def run_arm(job: Job) -> None:
+    """A baseline arm, and first stage 0, which all arms share."""
+    with at_work(job) as desk:
+        ensure_arm(desk, str(job.target))
+
+
+def ensure_stage(desk: Desk, stage: int) -> None:
+    """Train a stage unless it is current; of what lies before it, run what it needs."""
+    if stage:
+        ensure_stage(desk, stage - 1)
+    verdict = judge_stage(desk.wanted, stage)
+    desk.say(verdict)
+    if verdict.current:
+        return
+    if stage:
+        ensure_cache(desk, stage)
+    from pipeline.work import train_stage
+
+    train_stage(desk, stage)
+
+
+def ensure_cache(desk: Desk, stage: int) -> None:
+    """Build the cache that a stage reads unless it is current. Its parent is needed only when it has to be built."""
+    ensure_trained(desk, stage - 1)
+    verdict = judge_cache(desk.wanted, stage)
+    desk.say(verdict)
+    if verdict.current:
+        return
+    if stage > 1:
+        ensure_cache(desk, stage - 1)
+    from pipeline.work import build_cache
+
+    build_cache(desk, stage)
+
+
+def ensure_trained(desk: Desk, stage: int) -> None:
+    """`ensure_stage`, silent when there is nothing to do."""
+    if not all(judge_stage(desk.wanted, earlier).current for earlier in range(stage + 1)):
+        ensure_stage(desk, stage)
+
+
+def ensure_arm(desk: Desk, arm: str) -> None:
+    """Train a baseline arm unless it is current."""
+    ensure_trained(desk, 0)
+    verdict = judge_arm(desk.wanted, arm)
+    desk.say(verdict)
+    if verdict.current:
+        return
+    from pipeline.work import train_baseline
+
+    train_baseline(desk, arm)
+
+
+def refuse_what_does_not_fit(wanted: Wanted, last: int) -> None:
+    """Raise ConfigError before anything runs when the caches still to be built need more disk than is free."""
+    missing = [stage for stage in range(1, last + 1) if not judge_cache(wanted, stage).current]
+    needed = sum(cache_bytes(wanted.layout(stage)) for stage in missing)
+    root = wanted.paths.cache_root.absolute()
+    free = shutil.disk_usage(next(folder for folder in (root, *root.parents) if folder.exists())).free
+    if needed > free:
+        views = wanted.config.cache.views
+        raise ConfigError(
+            f"caches of stages {missing[0]}-{missing[-1]} with cache.views={views} need {needed / 1e9:,.1f} GB, "
+            f"{root} has {free / 1e9:,.1f} GB free; lower cache.views or data.limit, or set CACHE_ROOT to a larger disk"
+        )
+
+
+def _stage(wanted: Wanted, target: str | int | None, first: int) -> int:
+    """The stage that the user named. Raises ConfigError when the plan has none of that number."""
+    last = len(wanted.segments) - 1
+    if not isinstance(target, int) or not first <= target <= last:
+        raise ConfigError(
+            f"no stage {target} here; the plan has {first}-{last} (schedule.cuts={list(wanted.config.schedule.cuts)})"
+        )
+    return target

@@ -1,0 +1,201 @@
+"""`permafrost speedup`: the three arms side by side, from their records, as speedup.json, a table and a figure. Times are
+training and cache building; evaluation is not counted for any arm. Stage 0 is trained once and counted in all three."""
+
+from __future__ import annotations
+
+import json
+import platform
+from itertools import pairwise
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from cache.manifest import atomic_write
+from pipeline import __version__
+from pipeline.config import ConfigError
+from pipeline.decide import ARMS, Wanted, judge_all
+from pipeline.job import Job
+from pipeline.runner import Desk, at_work
+
+VERSIONS = ("torch", "timm", "zarr", "numpy")
+
+
+def run_speedup(job: Job) -> None:
+    """Compare the arms of a run that has trained them all."""
+    with at_work(job) as desk:
+        missing = [v.what for v in judge_all(desk.wanted) if not v.current and not v.what.startswith("cache")]
+        if missing:
+            raise ConfigError(f"not current: {', '.join(missing)}; `make all` runs them, `make explain` says why")
+        compare(desk)
+
+
+def compare(desk: Desk) -> None:
+    """Write speedup.json and the figure, print the table. Everything it compares is current."""
+    from pipeline.figures import accuracy_against_time
+
+    wanted, paths = desk.wanted, desk.wanted.paths
+    found = summary(wanted)
+    atomic_write(paths.speedup, (json.dumps(found, indent=2) + "\n").encode())
+    figure = paths.figures / "accuracy-time.png"
+    accuracy_against_time(found, figure)
+    show(found)
+    desk.log.message(f"written: {paths.speedup}, {figure}")
+
+
+def summary(wanted: Wanted) -> dict[str, Any]:
+    """The contents of speedup.json."""
+    from pipeline.bench import flop_bound, loader_bound
+
+    stages = [record(wanted, wanted.paths.stage(k)) for k in range(len(wanted.segments))]
+    arms = {name: arm_summary([stages[0], record(wanted, wanted.paths.arm(name))]) for name in ARMS}
+    arms["cached"] = arm_summary(stages)
+    segments = {name: record(wanted, wanted.paths.arm(name))["segments"] for name in ARMS}
+    by_stage = [
+        {
+            "cut": stage["cut"],
+            "e2e_images_per_second": segments["e2e"][k]["images_per_second"],
+            "freeze_images_per_second": segments["freeze"][k]["images_per_second"],
+            "cached_images_per_second": stage["images_per_second"],
+            "ratio": stage["images_per_second"] / segments["e2e"][k]["images_per_second"],
+            "flop_bound": flop_bound(wanted, k + 1),
+        }
+        for k, stage in enumerate(stages[1:])
+    ]
+    bounds = loader_bound(wanted)
+    return {
+        "arms": arms,
+        "speedup_total": arms["e2e"]["total_seconds"] / arms["cached"]["total_seconds"],
+        "speedup_by_stage": by_stage,
+        "loader_bound": min(bounds, default=1.0),
+        "loader_bound_by_stage": bounds,
+        "break_even_epoch": break_even(
+            timeline([stages[0], record(wanted, wanted.paths.arm("e2e"))]), timeline(stages)
+        ),
+        "early_stop": stopped_at(arms["e2e"]["curve"], arms["cached"]["total_seconds"]),
+        "device": f"{wanted.config.train.device} ({processor()})",
+        "precision": wanted.config.train.precision,
+        "threads": wanted.config.train.threads,
+        "versions": {"permafrost": __version__, "python": platform.python_version()}
+        | {name: version(name) for name in VERSIONS},
+    }
+
+
+def record(wanted: Wanted, paths: Any) -> dict[str, Any]:
+    found = wanted.record(paths)
+    assert found is not None, f"{paths.json} was there a moment ago"
+    return found
+
+
+def arm_summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """One arm from the records of its parts, in order. A part's probe points count from its own start, after its cache."""
+    curve, spent = [], 0.0
+    for part in parts:
+        spent += part["cache_seconds"]
+        points = ("epoch", "knn_top1", "linear_top1", "effective_rank")
+        curve += [{"seconds": spent + p["seconds"]} | {key: p[key] for key in points} for p in part["curve"]]
+        spent += part["train_seconds"]
+    return {
+        "train_seconds": sum(part["train_seconds"] for part in parts),
+        "cache_seconds": sum(part["cache_seconds"] for part in parts),
+        "total_seconds": spent,
+        "loader_wait_seconds": sum(part["loader_wait_seconds"] for part in parts),
+        "evaluate_seconds": sum(part["evaluate_seconds"] for part in parts),
+        "epochs": sum(part["epochs"] for part in parts),
+        "images": sum(part["images"] for part in parts),
+        "knn_top1": parts[-1]["knn_top1"],
+        "linear_top1": parts[-1]["linear_top1"],
+        "curve": curve,
+    }
+
+
+def timeline(parts: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """(epoch, seconds) at every corner of an arm's course; building a cache takes seconds and no epoch."""
+    epoch = seconds = 0.0
+    corners = [(0.0, 0.0)]
+    for part in parts:
+        seconds += part["cache_seconds"]
+        corners.append((epoch, seconds))
+        for segment in part["segments"]:
+            epoch, seconds = epoch + segment["epochs"], seconds + segment["train_seconds"]
+            corners.append((epoch, seconds))
+    return corners
+
+
+def break_even(slow: list[tuple[float, float]], fast: list[tuple[float, float]]) -> float | None:
+    """The epoch from which on `fast` has spent no more seconds than `slow`; None when it never gets there.
+
+    Both are corners of piecewise linear courses over the same epochs. Between two corners of either the lead is linear,
+    so it is enough to look at the last stretch that begins with `slow` ahead.
+    """
+    epochs = sorted({epoch for epoch, _ in (*slow, *fast)})
+    found = None
+    for start, end in reversed(list(pairwise(epochs))):
+        before = seconds_at(fast, start, after_jump=True) - seconds_at(slow, start, after_jump=True)
+        after = seconds_at(fast, end, after_jump=False) - seconds_at(slow, end, after_jump=False)
+        if after > 0:
+            return found
+        if before > 0:
+            return start + (end - start) * before / (before - after)
+        found = start
+    return found
+
+
+def seconds_at(corners: list[tuple[float, float]], epoch: float, after_jump: bool) -> float:
+    """Seconds spent at an epoch; where a cache is built at that epoch, before or after it was."""
+    exact = [seconds for at, seconds in corners if at == epoch]
+    if exact:
+        return exact[-1] if after_jump else exact[0]
+    return float(np.interp(epoch, [at for at, _ in corners], [seconds for _, seconds in corners]))
+
+
+def stopped_at(curve: list[dict[str, float]], seconds: float) -> dict[str, Any]:
+    """What an arm scored when stopped after `seconds`, between two points of its curve by linear interpolation."""
+    times = [point["seconds"] for point in curve]
+    reached = {
+        key: float(np.interp(seconds, times, [p[key] for p in curve])) for key in ("epoch", "knn_top1", "linear_top1")
+    }
+    return {"seconds": min(seconds, times[-1]), **reached}
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print the table of arms and, below it, the rates by stage."""
+    by_stage = found["speedup_by_stage"]
+    cuts = [f"cut {row['cut']}" for row in by_stage]
+    heads = ("arm", "train s", "cache s", "total s", *(f"img/s {cut}" for cut in cuts), "speed-up", "kNN", "linear")
+    table = Table(*heads, box=None, pad_edge=False)
+    for name in ("e2e", "freeze", "cached"):
+        arm = found["arms"][name]
+        table.add_row(
+            name,
+            *(f"{arm[key]:.1f}" for key in ("train_seconds", "cache_seconds", "total_seconds")),
+            *(f"{row[f'{name}_images_per_second']:.0f}" for row in by_stage),
+            f"{found['arms']['e2e']['total_seconds'] / arm['total_seconds']:.2f}",
+            *(f"{arm[key]:.3f}" for key in ("knn_top1", "linear_top1")),
+        )
+    console = Console(highlight=False, width=120)
+    console.print(table)
+    stopped, cached = found["early_stop"], found["arms"]["cached"]
+    console.print(
+        f"e2e stopped at the cached arm's {cached['total_seconds']:.0f} s (epoch {stopped['epoch']:.1f}): "
+        f"kNN {stopped['knn_top1']:.3f}, linear {stopped['linear_top1']:.3f}; cached: {cached['knn_top1']:.3f}, "
+        f"{cached['linear_top1']:.3f}"
+    )
+    ratios = ", ".join(f"cut {row['cut']}: {row['ratio']:.2f} (FLOP bound {row['flop_bound']:.2f})" for row in by_stage)
+    even = found["break_even_epoch"]
+    console.print(f"cached over e2e images/s at {ratios}" if by_stage else "one stage only: nothing is cached")
+    console.print(
+        f"cached step against features in memory: {found['loader_bound']:.2f}; break-even "
+        + ("not reached" if even is None else f"at epoch {even:.1f}")
+    )
+
+
+def processor() -> str:
+    """The processor's name, for the record."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,272 @@
+"""The work that the runner has decided on: train a stage or a baseline arm, build a cache, and write down what came of
+it. A record says `done` only after everything it names is on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+
+from cache import open_cache
+from cache.layout import Layout
+from cache.manifest import atomic_write
+from models.mim import MaskedModel
+from models.vit import frozen_hash
+from pipeline.cluster import task_runner
+from pipeline.config import PipelineConfig
+from pipeline.decide import Wanted, inputs_digest
+from pipeline.job import Interrupted, RunFailed
+from pipeline.layout import StagePaths
+from pipeline.runner import Desk
+from stages.checkpoint import CheckpointError, Progress
+from stages.encode import EncodeJob, build
+from stages.optim import Rates
+from stages.probe import ProbeResult, evaluate
+from stages.segment import Segment, as_end_to_end
+from stages.sources import CachedFeatures, LiveFeatures, LiveImages, Sampling, Source
+from stages.train import Arm, Build, Diverged, Hooks, train_arm
+
+
+def train_stage(desk: Desk, stage: int) -> None:
+    """Stage 0 trains everything from images; a later one the blocks behind its cut, from the cache."""
+    wanted = desk.wanted
+    how = sampling(wanted)
+    if stage:
+        spec = wanted.cache_spec(stage)
+        assert spec is not None, "ensure_cache comes first"
+        cache = open_cache(wanted.cache_folder(spec))
+        source: Source = CachedFeatures(cache, how)
+        built = read_seconds(wanted.paths.stage(stage), spec.fingerprint)
+    else:
+        source, built, spec = LiveImages(wanted.data.train, how), 0.0, None
+    train(
+        desk,
+        paths=wanted.paths.stage(stage),
+        tag={"stage": stage},
+        segments=wanted.segments[stage : stage + 1],
+        source=lambda segment: source,
+        start=state_file(wanted.paths.stage(stage - 1)) if stage else None,
+        inputs=wanted.stage_inputs(stage),
+        facts={"cut": wanted.segments[stage].cut, "cache": spec.fingerprint if spec else None, "cache_seconds": built},
+    )
+
+
+def train_baseline(desk: Desk, arm: str) -> None:
+    """Both baselines go on from the end of stage 0 through all later epochs: e2e freezes nothing; freeze freezes as the
+    stages do and runs the frozen blocks forward on every step."""
+    wanted = desk.wanted
+    segments = wanted.segments[1:]
+    train(
+        desk,
+        paths=wanted.paths.arm(arm),
+        tag={"arm": arm},
+        segments=as_end_to_end(segments) if arm == "e2e" else segments,
+        source=lambda segment: live_source(wanted, segment),
+        start=state_file(wanted.paths.stage(0)),
+        inputs=wanted.arm_inputs(arm),
+        facts={"cut": 0 if arm == "e2e" else segments[-1].cut if segments else 0, "cache": None, "cache_seconds": 0.0},
+    )
+
+
+def live_source(wanted: Wanted, segment: Segment) -> Source:
+    """Images masked before the first block, or, where the target is made of frozen features, those features live."""
+    if segment.cut and wanted.config.target.kind == "features":
+        return LiveFeatures(wanted.data.train, sampling(wanted), wanted.config.cache.views)
+    return LiveImages(wanted.data.train, sampling(wanted))
+
+
+def train(
+    desk: Desk,
+    paths: StagePaths,
+    tag: dict[str, Any],
+    segments: tuple[Segment, ...],
+    source: Callable[[Segment], Source],
+    start: Path | None,
+    inputs: dict[str, Any],
+    facts: dict[str, Any],
+) -> None:
+    """Train an arm to its end and write its record, model and final state. Raises Interrupted with the state saved."""
+    wanted, config = desk.wanted, desk.wanted.config
+    record = (
+        tag
+        | facts
+        | {
+            "status": "running",
+            "fingerprint": inputs_digest(inputs),
+            "parent": parent_of(wanted, start),
+            "epochs": sum(segment.epochs for segment in segments),
+            "inputs": inputs,
+        }
+    )
+    write_record(paths, record)
+    arm = Arm(
+        tag=tag,
+        segments=segments,
+        build=Build(config.seed, config.model, config.decoder, config.target),
+        train=config.train,
+        rates=rates(wanted),
+        source=source,
+        state=state_file(paths),
+        start=start,
+        inputs=record["fingerprint"],
+        eval_every=config.eval.every,
+    )
+    hooks = Hooks(log=desk.log, evaluate=lambda model: evaluate_model(wanted, model), stop=desk.job.stop.is_set)
+    try:
+        progress, model = train_arm(arm, hooks)
+    except Diverged as error:
+        write_record(paths, record | {"status": "failed"})
+        raise RunFailed(str(error)) from error
+    if progress.segment < len(segments):
+        done = sum(totals.steps for totals in progress.totals)
+        raise Interrupted(
+            f"interrupted: {arm.label} is saved at step {done} of {sum(s.steps for s in segments)}; "
+            "the same command goes on from there"
+        )
+    finish_record(paths, record, progress, model, segments)
+
+
+def finish_record(
+    paths: StagePaths, record: dict[str, Any], progress: Progress, model: MaskedModel, segments: tuple[Segment, ...]
+) -> None:
+    """Write the encoder, then the record that says `done` and what came of it."""
+    state = model.encoder.vit.state_dict()
+    atomic_write(paths.model, save({name: value.cpu().contiguous() for name, value in state.items()}))
+    totals, last = progress.totals, progress.curve[-1]
+    seconds, images = progress.train_seconds, sum(part.images for part in totals)
+    files = (paths.model, state_file(paths))
+    write_record(
+        paths,
+        record
+        | {
+            "status": "done",
+            "steps": sum(part.steps for part in totals),
+            "images": images,
+            "train_seconds": seconds,
+            "loader_wait_seconds": sum(part.loader_wait_seconds for part in totals),
+            "evaluate_seconds": sum(part.evaluate_seconds for part in totals),
+            "images_per_second": images / seconds,
+            "first_loss": totals[0].first_loss,
+            "final_loss": totals[-1].mean_loss,
+            "knn_top1": last["knn_top1"],
+            "linear_top1": last["linear_top1"],
+            "curve": progress.curve,
+            "segments": [
+                {
+                    "cut": segment.cut,
+                    "epochs": part.steps / segment.steps_per_epoch,
+                    "images": part.images,
+                    "train_seconds": part.train_seconds,
+                    "images_per_second": part.images / part.train_seconds,
+                }
+                for segment, part in zip(segments, totals, strict=True)
+            ],
+            "state": file_checksum(state_file(paths)),
+            "weights": file_checksum(paths.model),
+            "frozen_weights": {str(cut): frozen_hash(state, cut) for cut in range(1, model.encoder.depth + 1)},
+            "files": {str(file.relative_to(paths.root)): file.stat().st_size for file in files},
+        },
+    )
+
+
+def build_cache(desk: Desk, stage: int) -> None:
+    """Build what is missing of the cache that a stage reads, shard by shard on the cluster."""
+    wanted, config = desk.wanted, desk.wanted.config
+    spec = wanted.cache_spec(stage)
+    assert spec is not None, "ensure_cache trains the stage before it first"
+    parent = wanted.cache_spec(stage - 1) if stage > 1 else None
+    job = EncodeJob(
+        folder=str(wanted.cache_folder(spec)),
+        layout=Layout(spec, len(wanted.data.train), config.cache.shard_rows),
+        weights=str(wanted.paths.stage(stage - 1).model.absolute()),
+        model=config.model,
+        data=config.data,
+        index_folder=str(wanted.paths.index.absolute()),
+        parent=str(wanted.cache_folder(parent)) if parent else None,
+        parent_cut=parent.cut if parent else 0,
+        batch=config.cache.encode_batch,
+        device=config.train.device,
+        threads=config.cluster.threads or max(1, config.train.threads // max(1, config.cluster.workers)),
+        loader_threads=config.train.loader_threads,
+    )
+    paths, spent, started = (
+        wanted.paths.stage(stage),
+        read_seconds(wanted.paths.stage(stage), spec.fingerprint),
+        time.perf_counter(),
+    )
+    with task_runner(config.cluster) as run:
+        for done, total in build(job, wanted.data.train, run):
+            seconds = spent + time.perf_counter() - started
+            write_seconds(paths, spec.fingerprint, seconds)
+            desk.log({"stage": stage, "cut": spec.cut, "shard": done, "shards": total, "cache_seconds": seconds})
+            if desk.job.stop.is_set() and done < total:
+                raise Interrupted(
+                    f"interrupted: cache {stage} has {done} of {total} shards; the same command goes on from there"
+                )
+    seconds = spent + time.perf_counter() - started
+    write_seconds(paths, spec.fingerprint, seconds)
+    desk.log.message(f"cache {stage}: built in {seconds:.1f} s ({wanted.cache_folder(spec)})")
+
+
+def evaluate_model(wanted: Wanted, model: MaskedModel) -> ProbeResult:
+    """kNN and linear probe of the model's encoder, as the settings ask."""
+    config, data = wanted.config, wanted.data
+    return evaluate(
+        model.encoder, data, config.eval, config.model.image_size, config.train.device, config.train.precision
+    )
+
+
+def sampling(wanted: Wanted) -> Sampling:
+    config = wanted.config
+    return Sampling(config.seed, config.train.batch_size, config.data, config.model, config.mask, config.target.kind)
+
+
+def rates(wanted: Wanted) -> Rates:
+    config: PipelineConfig = wanted.config
+    return Rates(config.train, config.schedule, wanted.identity["depth"], wanted.total_steps, wanted.steps_per_epoch)
+
+
+def state_file(paths: StagePaths) -> Path:
+    """The state that a resume goes on from, and, once finished, that the next stage starts from."""
+    return paths.last / "state.safetensors"
+
+
+def parent_of(wanted: Wanted, start: Path | None) -> str | None:
+    """The fingerprint of the stage whose state is started from. Raises CheckpointError when that file was altered."""
+    if start is None:
+        return None
+    record = wanted.record(StagePaths(start.parents[1]))
+    assert record is not None, "the stage before is trained first"
+    if not start.exists() or file_checksum(start) != record["state"]:
+        raise CheckpointError(
+            f"{start} is not the state that its stage ended with; delete {start.parents[1]} to train it anew"
+        )
+    return str(record["fingerprint"])
+
+
+def file_checksum(path: Path) -> str:
+    """sha256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_record(paths: StagePaths, record: dict[str, Any]) -> None:
+    paths.root.mkdir(parents=True, exist_ok=True)
+    atomic_write(paths.json, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def read_seconds(paths: StagePaths, fingerprint: str) -> float:
+    """What the stage's cache has cost to build so far, in seconds, over all interruptions."""
+    file = paths.root / "cache.json"
+    record = json.loads(file.read_text()) if file.exists() else {}
+    return float(record["seconds"]) if record.get("fingerprint") == fingerprint else 0.0
+
+
+def write_seconds(paths: StagePaths, fingerprint: str, seconds: float) -> None:
+    paths.root.mkdir(parents=True, exist_ok=True)
+    atomic_write(paths.root / "cache.json", json.dumps({"fingerprint": fingerprint, "seconds": seconds}).encode())

@@ -1,0 +1,115 @@
+"""What a bit-identical resume needs, in one file: weights, AdamW's moments and the progress made. A state is written
+atomically while a stage trains; the final one is where the next stage, or a baseline arm, starts from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from cache.manifest import atomic_write
+from models.mim import MaskedModel
+
+STATE_VERSION = 1
+
+
+class CheckpointError(ValueError):
+    """A saved state that cannot be used."""
+
+
+@dataclass
+class SegmentTotals:
+    """What one segment has cost and brought so far. Seconds are wall-clock; `train_seconds` includes waiting for data."""
+
+    train_seconds: float = 0.0
+    loader_wait_seconds: float = 0.0
+    evaluate_seconds: float = 0.0
+    images: int = 0
+    steps: int = 0
+    loss_sum: float = 0.0
+    loss_steps: int = 0
+    first_loss: float | None = None
+
+    @property
+    def mean_loss(self) -> float | None:
+        """Mean training loss of the current, or last, epoch."""
+        return self.loss_sum / self.loss_steps if self.loss_steps else None
+
+
+@dataclass
+class Progress:
+    """Where an arm stands. `segment` is the one in training, `step` its optimiser steps done."""
+
+    segment: int = 0
+    step: int = 0
+    totals: list[SegmentTotals] = field(default_factory=list)
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def train_seconds(self) -> float:
+        return sum(totals.train_seconds for totals in self.totals)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Progress:
+        plain: dict[str, Any] = json.loads(text)
+        plain["totals"] = [SegmentTotals(**totals) for totals in plain["totals"]]
+        return cls(**plain)
+
+
+def model_tensors(model: MaskedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights under `encoder/` and `decoder/`, the optimiser's moments under `optim/<parameter>/<moment>`."""
+    tensors = {f"encoder/{name}": value for name, value in model.encoder.vit.state_dict().items()}
+    tensors |= {f"decoder/{name}": value for name, value in model.decoder.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for moment, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optim/{name}/{moment}"] = value
+    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+
+def apply_tensors(model: MaskedModel, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The reverse of `model_tensors`. Moments of parameters that no longer learn are left behind."""
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+    model.encoder.vit.load_state_dict(part("encoder/"))
+    model.decoder.load_state_dict(part("decoder/"))
+    learning = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in learning and (moments := part(f"optim/{name}/")):
+            optimizer.state[parameter] = {
+                moment: value.clone() if moment == "step" else value.to(parameter.device, copy=True)
+                for moment, value in moments.items()
+            }
+
+
+def save_state(path: Path, inputs: str, progress: Progress, tensors: dict[str, Tensor]) -> None:
+    """Write the whole state at once or not at all. `inputs` is the digest of what the run was asked to do."""
+    header = {"version": str(STATE_VERSION), "inputs": inputs, "progress": progress.to_json()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, save(tensors, metadata=header))
+
+
+def read_state(path: Path) -> tuple[str, Progress, dict[str, Tensor]]:
+    """(inputs digest, progress, tensors). Raises CheckpointError when the file is damaged or of another version."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is no readable state ({error}); delete it to train this stage anew") from error
+    if header.get("version") != str(STATE_VERSION):
+        raise CheckpointError(
+            f"{path} has state version {header.get('version')}, this program writes {STATE_VERSION}; "
+            "delete it to train this stage anew"
+        )
+    return header["inputs"], Progress.from_json(header["progress"]), tensors

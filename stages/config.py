@@ -1,0 +1,98 @@
+"""Settings of data, schedule, training and evaluation. Free of torch, like every config module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from and how views are cut from them."""
+
+    source: str = "sample"
+    """sample, a folder of images, WebDataset tars (path, glob or {000000..000007} pattern), or a torchvision name such as cifar10."""
+    val_source: str = ""
+    """Images to evaluate on; empty holds out a tenth of the source."""
+    limit: int = 0
+    """Use only the first so many training images; 0 uses all."""
+    on_bad: Literal["stop", "skip"] = "stop"
+    """A file that is no readable image stops the run, or is left out and recorded."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Smallest and largest share of the image's area that a view may show."""
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Smallest and largest ratio of width to height of a view."""
+    flip: float = 0.5
+    """Chance that a view is mirrored."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """When blocks freeze."""
+
+    kind: Literal["explicit", "freezeout", "adaptive"] = "explicit"
+    """explicit: cuts and epochs as given; freezeout: cuts as given, epochs from FreezeOut's schedule."""
+    cuts: tuple[int, ...] = (0, 3, 6, 9)
+    """First learning block of each stage; stage 0 has cut 0."""
+    epochs: tuple[int, ...] = (2, 2, 2, 2)
+    """Epochs of each stage; with freezeout their sum is the length of the whole run."""
+    t0: float = 0.8
+    """FreezeOut: share of the run at which the patch embedding freezes, before scaling."""
+    scale: Literal["linear", "squared", "cubic"] = "cubic"
+    """FreezeOut: how the freezing times of the layers are spaced."""
+    scale_lr: bool = True
+    """FreezeOut: divide a layer's learning rate by its share of the run, so that each travels as far."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimiser and the loop, alike for every stage and arm."""
+
+    batch_size: int = 64
+    """Images of one optimiser step."""
+    accumulate: int = 1
+    """Micro-batches that a step's batch is split into; gradients equal those of the whole batch."""
+    max_steps: int = 0
+    """Upper bound of a stage's optimiser steps; 0 means none."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    """Rate after the warm-up, over the steps of the whole plan."""
+    min_lr: float = 1e-6
+    """Where the cosine ends."""
+    warmup_epochs: float = 0.5
+    """Epochs of linear warm-up at the start of stage 0."""
+    weight_decay: float = 0.05
+    """AdamW's weight decay, not applied to biases, norms and tokens."""
+    beta2: float = 0.95
+    """AdamW's second moment decay; the first is 0.9."""
+    clip: float = 0.0
+    """Largest gradient norm; 0 does not clip."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Autocast precision of all blocks, frozen or not; auto: bfloat16 where the hardware multiplies it, else float32."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    threads: int = 0
+    """CPU threads of torch; 0 means one per core."""
+    loader_threads: int = 2
+    """Threads that prepare the next batches."""
+    prefetch: int = 4
+    """Batches prepared ahead."""
+    save_every: float = 20.0
+    """Seconds between two saved states from which an interrupted stage goes on."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """kNN and linear probe on mean-pooled features of held-out images; never counted as training time."""
+
+    every: int = 0
+    """Epochs between two evaluations; 0 evaluates at the end of each stage only."""
+    train_limit: int = 0
+    """Training images that the probes learn from, evenly spread; 0 uses all."""
+    val_limit: int = 0
+    """Held-out images that the probes are scored on; 0 uses all."""
+    knn_k: int = 20
+    """Neighbours that vote."""
+    batch_size: int = 100
+    """Images that pass the encoder at once."""

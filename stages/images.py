@@ -1,0 +1,150 @@
+"""Images as training meets them, whatever they lie in: a fixed list of samples with keys, labels and a digest over
+their contents. The first thing in the data path. Every image is read, hashed and decoded once before training, so that
+nothing that is no image is met in the middle of a night. Free of torch, unless a torchvision data set is read."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from models.spec import digest
+from stages.config import DataConfig
+from stages.errors import DataError
+from stages.index import Entry, Index, indexed
+
+SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample"
+HELD_OUT = 10
+"""One image in so many is held out where no evaluation set is named."""
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """Samples in a fixed order."""
+
+    entries: tuple[Entry, ...]
+    classes: tuple[str, ...]
+    """Names of the labels where the source has names; else empty."""
+    skipped: tuple[tuple[str, str], ...]
+    """(file, reason) of what was left out."""
+    read: Callable[[Entry], bytes | Image.Image]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(entry.key for entry in self.entries)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """(N,) int64, -1 where unknown."""
+        return np.array([entry.label for entry in self.entries], np.int64)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over keys, labels and contents, in order; where the files lie does not matter."""
+        return digest([[entry.key, entry.label, entry.sha256] for entry in self.entries])
+
+    def image(self, row: int) -> Image.Image:
+        """The decoded RGB image of a row. Raises DataError when it can no longer be read."""
+        entry = self.entries[row]
+        try:
+            content = self.read(entry)
+            found = content if isinstance(content, Image.Image) else Image.open(io.BytesIO(content))
+            return found.convert("RGB")
+        except (OSError, ValueError, SyntaxError) as error:
+            raise DataError(
+                f"{entry.key} in {entry.file} can no longer be read ({error}); restore it and run again"
+            ) from error
+
+    def only(self, rows: Sequence[int] | np.ndarray) -> ImageList:
+        """The list of some rows."""
+        return replace(self, entries=tuple(self.entries[row] for row in rows))
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on and what is evaluated on."""
+
+    train: ImageList
+    val: ImageList
+
+
+def open_data(config: DataConfig, index_folder: Path | None = None) -> Data:
+    """Training and evaluation images. Without `val_source` the sample has its own, and other sources a fixed tenth.
+
+    Raises DataError.
+    """
+    train = open_images(config.source, config.on_bad, _index_file(index_folder, "train"))
+    val_source = config.val_source or ("sample:val" if config.source == "sample" else "")
+    if val_source:
+        val = _with_labels_of(
+            train, open_images(val_source, config.on_bad, _index_file(index_folder, "val")), val_source
+        )
+    else:
+        held = np.array([_is_held_out(key) for key in train.keys])
+        train, val = train.only(np.flatnonzero(~held)), train.only(np.flatnonzero(held))
+        if not len(train) or not len(val):
+            raise DataError(
+                f"{config.source} has {len(held)} images, too few to hold out a tenth; name an evaluation set with "
+                "data.val_source (DATA_VAL)"
+            )
+    return Data(train.only(spread(len(train), config.limit)), val)
+
+
+def open_images(source: str, on_bad: str = "stop", index_file: Path | None = None) -> ImageList:
+    """The images of a source: `sample`, a folder, tars by path, glob or braces, or a torchvision data set's name.
+
+    Raises DataError naming what is wrong, where, and what to do.
+    """
+    if source in ("sample", "sample:val"):
+        source = str(SAMPLE / ("val-*.tar" if source.endswith(":val") else "train-*.tar"))
+    index, read = indexed(source, on_bad, index_file)
+    if not index.entries:
+        raise DataError(f"{source} has no images; give a folder of images, tars with <key>.png, or a torchvision name")
+    _refuse_duplicates(source, index)
+    return ImageList(index.entries, index.classes, index.skipped, read)
+
+
+def spread(count: int, limit: int) -> np.ndarray:
+    """`limit` rows evenly spread over `count`, so that a list sorted by class keeps all classes; 0 takes all."""
+    if not limit or limit >= count:
+        return np.arange(count)
+    return np.arange(limit) * count // limit
+
+
+def _index_file(folder: Path | None, name: str) -> Path | None:
+    return folder / f"{name}.json" if folder else None
+
+
+def _is_held_out(key: str) -> bool:
+    """Decided by the key alone, so that adding images moves none from one side to the other."""
+    return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "little") % HELD_OUT == 0
+
+
+def _with_labels_of(train: ImageList, val: ImageList, val_source: str) -> ImageList:
+    """Evaluation labels in training's numbering: classes go by their names where both have names."""
+    if not train.classes or not val.classes or train.classes == val.classes:
+        return val
+    if unknown := sorted(set(val.classes) - set(train.classes)):
+        raise DataError(
+            f"{val_source} has class {unknown[0]!r}, which the training images lack; rename or remove that folder"
+        )
+    number = {name: label for label, name in enumerate(train.classes)}
+    entries = tuple(replace(e, label=number[val.classes[e.label]] if e.label >= 0 else -1) for e in val.entries)
+    return replace(val, entries=entries, classes=train.classes)
+
+
+def _refuse_duplicates(source: str, index: Index) -> None:
+    seen: dict[str, Entry] = {}
+    for entry in index.entries:
+        other = seen.setdefault(entry.key, entry)
+        if other is not entry:
+            raise DataError(f"{source} has key {entry.key} twice, in {other.file} and {entry.file}; rename one of them")

@@ -1,0 +1,280 @@
+"""The index of a source of images: where every sample lies and what its bytes hash to. Made by reading everything once,
+kept as JSON, and made again when a file's size or time has changed."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from cache.manifest import atomic_write
+from stages.errors import DataError
+
+INDEX_VERSION = 1
+IMAGE_SUFFIXES = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"})
+BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+TORCHVISION = {
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+    "svhn": "SVHN",
+    "stl10": "STL10",
+    "flowers102": "Flowers102",
+}
+TORCHVISION_ROOT = Path("~/.cache/permafrost").expanduser()
+
+Reader = Callable[["Entry"], bytes | Image.Image]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sample."""
+
+    key: str
+    label: int
+    file: str
+    offset: int = 0
+    size: int = -1
+    """Bytes from `offset`; -1 for the whole file. For a torchvision data set `offset` is the row."""
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Index:
+    """All samples of a source, and what was left out."""
+
+    entries: tuple[Entry, ...]
+    classes: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+
+
+def indexed(source: str, on_bad: str, index_file: Path | None) -> tuple[Index, Reader]:
+    """The index of a source, from `index_file` while that is still true, and a function that reads a sample."""
+    if "://" in source:
+        raise DataError(
+            f"{source}: sources behind URLs are not built yet in this version; copy the tars and give their path"
+        )
+    by_name = source.partition(":")[0] in TORCHVISION and not Path(source).exists()
+    files = [] if by_name else _files_of(source)
+    read: Reader = _read_torchvision if by_name else _read
+    stamps = [[str(path), (stat := path.stat()).st_size, stat.st_mtime_ns] for path in files]
+    header = {"version": INDEX_VERSION, "source": source, "on_bad": on_bad, "files": stamps}
+    kept = _kept(index_file, header)
+    if kept is None:
+        entries, classes = _found(source, files)
+        kept = _checked(source, entries, classes, read, on_bad)
+        if index_file:
+            index_file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(index_file, json.dumps(header | asdict(kept)).encode())
+    return kept, read
+
+
+def _kept(index_file: Path | None, header: dict[str, Any]) -> Index | None:
+    """The index on disk, unless anything it was made from has changed."""
+    try:
+        values = json.loads(index_file.read_text()) if index_file else {}
+    except (OSError, json.JSONDecodeError):
+        return None
+    if any(values.get(name) != value for name, value in header.items()):
+        return None
+    entries = tuple(Entry(**entry) for entry in values["entries"])
+    return Index(entries, tuple(values["classes"]), tuple((name, reason) for name, reason in values["skipped"]))
+
+
+def _found(source: str, files: list[Path]) -> tuple[Iterable[Entry], tuple[str, ...]]:
+    """The samples of a source, not yet read, and the names of their classes."""
+    if not files:
+        return _of_torchvision(source)
+    return _of_tars(files) if all(file.suffix == ".tar" for file in files) else _of_folder(Path(source), files)
+
+
+def _checked(source: str, entries: Iterable[Entry], classes: tuple[str, ...], read: Reader, on_bad: str) -> Index:
+    """Read, hash and decode every sample; what is no image stops the run or is left out, as `on_bad` says."""
+    good, skipped = [], []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for entry, reason in pool.map(lambda entry: _inspect(entry, read), entries):
+            if not reason:
+                good.append(entry)
+            elif on_bad == "skip":
+                skipped.append((_name(entry), reason))
+            else:
+                raise DataError(
+                    f"{_name(entry)} is no readable image ({reason}); remove it, or leave such files out with "
+                    "data.on_bad=skip"
+                )
+    if not good and skipped:
+        file, reason = skipped[0]
+        raise DataError(
+            f"{source} has no readable image, {len(skipped)} were left out, first {file} ({reason}); correct the source"
+        )
+    return Index(tuple(good), classes, tuple(skipped))
+
+
+def _inspect(entry: Entry, read: Reader) -> tuple[Entry, str]:
+    """(entry with its hash, what is wrong with it or nothing)."""
+    try:
+        content = read(entry)
+        if isinstance(content, Image.Image):
+            return replace(entry, sha256=hashlib.sha256(content.tobytes()).hexdigest()), ""
+        image = Image.open(io.BytesIO(content))
+        image.draft("RGB", (1, 1))  # a JPEG decodes at an eighth of its size, faster and as surely
+        image.load()
+    except UnidentifiedImageError:
+        return entry, "not an image format that Pillow knows"
+    except Exception as error:  # on damaged files Pillow's formats raise more than they say
+        return entry, " ".join(str(error).split()) or type(error).__name__
+    return replace(entry, sha256=hashlib.sha256(content).hexdigest()), ""
+
+
+def _name(entry: Entry) -> str:
+    return entry.file if entry.size < 0 else f"{entry.file}:{entry.key}"
+
+
+def _read(entry: Entry) -> bytes:
+    with open(entry.file, "rb") as file:
+        file.seek(entry.offset)
+        return file.read(entry.size)
+
+
+# --- folders and tars -------------------------------------------------------------------------------------------------
+
+
+def _files_of(source: str) -> list[Path]:
+    """The tars or image files that a source names. Raises DataError when there are none."""
+    folder = Path(source)
+    if folder.is_dir():
+        # glob follows linked folders, as rglob does not, and leaves hidden files out.
+        inside = glob.glob("**", root_dir=folder, recursive=True)
+        files = sorted(path for name in inside if (path := folder / name).is_file())
+        if not files:
+            raise DataError(f"{source} is an empty folder; put images into it, or name another with DATA=")
+        return files
+    names = [name for pattern in _expand(source) for name in (sorted(glob.glob(pattern)) or [pattern])]
+    if not names:
+        raise DataError(f"{source} names no file, its range is empty; write the smaller number first")
+    for name in names:
+        if not Path(name).is_file():
+            raise DataError(f"no such file or folder {name}; {_nearest(Path(name))}")
+        if not name.endswith(".tar"):
+            raise DataError(
+                f"{name} is no plain .tar; give a folder of images or uncompressed tars, as samples are read in place"
+            )
+    return [Path(name) for name in names]
+
+
+def _expand(source: str) -> list[str]:
+    """`{000..012}` as WebDataset writes it."""
+    match = BRACES.search(source)
+    if not match:
+        return [source]
+    first, last = match.groups()
+    numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    return [name for n in numbers for name in _expand(source[: match.start()] + n + source[match.end() :])]
+
+
+def _nearest(path: Path) -> str:
+    there = next(parent for parent in path.absolute().parents if parent.is_dir())
+    return f"{there} exists; give a folder of images, tars, or a torchvision name such as cifar10"
+
+
+def _of_folder(folder: Path, files: list[Path]) -> tuple[list[Entry], tuple[str, ...]]:
+    """Key: the path inside the folder. Label: the place of its first sub-folder among the sorted names, else -1."""
+    inside = [path.relative_to(folder) for path in files]
+    classes = tuple(sorted({path.parts[0] for path in inside if len(path.parts) > 1}))
+    number = {name: label for label, name in enumerate(classes)}
+    return [
+        Entry(path.as_posix(), number[path.parts[0]] if len(path.parts) > 1 else -1, str(file))
+        for path, file in zip(inside, files, strict=True)
+    ], classes
+
+
+def _of_tars(files: list[Path]) -> tuple[list[Entry], tuple[str, ...]]:
+    """Samples in the order of the tars; members that share a name up to its first dot are one sample."""
+    return [entry for file in files for entry in _of_tar(file)], ()
+
+
+def _of_tar(file: Path) -> Iterator[Entry]:
+    first: dict[str, tarfile.TarInfo] = {}
+    images: dict[str, tarfile.TarInfo] = {}
+    labels: dict[str, int] = {}
+    try:
+        with tarfile.open(file, "r:") as tar:
+            for member in tar:
+                if not member.isfile() or any(part.startswith(".") for part in Path(member.name).parts):
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                stem, _, suffix = name.partition(".")
+                key = f"{folder}/{stem}" if folder else stem
+                first.setdefault(key, member)
+                if suffix.lower() in IMAGE_SUFFIXES:
+                    if key in images:
+                        raise DataError(f"{file} has two images of key {key}; a key names one image, rename one")
+                    images[key] = member
+                elif suffix == "cls":
+                    labels[key] = _label(tar.extractfile(member), file, member.name)
+    except tarfile.TarError as error:
+        raise DataError(f"{file} is cut short or no uncompressed tar ({error}); copy it again") from error
+    if not _ends(file):
+        raise DataError(f"{file} is cut short, it lacks a tar's end; copy it again")
+    for key, member in first.items():
+        member = images.get(key, member)  # what has no image is met as a file that is none
+        yield Entry(key, labels.get(key, -1), str(file), member.offset_data, member.size)
+
+
+def _ends(file: Path) -> bool:
+    """Whether a tar ends as tars do, in two empty blocks; tarfile does not miss them."""
+    with open(file, "rb") as content:
+        content.seek(max(0, file.stat().st_size - 2 * tarfile.BLOCKSIZE))
+        return not any(content.read())
+
+
+def _label(content: Any, file: Path, name: str) -> int:
+    text = content.read().decode(errors="replace").strip()
+    if not text.isdecimal():
+        raise DataError(f"{name} in {file} holds {text[:20]!r}, not the number of a class (0, 1, ...); correct it")
+    return int(text)
+
+
+# --- torchvision ------------------------------------------------------------------------------------------------------
+
+
+def _of_torchvision(source: str) -> tuple[list[Entry], tuple[str, ...]]:
+    data = _torchvision(source)
+    return [Entry(f"{source}/{row:06d}", int(data[row][1]), source, row, 0) for row in range(len(data))], ()
+
+
+def _read_torchvision(entry: Entry) -> Image.Image:
+    image: Image.Image = _torchvision(entry.file)[entry.offset][0]
+    return image
+
+
+@cache
+def _torchvision(source: str) -> Any:
+    """A torchvision data set, downloaded where there is a network; `cifar10:test` is its test set."""
+    from torchvision import datasets
+
+    name, _, split = source.partition(":")
+    which: dict[str, Any] = {"split": split or "train"}
+    if name in ("cifar10", "cifar100"):
+        if split not in ("", "train", "test"):
+            raise DataError(f"{source}: {name} has no part {split!r}; use {name}, or {name}:test for its test images")
+        which = {"train": split != "test"}
+    try:
+        return getattr(datasets, TORCHVISION[name])(TORCHVISION_ROOT, download=True, **which)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{source} is not in {TORCHVISION_ROOT} and could not be downloaded ({reason}); give a folder or tars with "
+            "DATA="
+        ) from error

@@ -1,0 +1,106 @@
+"""How good an encoder is: kNN and linear probe on mean-pooled features of held-out images, and two numbers that fall
+when features collapse. Evaluation is never counted as training time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from models.targets import normalize_images
+from models.vit import Encoder
+from stages.config import EvalConfig
+from stages.device import autocast
+from stages.errors import DataError
+from stages.images import Data, ImageList, spread
+from stages.views import centre_batch
+
+TEMPERATURE = 0.07
+"""Of kNN's votes, as in DINO."""
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Scores in 0..1, and monitors of collapse over the held-out features."""
+
+    knn_top1: float
+    linear_top1: float
+    feature_std: float
+    effective_rank: float
+
+
+def evaluate(
+    encoder: Encoder, data: Data, config: EvalConfig, image_size: int, device: str, precision: str
+) -> ProbeResult:
+    """Score an encoder on labelled images. Raises DataError when labels are missing."""
+    train = data.train.only(spread(len(data.train), config.train_limit))
+    val = data.val.only(spread(len(data.val), config.val_limit))
+    for name, images in (("training", train), ("held-out", val)):
+        if (images.labels < 0).any():
+            key = images.keys[int(np.argmin(images.labels))]
+            raise DataError(f"{name} image {key} has no label, and probes need one; add .cls files or class folders")
+    train_x = pooled_features(encoder, train, config.batch_size, image_size, device, precision)
+    val_x = pooled_features(encoder, val, config.batch_size, image_size, device, precision)
+    std, rank = collapse(val_x)
+    return ProbeResult(
+        knn_top1=knn_top1(train_x, train.labels, val_x, val.labels, config.knn_k),
+        linear_top1=linear_top1(train_x, train.labels, val_x, val.labels),
+        feature_std=std,
+        effective_rank=rank,
+    )
+
+
+@torch.inference_mode()
+def pooled_features(
+    encoder: Encoder, images: ImageList, batch: int, image_size: int, device: str, precision: str
+) -> np.ndarray:
+    """(N, D) float32: centre views, all tokens visible, mean over tokens behind the last norm."""
+    learning = encoder.training
+    encoder.eval()
+    found = []
+    for start in range(0, len(images), batch):
+        views = centre_batch(images, range(start, min(start + batch, len(images))), image_size)
+        with autocast(device, precision):
+            tokens = encoder.embed(normalize_images(torch.from_numpy(views).to(device)))
+            tokens = encoder.norm(encoder.run(tokens, 0, encoder.depth))
+        found.append(tokens.float().mean(dim=1).cpu().numpy())
+    encoder.train(learning)
+    return np.concatenate(found)
+
+
+def knn_top1(train_x: np.ndarray, train_y: np.ndarray, val_x: np.ndarray, val_y: np.ndarray, k: int) -> float:
+    """Cosine neighbours vote with weight exp(similarity / 0.07). Source: `eval_knn` in facebookresearch/dino."""
+    similarity = _unit(val_x) @ _unit(train_x).T
+    k = min(k, len(train_y))
+    nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+    weights = np.exp(np.take_along_axis(similarity, nearest, axis=1) / TEMPERATURE)
+    votes = np.zeros((len(val_y), int(max(train_y.max(), val_y.max())) + 1))
+    np.add.at(votes, (np.arange(len(val_y))[:, None], train_y[nearest]), weights)
+    return float((votes.argmax(axis=1) == val_y).mean())
+
+
+def linear_top1(train_x: np.ndarray, train_y: np.ndarray, val_x: np.ndarray, val_y: np.ndarray) -> float:
+    """Logistic regression on standardised features. With one class there is nothing to separate: its share."""
+    if len(np.unique(train_y)) < 2:
+        return float((val_y == train_y[0]).mean())
+    scaler = StandardScaler().fit(train_x)
+    probe = LogisticRegression(max_iter=300).fit(scaler.transform(train_x), train_y)
+    return float(probe.score(scaler.transform(val_x), val_y))
+
+
+def collapse(features: np.ndarray) -> tuple[float, float]:
+    """(mean standard deviation of a unit feature's channels, effective rank): both fall towards 0 and 1 in a collapse.
+
+    Effective rank is exp of the entropy of the normalised singular values (Roy and Vetterli, 2007).
+    """
+    values = np.linalg.svd(features - features.mean(axis=0), compute_uv=False)
+    shares = values / max(float(values.sum()), 1e-12)
+    shares = shares[shares > 0]
+    return float(_unit(features).std(axis=0).mean()), float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)

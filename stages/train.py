@@ -1,0 +1,283 @@
+"""The training loop, one for every stage and arm. An arm is a list of segments trained in turn; a stage is an arm of
+one segment. Everything random is a pure function of the seed and the step, so a saved state is all that a resume needs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cache.loader import prefetch
+from models.config import DecoderConfig, ModelConfig, TargetConfig
+from models.decoder import build_decoder
+from models.mim import MaskedModel
+from models.vit import build_encoder
+from stages.checkpoint import (
+    CheckpointError,
+    Progress,
+    SegmentTotals,
+    apply_tensors,
+    model_tensors,
+    read_state,
+    save_state,
+)
+from stages.config import TrainConfig
+from stages.device import autocast
+from stages.optim import Rates, build_adamw, parameter_groups
+from stages.probe import ProbeResult
+from stages.segment import Segment
+from stages.sources import Inputs, Source
+
+LOG_EVERY = 10
+"""Optimiser steps between two logged events; the loss is fetched from the device no more often."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """Settings that make a model."""
+
+    seed: int
+    model: ModelConfig
+    decoder: DecoderConfig
+    target: TargetConfig
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What to train: the segments in turn, from a state on disk or from scratch, into a folder."""
+
+    tag: dict[str, Any]
+    """{"stage": 1} or {"arm": "e2e"}: how events and messages name it."""
+    segments: tuple[Segment, ...]
+    build: Build
+    train: TrainConfig
+    rates: Rates
+    source: Callable[[Segment], Source]
+    state: Path
+    start: Path | None
+    inputs: str
+    """Digest of what the arm was asked to do; a saved state of anything else is not gone on from."""
+    eval_every: int = 0
+    """Epochs between evaluations; each segment's end is evaluated in any case."""
+
+    @property
+    def label(self) -> str:
+        return " ".join(str(part) for pair in self.tag.items() for part in pair)
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """The rim: what the loop needs from outside."""
+
+    log: Callable[[dict[str, Any]], None]
+    evaluate: Callable[[MaskedModel], ProbeResult]
+    stop: Callable[[], bool] = lambda: False
+    now: Callable[[], float] = time.perf_counter
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a number."""
+
+
+class Stopwatch:
+    """Seconds since the last lap."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now = now
+        self.last = now()
+
+    def lap(self) -> float:
+        last, self.last = self.last, self.now()
+        return self.last - last
+
+
+def build_model(build: Build, cut: int, device: str) -> MaskedModel:
+    """The masked model at a cut, its weights a pure function of the seed. Stage 0 always predicts pixels."""
+    encoder = build_encoder(build.model, build.seed)
+    decoder = build_decoder(build.decoder, encoder, build.model.patch_values, build.seed)
+    encoder.set_attention(device)
+    decoder.set_attention(device)
+    return MaskedModel(encoder, decoder, cut, build.target.kind if cut else "pixels").to(device)
+
+
+def train_step(
+    model: MaskedModel, optimizer: torch.optim.Optimizer, source: Source, inputs: Inputs, train: TrainConfig
+) -> Tensor:
+    """One optimiser step; returns the loss. Micro-batches are equal, so the mean of their losses is the batch's loss."""
+    device = next(model.parameters()).device
+    optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=device)
+    for micro in inputs.to(device).split(train.accumulate):
+        with autocast(device, train.precision):
+            loss = model(source.mask(model, micro)) / train.accumulate
+        loss.backward()
+        total += loss.detach()
+    if train.clip:
+        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], train.clip)
+    optimizer.step()
+    return total
+
+
+def train_arm(arm: Arm, hooks: Hooks) -> tuple[Progress, MaskedModel]:
+    """Train what is left of the arm's segments. When `hooks.stop` asks, the state is saved and progress is unfinished.
+
+    Raises CheckpointError when the state to start from, or to go on from, cannot be used.
+    """
+    torch.set_num_threads(arm.train.threads)
+    progress, tensors = starting_point(arm)
+    while True:
+        segment = arm.segments[min(progress.segment, len(arm.segments) - 1)]
+        model = build_model(arm.build, segment.cut, arm.train.device)
+        optimizer = build_adamw(parameter_groups(model, arm.train.weight_decay, arm.rates.by_layer), arm.train)
+        if tensors is not None:
+            apply_tensors(model, optimizer, tensors)
+        if progress.segment == len(arm.segments):
+            return progress, model
+        train_segment(arm, segment, model, optimizer, progress, hooks)
+        if progress.step < segment.steps:
+            return progress, model
+        progress.segment, progress.step = progress.segment + 1, 0
+        tensors = model_tensors(model, optimizer)
+        save_state(arm.state, arm.inputs, progress, tensors)
+
+
+def starting_point(arm: Arm) -> tuple[Progress, dict[str, Tensor] | None]:
+    """Where to go on: the arm's own state, else the state it starts from, else nothing."""
+    if arm.state.exists():
+        inputs, progress, tensors = read_state(arm.state)
+        if inputs == arm.inputs:
+            return progress, tensors
+    if arm.start is None:
+        return Progress(), None
+    if not arm.start.exists():
+        raise CheckpointError(f"{arm.start} is missing, and {arm.label} starts from it; run `make explain`")
+    return Progress(), read_state(arm.start)[2]
+
+
+def train_segment(
+    arm: Arm, segment: Segment, model: MaskedModel, optimizer: torch.optim.Optimizer, progress: Progress, hooks: Hooks
+) -> None:
+    """Train a segment from `progress.step` on, until its end or until told to stop, with its time split into parts."""
+    if len(progress.totals) == progress.segment:
+        progress.totals.append(SegmentTotals())
+    source = arm.source(segment)
+    book = Book(arm, segment, progress, hooks)
+    steps = range(progress.step, segment.steps)
+    with prefetch(
+        lambda step: source.load(segment, step), steps, arm.train.loader_threads, arm.train.prefetch
+    ) as batches:
+        for step, inputs in zip(steps, batches, strict=True):
+            rate = arm.rates.apply(optimizer, segment.first_step + step)
+            book.step(train_step(model, optimizer, source, inputs, arm.train), rate)
+            if due(step + 1, LOG_EVERY) or step + 1 == segment.steps:
+                book.flush(batches.wait_seconds)
+            if evaluation_due(arm, segment, step + 1):
+                book.flush(batches.wait_seconds)
+                book.evaluate(model)
+            if hooks.stop() or book.save_due():
+                book.flush(batches.wait_seconds)
+                save_state(arm.state, arm.inputs, progress, model_tensors(model, optimizer))
+            if hooks.stop():
+                return
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def evaluation_due(arm: Arm, segment: Segment, step: int) -> bool:
+    """At the segment's end, and after every `eval_every` epochs of the whole plan."""
+    epoch, rest = divmod(step, segment.steps_per_epoch)
+    return step == segment.steps or (rest == 0 and due(segment.first_epoch + epoch, arm.eval_every))
+
+
+class Book:
+    """Keeps the accounts of a segment: losses, seconds by part, events, the probe curve."""
+
+    def __init__(self, arm: Arm, segment: Segment, progress: Progress, hooks: Hooks) -> None:
+        self.arm, self.segment, self.progress, self.hooks = arm, segment, progress, hooks
+        self.totals = progress.totals[progress.segment]
+        self.watch = Stopwatch(hooks.now)
+        self.pending: list[Tensor] = []
+        self.recent: list[float] = []
+        self.waited = 0.0
+        self.rate = 0.0
+        self.saved = hooks.now()
+
+    def step(self, loss: Tensor, rate: float) -> None:
+        """Count one optimiser step; its loss stays on the device until the next flush."""
+        if self.progress.step % self.segment.steps_per_epoch == 0:
+            self.settle()
+            self.totals.loss_sum, self.totals.loss_steps = 0.0, 0
+        self.pending.append(loss)
+        self.progress.step += 1
+        self.totals.steps += 1
+        self.totals.images += self.arm.train.batch_size
+        self.rate = rate
+
+    def settle(self) -> None:
+        """Fetch the pending losses from the device, which waits for its work to be done."""
+        losses = torch.stack(self.pending).tolist() if self.pending else []
+        self.pending.clear()
+        if losses and self.totals.first_loss is None:
+            self.totals.first_loss = losses[0]
+        for loss in losses:
+            if not math.isfinite(loss):
+                raise Diverged(
+                    f"{self.arm.label}: loss={loss} near step {self.progress.step}; lower train.lr={self.arm.train.lr:g} "
+                    "or set train.clip=1"
+                )
+            self.totals.loss_sum += loss
+        self.totals.loss_steps += len(losses)
+        self.recent += losses
+
+    def flush(self, wait_seconds: float) -> None:
+        """Bring the accounts up to date and log an event. `wait_seconds` is the loader's total since the loop began."""
+        self.settle()
+        losses, self.recent = self.recent, []
+        seconds, waited = self.watch.lap(), wait_seconds - self.waited
+        self.waited = wait_seconds
+        self.totals.train_seconds += seconds
+        self.totals.loader_wait_seconds += waited
+        if losses:
+            self.hooks.log(
+                self.arm.tag
+                | {
+                    "step": sum(totals.steps for totals in self.progress.totals),
+                    "steps": sum(segment.steps for segment in self.arm.segments),
+                    "epoch": self.segment.first_epoch + self.progress.step / self.segment.steps_per_epoch,
+                    "images": self.totals.images,
+                    "loss": sum(losses) / len(losses),
+                    "lr": self.rate,
+                    "images_per_second": len(losses) * self.arm.train.batch_size / seconds if seconds else 0.0,
+                    "loader_wait_fraction": waited / seconds if seconds else 0.0,
+                }
+            )
+
+    def evaluate(self, model: MaskedModel) -> None:
+        """Add a point to the probe curve; its time is not training time."""
+        result = self.hooks.evaluate(model)
+        self.totals.evaluate_seconds += self.watch.lap()
+        point = {
+            "seconds": self.progress.train_seconds,
+            "epoch": self.segment.first_epoch + self.progress.step / self.segment.steps_per_epoch,
+            "knn_top1": result.knn_top1,
+            "linear_top1": result.linear_top1,
+            "feature_std": result.feature_std,
+            "effective_rank": result.effective_rank,
+        }
+        self.progress.curve.append(point)
+        self.hooks.log(self.arm.tag | {"probe": True} | point)
+
+    def save_due(self) -> bool:
+        """Whether `train.save_every` seconds have gone by since the last saved state."""
+        if self.hooks.now() - self.saved < self.arm.train.save_every:
+            return False
+        self.saved = self.hooks.now()
+        return True

@@ -1,0 +1,200 @@
+"""Masked training: what is scored, what learns, and that both ways into the model are one computation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.masking import group_ids, random_mask, take_tokens
+from models.mim import MaskedBatch, MaskedModel, masked_loss, raster_order
+from models.targets import feature_target, normalize_images, patchify, pixel_target
+
+MakeModel = Callable[..., MaskedModel]
+DEPTH, TOKENS, KEEP = 4, 16, 4
+
+
+def feature_batch(model: MaskedModel, images: Tensor, groups: int, group: int = 0) -> MaskedBatch:
+    """One group's batch, made as cached training makes it."""
+    size = TOKENS // groups
+    ids = group_ids(torch.rand(len(images), TOKENS), groups)
+    features = model.frozen_features(images, ids, groups)
+    own = slice(group * size, (group + 1) * size)
+    target = (
+        pixel_target(patchify(images, 4))
+        if model.target_kind == "pixels"
+        else feature_target(raster_order(features, ids))
+    )
+    return model.from_features(features[:, own], ids[:, own], torch.rand(len(images), size), KEEP, target)
+
+
+def parts(model: MaskedModel) -> dict[str, torch.nn.Module]:
+    blocks = {f"block {index}": block for index, block in enumerate(model.encoder.vit.blocks)}
+    return blocks | {"patch_embed": model.encoder.vit.patch_embed}
+
+
+def test_the_loss_is_the_mean_over_scored_tokens() -> None:
+    prediction, target = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    scored = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    errors = [
+        sum(float(prediction[b, t, i] - target[b, t, i]) ** 2 for i in range(4)) / 4
+        for b, t in ((0, 0), (0, 2), (1, 2))
+    ]
+    assert masked_loss(prediction, target, scored).item() == pytest.approx(sum(errors) / 3, rel=1e-6)
+
+
+def test_the_loss_is_computed_in_float32() -> None:
+    prediction = torch.full((1, 1, 1), 256.0, dtype=torch.bfloat16)
+    loss = masked_loss(prediction, torch.full((1, 1, 1), 255.5), torch.ones(1, 1))
+    assert loss.dtype == torch.float32 and loss.item() == 0.25
+
+
+@pytest.mark.parametrize(("groups", "cut"), [(1, 2), (2, 2), (4, 2), (4, 0)])
+def test_only_scored_tokens_count(masked_model: MakeModel, images: Tensor, groups: int, cut: int) -> None:
+    model = masked_model(cut).eval()
+    batch = feature_batch(model, images, groups)
+
+    def loss(changed: Tensor) -> float:
+        target = batch.target_BLT + 5.0 * changed.unsqueeze(-1)
+        return model(MaskedBatch(batch.visible_BKD, batch.mask, batch.scored_BL, target)).item()
+
+    plain = loss(torch.zeros(3, TOKENS))
+    assert loss(1 - batch.scored_BL) == plain
+    one = torch.zeros(3, TOKENS)
+    one[1, int(batch.scored_BL[1].argmax())] = 1.0
+    assert abs(loss(one) - plain) > 1e-3
+
+
+def test_forward_is_the_blocks_the_decoder_and_the_loss(masked_model: MakeModel, images: Tensor) -> None:
+    model = masked_model(2).eval()
+    batch = feature_batch(model, images, 4)
+    tokens = batch.visible_BKD
+    for block in model.encoder.vit.blocks[2:]:
+        tokens = block(tokens)
+    output = model.decoder(model.encoder.vit.norm(tokens), batch.mask.ids_restore)
+    prediction = model.decoder.pixel_head(output)
+    assert torch.equal(model(batch), masked_loss(prediction, batch.target_BLT, batch.scored_BL))
+    assert torch.equal(model.predict(model.encoder.norm(tokens), batch.mask), prediction)
+
+
+@pytest.mark.parametrize(
+    ("way", "cut"),
+    [*(("images", cut) for cut in range(DEPTH + 1)), *(("features", cut) for cut in range(1, DEPTH + 1))],
+)
+def test_no_backward_reaches_what_is_frozen(masked_model: MakeModel, images: Tensor, way: str, cut: int) -> None:
+    model = masked_model(cut)
+    fired: set[str] = set()
+    for name, part in parts(model).items():
+        part.register_full_backward_hook(lambda *_, name=name: fired.add(name))  # type: ignore[misc]
+    noise = torch.rand(3, TOKENS)
+    batch = model.from_images(images, noise, 0.75) if way == "images" else feature_batch(model, images, 4)
+    model(batch).backward()
+    learning = {f"block {index}" for index in range(cut, DEPTH)} | ({"patch_embed"} if cut == 0 else set())
+    assert fired == learning
+    assert batch.visible_BKD.requires_grad == (cut == 0) and batch.visible_BKD.grad is None
+
+
+@pytest.mark.parametrize("cut", range(DEPTH + 1))
+def test_all_that_learns_gets_a_gradient_and_nothing_else(masked_model: MakeModel, images: Tensor, cut: int) -> None:
+    model = masked_model(cut)
+    model(model.from_images(images, torch.rand(3, TOKENS), 0.75)).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    grads = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    before = ("encoder.vit.pos_embed", *(f"encoder.vit.blocks.{index}." for index in range(cut)))
+    assert not [name for name in grads if name.startswith(before + (("encoder.vit.patch_embed",) if cut else ()))]
+
+
+@pytest.mark.parametrize("cut", range(DEPTH + 1))
+def test_grouped_features_are_those_of_masked_training(masked_model: MakeModel, images: Tensor, cut: int) -> None:
+    model = masked_model(cut).eval()
+    noise = torch.rand(3, TOKENS)
+    live = model.from_images(images, noise, 0.75)
+    ids = group_ids(noise, 4)
+    features = model.frozen_features(images, ids, 4)
+    target = pixel_target(patchify(images, 4))
+    stored = model.from_features(features[:, :KEEP], ids[:, :KEEP], torch.rand(3, KEEP), KEEP, target)
+    assert torch.equal(stored.mask.ids_keep, live.mask.ids_keep)
+    assert torch.equal(stored.scored_BL, live.scored_BL) and torch.equal(stored.target_BLT, live.target_BLT)
+    torch.testing.assert_close(stored.visible_BKD, live.visible_BKD, rtol=0, atol=1e-6)
+    assert model(stored).item() == pytest.approx(model(live).item(), rel=1e-6)
+
+
+def test_full_mode_leaks_and_the_others_do_not(masked_model: MakeModel, images: Tensor) -> None:
+    """Change the pixels of the scored tokens of an image: only in full mode do the visible features notice."""
+    model = masked_model(3).eval()
+    ids = torch.arange(TOKENS).expand(3, TOKENS)
+    noise = torch.rand(3, TOKENS)
+    changed = images.clone()
+    changed[:, :, 8:] = 255 - changed[:, :, 8:]
+    moved = {}
+    for groups in (1, 2, 4):
+        size = TOKENS // groups
+        first, second = (
+            model.from_features(
+                model.frozen_features(pixels, ids, groups)[:, :size], ids[:, :size], noise[:, :size], KEEP,
+                pixel_target(patchify(pixels, 4)),
+            )
+            for pixels in (images, changed)
+        )  # fmt: skip
+        assert (first.scored_BL[:, 8:] == 1).all() or groups == 1
+        upper = first.mask.ids_keep < 8
+        moved[groups] = (first.visible_BKD - second.visible_BKD).abs().amax(dim=2)[upper].max().item()
+    assert moved[1] > 1e-3 and moved[2] == moved[4] == 0.0
+
+
+def test_live_frozen_blocks_see_visible_tokens_only(masked_model: MakeModel, images: Tensor) -> None:
+    model = masked_model(2).eval()
+    noise = torch.rand(3, TOKENS)
+    mask = random_mask(noise, 0.75)
+    tokens = take_tokens(model.encoder.embed(normalize_images(images)), mask.ids_keep)
+    batch = model.from_images(images, noise, 0.75)
+    assert torch.equal(batch.visible_BKD, model.encoder.run(tokens, 0, 2))
+    assert torch.equal(batch.scored_BL, mask.hidden)
+
+
+def test_features_come_in_stored_order_and_go_back_to_the_raster(masked_model: MakeModel, images: Tensor) -> None:
+    model = masked_model(2).eval()
+    ids = group_ids(torch.rand(3, TOKENS), 1)
+    stored = model.frozen_features(images, ids, 1)
+    assert not stored.requires_grad
+    want = model.encoder.run(model.encoder.embed(normalize_images(images)), 0, 2)
+    torch.testing.assert_close(raster_order(stored, ids), want, rtol=0, atol=1e-6)
+    numbered = torch.arange(TOKENS).expand(3, TOKENS)
+    assert torch.equal(raster_order(take_tokens(numbered.unsqueeze(-1), ids), ids).squeeze(-1), numbered)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_feature_target_is_the_normalised_input_of_the_learning_blocks(
+    masked_model: MakeModel, images: Tensor, groups: int
+) -> None:
+    model = masked_model(2, "features").eval()
+    batch = feature_batch(model, images, groups, group=groups - 1)
+    assert batch.target_BLT.shape == (3, TOKENS, 24)
+    kept = take_tokens(batch.target_BLT, batch.mask.ids_keep)
+    torch.testing.assert_close(kept, feature_target(batch.visible_BKD), rtol=0, atol=1e-6)
+    assert model.predict(model.encoder.norm(batch.visible_BKD), batch.mask).shape == (3, TOKENS, 24)
+
+
+def test_a_feature_target_needs_features(masked_model: MakeModel, images: Tensor) -> None:
+    with pytest.raises(AssertionError, match="a feature target needs the frozen blocks' output"):
+        masked_model(2, "features").from_images(images, torch.rand(3, TOKENS), 0.75)
+
+
+@pytest.mark.parametrize(("groups", "kind"), [(4, "pixels"), (2, "pixels"), (1, "features")])
+def test_a_few_steps_on_one_batch_halve_the_loss(
+    masked_model: MakeModel, images: Tensor, groups: int, kind: str
+) -> None:
+    model = masked_model(2, kind)
+    batch = feature_batch(model, images, groups)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model(batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2

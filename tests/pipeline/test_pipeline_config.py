@@ -1,0 +1,291 @@
+"""Settings: one strict parser, one-line refusals, an exact round trip through TOML."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cache.config import CacheConfig
+from models.config import ModelConfig
+from pipeline import config as config_module
+from pipeline.config import (
+    BOUNDS,
+    ConfigError,
+    PipelineConfig,
+    check,
+    flatten,
+    get,
+    load_config,
+    parse,
+    parse_override,
+    read_toml,
+    resolve,
+    to_toml,
+)
+from pipeline.recipes import RECIPES, sample
+from stages.config import DataConfig, ScheduleConfig, TrainConfig
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def refusal(*overrides: str, config: str = "sample") -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(config, overrides)
+    message = str(caught.value)
+    assert "\n" not in message and "│" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("train.lr=1e-3", "train.lr", 1e-3),
+        ("seed=7", "seed", 7),
+        ("schedule.scale_lr=false", "schedule.scale_lr", False),
+        ("schedule.scale_lr=True", "schedule.scale_lr", True),
+        ("schedule.epochs = [1, 2, 3, 4]", "schedule.epochs", (1, 2, 3, 4)),
+        ("data.crop_scale=[0.5,1]", "data.crop_scale", (0.5, 1.0)),
+        ('data.source="a b"', "data.source", "a b"),
+        ("data.source=a b", "data.source", "a b"),
+        ("data.source='x=1'", "data.source", "x=1"),
+        ("data.source=--odd", "data.source", "--odd"),
+        ("data.source=1e3", "data.source", "1e3"),
+        ("data.source=[ab]*.tar", "data.source", "[ab]*.tar"),
+        ("data.source=t-{000000..000007}.tar", "data.source", "t-{000000..000007}.tar"),
+        ("mask.groups=2", "mask.groups", 2),
+    ],
+)
+def test_override_is_read(text: str, key: str, value: Any) -> None:
+    settings_read = load_config("sample", [text])[1]
+    assert get(settings_read, key) == value
+    assert type(get(settings_read, key)) is type(value)
+    before, after = _flat(sample()), _flat(settings_read)
+    assert {other for other in before if before[other] != after[other]} <= {key}
+
+
+def test_later_override_wins_and_data_is_short_for_the_source() -> None:
+    name, read = load_config("sample", ["train.lr=1", "train.lr=2", "data.source=a"], data="b", val="c")
+    assert (name, read.train.lr, read.data.source, read.data.val_source) == ("sample", 2.0, "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.lrr=1", ["no setting train.lrr", "did you mean train.lr?"]),
+        ("train.epochs=4", ["no setting train.epochs", "did you mean schedule.epochs?"]),
+        ("train=4", ["no setting train;"]),
+        ("train.lr", ["'train.lr' is not key=value", "train.lr=1e-3"]),
+        ("train.lr=fast", ["train.lr", "'fast'"]),
+        ("train.lr=[1,2]", ["train.lr = [1, 2] is not one value"]),
+        ("seed=1.5", ["seed", "'1.5'"]),
+        ("mask.groups=3", ["mask.groups", "'1', '2', '4'"]),
+        ("cache.codec=int9", ["cache.codec", "int9", "float16"]),
+        ("data.crop_scale=[0.5]", ["data.crop_scale", "2 values"]),
+        ("mask.ratio=1", ["mask.ratio = 1.0 is outside (0, 1)"]),
+        ("mask.ratio=nan", ["mask.ratio = nan is outside (0, 1)"]),
+        ("mask.ratio=0.5", ["keeps 98 of 196", "only 49", "raise mask.ratio"]),
+        ("mask.ratio=0.999", ["leaves none of the 196"]),
+        ("model.patch_size=5", ["model.patch_size = 5", "model.image_size = 56", "model.image_size=55"]),
+        ("model.image_size=20", ["mask.groups = 4 does not divide the 25 tokens"]),
+        ("model.width=6", ["model.width = 6", "divisible by 4"]),
+        ("decoder.heads=5", ["decoder.width = 96", "decoder.heads = 5"]),
+        ("train.accumulate=3", ["train.batch_size = 64", "train.accumulate = 3"]),
+        ("train.min_lr=1", ["train.min_lr = 1.0", "train.lr = 0.001"]),
+        ("train.device=tpu", ["train.device = tpu", "cuda:<n>"]),
+        ("data.crop_scale=[1,0.5]", ["data.crop_scale = [1.0, 0.5]"]),
+        ("data.crop_scale=[0.5,2]", ["<= 1.0"]),
+        ("data.source=", ["data.source is empty"]),
+        ("schedule.cuts=[0,3]", ["[0, 3]", "[2, 2, 2, 2]", "differ in length"]),
+        ("schedule.cuts=[1,3,6,9]", ["does not start at 0"]),
+        ("schedule.cuts=[0,6,3,9]", ["does not start at 0 and rise"]),
+        ("schedule.epochs=[2,0,2,2]", ["less than 1 epoch"]),
+        ("target.kind=hog", ["target.kind = hog is not built yet", "pixels"]),
+        ("schedule.kind=adaptive", ["not built yet", "explicit or freezeout"]),
+        ("cache.backend=webdataset", ["not built yet", "zarr"]),
+        ("cache.codec=bfloat16", ["not built yet", "float16"]),
+        ("cache.codec=int8", ["not built yet", "float16"]),
+        ("model.weights=x.pt", ["model.weights = x.pt is not built yet"]),
+        ("cluster.workers=-1", ["cluster.workers = -1 is outside [0, inf)"]),
+    ],
+)
+def test_wrong_setting_is_refused_in_one_line(override: str, parts: list[str]) -> None:
+    message = refusal(override)
+    assert [part for part in parts if part not in message] == [], message
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+@pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
+def test_refusal_does_not_depend_on_where_it_is_shown(encoding: str, terminal: bool) -> None:
+    code = "from pipeline.config import load_config; load_config('sample', ['mask.groups=3'])"
+    ends = pty.openpty()
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONIOENCODING": encoding, "TERM": "xterm"},
+        stdout=ends[1] if terminal else subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for end in ends:
+        os.close(end)
+    want = "invalid choice '3' for argument '--mask.groups'. Expected one of ('1', '2', '4')"
+    assert shown.stderr.splitlines()[-1] == f"pipeline.config.ConfigError: {want}; `--help` lists every setting"
+
+
+def test_bounds_name_numbers_that_exist_and_hold_the_defaults() -> None:
+    numbers = {key for key, value in _flat(PipelineConfig()).items() if type(value) in (int, float)}
+    assert numbers - set(BOUNDS) == {"mask.groups"}, "its choices are in its type"
+    assert set(BOUNDS) <= numbers
+    check(PipelineConfig())
+
+
+def test_features_of_groups_and_one_group_are_allowed() -> None:
+    assert load_config("sample", ["target.kind=features"])[1].mask.groups == 4
+    assert load_config("sample", ["mask.groups=1", "mask.ratio=0.1"])[1].mask.ratio == 0.1
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_toml_gives_back_the_same_settings(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(RECIPES[name]()))
+    assert read_toml(path) == RECIPES[name]()
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+counts = st.integers(-(2**40), 2**40)
+floats = st.floats(allow_nan=False)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=counts,
+    source=texts,
+    root=texts,
+    cuts=st.lists(counts, max_size=4).map(tuple),
+    numbers=st.tuples(floats, floats),
+    switch=st.booleans(),
+)
+def test_any_value_survives_toml(
+    tmp_path: Path, seed: int, source: str, root: str, cuts: Any, numbers: tuple[float, float], switch: bool
+) -> None:
+    value = PipelineConfig(
+        seed=seed,
+        data=DataConfig(source=source, crop_scale=numbers),
+        schedule=ScheduleConfig(cuts=cuts, scale_lr=switch),
+        cache=CacheConfig(root=root),
+        train=TrainConfig(lr=numbers[0]),
+    )
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(value), encoding="utf-8", newline="")
+    assert read_toml(path) == value
+
+
+def test_a_file_may_leave_settings_out_and_names_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("seed = 3\n[schedule]\ncuts = [0, 4]\nepochs = [1, 1]\n")
+    name, read = load_config(str(path), ["train.lr=0.5"])
+    assert name == "mine"
+    assert read == PipelineConfig(
+        seed=3, schedule=ScheduleConfig(cuts=(0, 4), epochs=(1, 1)), train=TrainConfig(lr=0.5)
+    )
+    run = tmp_path / "runs" / "abc" / "config.toml"
+    run.parent.mkdir(parents=True)
+    run.write_text(to_toml(read))
+    assert load_config(str(run)) == ("abc", read)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("seed = ", "no TOML file"),
+        ("[train]\nlrr = 1\n", "did you mean train.lr?"),
+        ("[train]\nlr = 2024-01-01\n", "train.lr"),
+        ("[schedule]\ncuts = [0, 'x']\n", "schedule.cuts"),
+    ],
+)
+def test_wrong_file_is_named(text: str, part: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    message = refusal(config=str(path))
+    assert str(path) in message and part in message
+
+
+def test_unknown_recipe_and_missing_file() -> None:
+    assert "did you mean sample?" in refusal(config="smaple")
+    assert "sample, cifar10, vit_b16, original" in refusal(config="qqqqqq")
+    assert "no config file nowhere.toml" in refusal(config="nowhere.toml")
+
+
+def test_parse_override_keeps_everything_after_the_first_equals_sign() -> None:
+    assert parse_override("data.source=a=b") == ("data.source", "a=b")
+
+
+def test_parse_without_values_is_the_base_itself() -> None:
+    base = sample()
+    assert parse({}, base) is base
+
+
+# --- what is left to the machine -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A machine that has cuda:0 with bfloat16 and 5 cores; the list records what was asked of torch."""
+    asked: list[str] = []
+
+    def answer(question: str, value: str) -> str:
+        asked.append(question)
+        return value
+
+    monkeypatch.setattr(config_module, "_device", lambda: answer("device", "cuda"))
+    monkeypatch.setattr(config_module, "_precision", lambda device: answer(device, "bfloat16"))
+    monkeypatch.setattr(config_module, "_cores", lambda: 5)
+    return asked
+
+
+def test_resolve_fills_every_auto(machine: list[str]) -> None:
+    train = resolve(PipelineConfig()).train
+    assert (train.device, train.precision, train.threads) == ("cuda", "bfloat16", 5)
+    assert machine == ["device", "cuda"]
+
+
+def test_resolve_keeps_what_is_given_and_what_the_run_began_with(machine: list[str]) -> None:
+    before = replace(PipelineConfig(), train=TrainConfig(device="cpu", precision="float32", threads=2))
+    assert resolve(PipelineConfig(), before) == before
+    given = replace(PipelineConfig(), train=TrainConfig(device="cpu", precision="bfloat16", threads=3))
+    assert resolve(given, before) == given
+    assert machine == []
+
+
+def test_resolve_asks_only_for_what_is_open(machine: list[str]) -> None:
+    given = replace(PipelineConfig(), train=TrainConfig(device="cpu"))
+    assert resolve(given).train.precision == "bfloat16"
+    assert machine == ["cpu"]
+
+
+def test_resolve_without_looking_up(machine: list[str]) -> None:
+    train = resolve(PipelineConfig(), detect=False).train
+    assert (train.device, train.precision, train.threads) == ("auto", "auto", 5)
+    assert machine == []
+
+
+def test_this_machine_is_resolved_to_something_torch_accepts() -> None:
+    import torch
+
+    train = resolve(PipelineConfig(model=ModelConfig())).train
+    torch.ones(1, device=train.device, dtype=getattr(torch, train.precision))
+    assert train.threads >= 1
+    assert "torch" in sys.modules
+
+
+def _flat(value: PipelineConfig) -> dict[str, Any]:
+    return dict(flatten(asdict(value)))
