@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ModelConfig:
     heads: int = 0
     """Attention heads; 0 takes the named model's own."""
     attention: Literal["auto", "plain", "fused"] = "auto"
-    """plain softmax(QKᵀ)V, torch's fused kernel, or auto: plain on a CPU (its fused backward is slower), fused elsewhere."""
+    """plain softmax(QKᵀ)V, torch's fused kernel, or auto: plain on a CPU, where it is faster, fused elsewhere."""
 
     @property
     def num_tokens(self) -> int:
@@ -60,12 +60,17 @@ class TargetConfig:
 class DecoderConfig:
     """The matching-shape decoder: its output has the shape of the encoder's input at the cut."""
 
-    depth: int = 2
-    """Blocks of the decoder."""
-    width: int = 96
-    """Channels inside the decoder."""
-    heads: int = 3
-    """Attention heads of the decoder."""
+    depth: int = 1
+    """Blocks of the decoder; it runs on all tokens, so its cost bounds what skipping frozen blocks can save."""
+    width: int = 0
+    """Channels inside the decoder; 0 takes a third of the encoder's, as LocalMIM's decoders have."""
+    heads: int = 0
+    """Attention heads of the decoder; 0 takes one for every 32 channels."""
+
+    def sizes(self, encoder_width: int) -> tuple[int, int]:
+        """(width, heads) beside an encoder of a width."""
+        width = self.width or 32 * max(1, round(encoder_width / 96))
+        return width, self.heads or max(1, width // 32)
 
 
 SIZES = {"vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6), "vit_base": (768, 12, 12)}
@@ -85,7 +90,8 @@ def model_identity(config: ModelConfig) -> dict[str, str | int]:
         from models.vit import build_encoder
 
         encoder = build_encoder(config, seed=0)
-        sizes = encoder.width, encoder.depth, encoder.vit.blocks[0].attn.num_heads
+        attention: Any = encoder.vit.blocks[0].attn
+        sizes = encoder.width, encoder.depth, attention.num_heads
     asked = (config.width, config.depth, config.heads)
     width, depth, heads = (want or own for want, own in zip(asked, sizes, strict=True))
     return {"model": model_name(config.name), "width": width, "depth": depth, "heads": heads}

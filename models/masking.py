@@ -1,5 +1,6 @@
 """Which tokens the encoder sees. `hidden` is 1 where a token is hidden and 0 where it is kept, here and everywhere. Two
-ways to draw a mask: MAE's, over all tokens, and one that stays inside a token group that ran through frozen blocks alone.
+ways to draw a mask: MAE's, over all tokens, and one that stays inside a token group that ran through frozen blocks
+alone.
 
 Shapes: B batch, L all tokens, G tokens of a group, K kept tokens, D width. Ids are raster positions, int64.
 """

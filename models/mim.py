@@ -1,7 +1,8 @@
-"""Masked image modelling: blocks that learn, a decoder, and a loss on hidden tokens. The model takes what it learns from
-as a `MaskedBatch`, made from images (live training) or from features (cached training).
+"""Masked image modelling: blocks that learn, a decoder, and a loss on hidden tokens. The model takes what it learns
+from as a `MaskedBatch`, made from images (live training) or from features (cached training).
 
-Shapes: B batch, C channels, H and W pixels, L all tokens, G tokens of a group, K kept tokens, D width, T values of a target.
+Shapes: B batch, C channels, H and W pixels, L all tokens, G tokens of a group, K kept tokens, D width, T values of a
+target.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What a cached feature is: every setting that can change a number in a cache, and the fingerprint over them. Also the two
-functions under every identity and every random number of the project: `digest` and `derive_seed`. Free of torch."""
+"""What a cached feature is: every setting that can change a number in a cache, and the fingerprint over them. Also the
+two functions under every identity and every random number of the project: `digest` and `derive_seed`. Free of torch."""
 
 from __future__ import annotations
 

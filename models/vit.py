@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import timm
 import torch
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -61,7 +63,7 @@ class Encoder(nn.Module):
         self.requires_grad_(True)
         for part in self._frozen_parts():
             part.requires_grad_(False)
-        self.vit.pos_embed.requires_grad_(False)
+        self.vit.get_parameter("pos_embed").requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Encoder:
@@ -87,7 +89,7 @@ def use_attention(blocks: nn.Module, kind: str, device: torch.device | str) -> N
     fused = kind == "fused" or (kind == "auto" and torch.device(device).type != "cpu")
     for module in blocks.modules():
         if isinstance(module, Attention):
-            module.fused_attn = fused
+            module.fused_attn = fused  # type: ignore[misc] # Final only for TorchScript
 
 
 def build_encoder(config: ModelConfig, seed: int) -> Encoder:
@@ -103,11 +105,11 @@ def build_encoder(config: ModelConfig, seed: int) -> Encoder:
     encoder = Encoder(vit, config.attention)
     grid = config.image_size // config.patch_size
     with torch.no_grad():
-        vit.pos_embed.copy_(sincos_2d(encoder.width, grid))
+        vit.get_parameter("pos_embed").copy_(sincos_2d(encoder.width, grid))
     return encoder
 
 
-def _create(config: ModelConfig, sizes: dict[str, int]) -> VisionTransformer:
+def _create(config: ModelConfig, sizes: dict[str, Any]) -> VisionTransformer:
     name = model_name(config.name)
     if not timm.is_model(name):
         raise ModelError(f"model.name={config.name} is no model that timm knows; try vit_tiny, vit_small or vit_base")
@@ -122,14 +124,16 @@ def _create(config: ModelConfig, sizes: dict[str, int]) -> VisionTransformer:
             **sizes,
         )
     except (TypeError, AssertionError, ValueError) as error:
+        reason = str(error) or f"timm refuses image_size={config.image_size} with patch_size={config.patch_size}"
         raise ModelError(
-            f"model.name={config.name} cannot be built as a plain ViT without class token: {error}"
+            f"model.name={config.name} cannot be built as a plain ViT without class token: {reason}"
         ) from error
-    if type(vit) is not VisionTransformer or not all(isinstance(block, Block) for block in vit.blocks):
+    if odd := _odd_part(vit):
         raise ModelError(
-            f"model.name={config.name} is a {type(vit).__name__}, not timm's plain VisionTransformer of equal blocks, "
+            f"model.name={config.name} is built on {odd}, not on timm's plain VisionTransformer, PatchEmbed and Block, "
             "so it cannot be cut between blocks; try vit_tiny, vit_small or vit_base"
         )
+    assert isinstance(vit, VisionTransformer)
     if vit.num_prefix_tokens or vit.pos_embed is None:
         raise ModelError(
             f"model.name={config.name} has register tokens or no absolute positions, which is not built yet"
@@ -137,10 +141,20 @@ def _create(config: ModelConfig, sizes: dict[str, int]) -> VisionTransformer:
     return vit
 
 
+def _odd_part(vit: nn.Module) -> str:
+    """Class name of the first part that is not timm's plain one; empty where there is none."""
+    if type(vit) is not VisionTransformer:
+        return type(vit).__name__
+    if type(vit.patch_embed) is not PatchEmbed:  # a hybrid: its convolutions make the tokens
+        return type(vit.patch_embed).__name__
+    return next((type(block).__name__ for block in vit.blocks if not isinstance(block, Block)), "")
+
+
 def sincos_2d(width: int, grid: int) -> Tensor:
     """(grid * grid, width) float32 sin-cos positions; the first half of the channels encodes the column.
 
-    Source: `get_2d_sincos_pos_embed` in facebookresearch/mae, whose meshgrid puts w first. Raises ModelError unless 4 divides width.
+    Source: `get_2d_sincos_pos_embed` in facebookresearch/mae, whose meshgrid puts w first. Raises ModelError unless 4
+    divides width.
     """
     if width % 4:
         raise ModelError(f"model.width={width} is not divisible by 4, which 2-D sin-cos positions need")
@@ -156,11 +170,11 @@ def _sincos_1d(width: int, place: Tensor) -> Tensor:
 
 
 def frozen_hash(state: Mapping[str, Tensor], cut: int) -> str:
-    """sha256 over names, types, shapes and bytes of what lies before block `cut`: patch embedding, positions, blocks."""
+    """sha256 over names, types, shapes and bytes of all before block `cut`: patch embedding, positions, blocks."""
     before = ("patch_embed.", "pos_embed", "norm_pre.", *(f"blocks.{block}." for block in range(cut)))
     sha = hashlib.sha256()
     for name in sorted(name for name in state if name.startswith(before)):
         value = state[name].detach().cpu().contiguous()
         sha.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        sha.update(value.flatten().view(torch.uint8).numpy())
+        sha.update(value.flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()

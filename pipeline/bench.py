@@ -1,6 +1,6 @@
-"""`permafrost bench`: what a training step costs in each arm, at each cut, measured side by side. The arms' steps run in
-turn, round after round, so that a machine whose speed drifts slows all of them alike; what is quoted is medians of ratios
-within a round."""
+"""`permafrost bench`: what a training step costs in each arm, at each cut, measured side by side. The arms' steps run
+in turn, round after round, so that a machine whose speed drifts slows all of them alike; what is quoted is medians of
+ratios within a round."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def run_bench(job: Job) -> None:
         atomic_write(job.paths.root / "bench.json", (json.dumps(found, indent=2) + "\n").encode())
 
 
-def loader_bound(wanted: Wanted, rounds: int = 3, steps: int = 6) -> list[float]:
-    """For each later stage: images/s of cached training over the same steps on features in memory, median of paired rounds."""
+def loader_bound(wanted: Wanted, rounds: int = 3, steps: int = 4) -> list[float]:
+    """For each later stage: images/s of cached steps over the same steps on features in memory, median of rounds."""
     return [
         statistics.median(ratios(stage_rates(wanted, stage, ("cached", "memory"), steps, rounds), "cached", "memory"))
         for stage in range(1, len(wanted.segments))

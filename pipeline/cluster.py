@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from distributed import Client, LocalCluster, as_completed
 
@@ -14,7 +14,12 @@ from pipeline.config import ClusterConfig
 
 T = TypeVar("T")
 U = TypeVar("U")
-RunTasks = Callable[[Callable[[T], U], Sequence[T]], Iterator[U]]
+
+
+class RunTasks(Protocol):
+    """Map a function over tasks anywhere; results come as they are done."""
+
+    def __call__(self, function: Callable[[T], U], tasks: Sequence[T]) -> Iterator[U]: ...
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import tomli_w
 import tyro
 
 from cache.config import CacheConfig
-from models.config import DecoderConfig, MaskConfig, ModelConfig, TargetConfig
+from models.config import SIZES, DecoderConfig, MaskConfig, ModelConfig, TargetConfig
 from stages.config import DataConfig, EvalConfig, ScheduleConfig, TrainConfig
 
 
@@ -203,8 +203,8 @@ BOUNDS = {
     "model.heads": "[0, inf)",
     "mask.ratio": "(0, 1)",
     "decoder.depth": "[1, inf)",
-    "decoder.width": "[4, inf)",
-    "decoder.heads": "[1, inf)",
+    "decoder.width": "[0, inf)",
+    "decoder.heads": "[0, inf)",
     "schedule.t0": "(0, 1]",
     "cache.views": "[1, inf)",
     "cache.shard_rows": "[1, inf)",
@@ -282,7 +282,9 @@ def _model_problems(config: PipelineConfig) -> Iterator[str]:
             f"mask.ratio = {mask.ratio} keeps {keep} of {tokens} tokens, but a group of mask.groups = {mask.groups} "
             f"has only {tokens // mask.groups}; raise mask.ratio or lower mask.groups"
         )
-    for name, width, heads in (("model", model.width, model.heads), ("decoder", decoder.width, decoder.heads)):
+    encoder_width = model.width or SIZES.get(model.name, (0,))[0]
+    decoder_sizes = decoder.sizes(encoder_width) if encoder_width else (decoder.width, decoder.heads)
+    for name, width, heads in (("model", model.width, model.heads), ("decoder", *decoder_sizes)):
         if width % 4:
             yield f"{name}.width = {width} is not divisible by 4, which the sin-cos positions need; change {name}.width"
         if width and heads and width % heads:

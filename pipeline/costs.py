@@ -1,5 +1,5 @@
-"""`permafrost plan`: what would run, how long it would take, what it would put on disk, and when the caches have paid for
-themselves. Step times are measured on this machine in a few seconds, on random data of the run's shapes."""
+"""`permafrost plan`: what would run, how long it would take, what it would put on disk, and when the caches have paid
+for themselves. Step times are measured on this machine in a few seconds, on random data of the run's shapes."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def show_plan(job: Job) -> None:
     console.print(table)
     even = found["break_even_epoch"]
     console.print(
-        f"total: e2e {found['e2e_seconds']:.0f} s, freeze {found['freeze_seconds']:.0f} s, cached {found['cached_seconds']:.0f} s "
-        f"with caches; speed-up {found['speedup_total']:.2f}; break-even "
+        f"total: e2e {found['e2e_seconds']:.0f} s, freeze {found['freeze_seconds']:.0f} s, "
+        f"cached {found['cached_seconds']:.0f} s with caches; speed-up {found['speedup_total']:.2f}; break-even "
         + ("not reached" if even is None else f"at epoch {even:.1f}")
         + f"; disk {found['cache_bytes'] / 1e6:,.0f} MB"
     )

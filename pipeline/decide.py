@@ -103,7 +103,7 @@ class Wanted:
         """The same for a baseline arm, which goes on from stage 0."""
         inputs = self._common() | {"arm": arm, "schedule.stages": [asdict(segment) for segment in self.segments[1:]]}
         if arm == "freeze" and self.config.target.kind == "features":
-            inputs |= {"mask.groups": self.config.mask.groups, "cache.views": self.config.cache.views}
+            inputs |= {"mask.groups": self.config.mask.groups}
         return inputs | {"parent state": (self.record(self.paths.stage(0)) or {}).get("state")}
 
     def _common(self) -> dict[str, Any]:

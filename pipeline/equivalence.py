@@ -1,5 +1,5 @@
-"""`permafrost equivalence`: is training from the cache the same as training live? Recomputes a batch of every cache from
-the images with the frozen blocks, and compares features and the first step's loss."""
+"""`permafrost equivalence`: is training from the cache the same as training live? Recomputes a batch of every cache
+from the images with the frozen blocks, and compares features and the first step's loss."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from cache.config import CacheConfig
-from models.config import DecoderConfig, MaskConfig, ModelConfig, TargetConfig
+from models.config import MaskConfig, ModelConfig, TargetConfig
 from pipeline.config import ConfigError, PipelineConfig
 from stages.config import DataConfig, EvalConfig, ScheduleConfig, TrainConfig
 
@@ -24,10 +24,10 @@ def sample() -> PipelineConfig:
         model=ModelConfig(name="vit_tiny", image_size=56, patch_size=4),
         mask=MaskConfig(ratio=0.75, groups=4),
         target=TargetConfig(kind="pixels"),
-        schedule=ScheduleConfig(cuts=(0, 3, 6, 9), epochs=(2, 2, 2, 2)),
+        schedule=ScheduleConfig(cuts=(0, 3, 6, 9), epochs=(2, 1, 2, 3)),
         cache=CacheConfig(views=1),
         train=TrainConfig(batch_size=64),
-        eval=EvalConfig(train_limit=1000),
+        eval=EvalConfig(train_limit=800),
     )
 
 
@@ -59,7 +59,6 @@ def vit_b16() -> PipelineConfig:
     return PipelineConfig(
         data=DataConfig(source="sample", limit=64),
         model=ModelConfig(name="vit_base", image_size=224, patch_size=16),
-        decoder=DecoderConfig(depth=2, width=256, heads=8),
         schedule=ScheduleConfig(cuts=(0, 3, 6, 9), epochs=(2, 2, 2, 2)),
         cache=CacheConfig(views=1, shard_rows=16, encode_batch=16),
         train=TrainConfig(batch_size=16, max_steps=2),

@@ -144,3 +144,14 @@ def _stage(wanted: Wanted, target: str | int | None, first: int) -> int:
             f"no stage {target} here; the plan has {first}-{last} (schedule.cuts={list(wanted.config.schedule.cuts)})"
         )
     return target
+
+
+def run_probe(job: Job) -> None:
+    """Score the encoder of a stage or an arm again, or of all that are trained, with the settings of `eval`."""
+    from pipeline.work import probe_again
+
+    wanted = Wanted(job.config, job.paths)
+    names = [f"stage {stage}" for stage in range(len(wanted.segments))] + [f"arm {arm}" for arm in ARMS]
+    if job.target is not None:
+        names = [f"stage {job.target}" if isinstance(job.target, int) else f"arm {job.target}"]
+    probe_again(wanted, names)

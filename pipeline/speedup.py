@@ -1,12 +1,12 @@
-"""`permafrost speedup`: the three arms side by side, from their records, as speedup.json, a table and a figure. Times are
-training and cache building; evaluation is not counted for any arm. Stage 0 is trained once and counted in all three."""
+"""`permafrost speedup`: the three arms side by side, from their records, as speedup.json, a table and a figure. Times
+are training and cache building; evaluation counts for no arm. Stage 0 is trained once and counted in all three."""
 
 from __future__ import annotations
 
 import json
 import platform
-from itertools import pairwise
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from pipeline import __version__
 from pipeline.config import ConfigError
 from pipeline.decide import ARMS, Wanted, judge_all
 from pipeline.job import Job
+from pipeline.layout import StagePaths
 from pipeline.runner import Desk, at_work
 
 VERSIONS = ("torch", "timm", "zarr", "numpy")
@@ -51,16 +52,16 @@ def summary(wanted: Wanted) -> dict[str, Any]:
     from pipeline.bench import flop_bound, loader_bound
 
     stages = [record(wanted, wanted.paths.stage(k)) for k in range(len(wanted.segments))]
-    arms = {name: arm_summary([stages[0], record(wanted, wanted.paths.arm(name))]) for name in ARMS}
-    arms["cached"] = arm_summary(stages)
-    segments = {name: record(wanted, wanted.paths.arm(name))["segments"] for name in ARMS}
+    e2e, freeze = (record(wanted, wanted.paths.arm(name)) for name in ARMS)
+    parts = {"e2e": [stages[0], e2e], "freeze": [stages[0], freeze], "cached": stages}
+    arms = {name: arm_summary(records) for name, records in parts.items()}
     by_stage = [
         {
             "cut": stage["cut"],
-            "e2e_images_per_second": segments["e2e"][k]["images_per_second"],
-            "freeze_images_per_second": segments["freeze"][k]["images_per_second"],
+            "e2e_images_per_second": e2e["segments"][k]["images_per_second"],
+            "freeze_images_per_second": freeze["segments"][k]["images_per_second"],
             "cached_images_per_second": stage["images_per_second"],
-            "ratio": stage["images_per_second"] / segments["e2e"][k]["images_per_second"],
+            "ratio": stage["images_per_second"] / e2e["segments"][k]["images_per_second"],
             "flop_bound": flop_bound(wanted, k + 1),
         }
         for k, stage in enumerate(stages[1:])
@@ -72,9 +73,7 @@ def summary(wanted: Wanted) -> dict[str, Any]:
         "speedup_by_stage": by_stage,
         "loader_bound": min(bounds, default=1.0),
         "loader_bound_by_stage": bounds,
-        "break_even_epoch": break_even(
-            timeline([stages[0], record(wanted, wanted.paths.arm("e2e"))]), timeline(stages)
-        ),
+        "break_even_epoch": break_even(timeline(parts["e2e"]), timeline(parts["cached"])),
         "early_stop": stopped_at(arms["e2e"]["curve"], arms["cached"]["total_seconds"]),
         "device": f"{wanted.config.train.device} ({processor()})",
         "precision": wanted.config.train.precision,
@@ -84,14 +83,14 @@ def summary(wanted: Wanted) -> dict[str, Any]:
     }
 
 
-def record(wanted: Wanted, paths: Any) -> dict[str, Any]:
+def record(wanted: Wanted, paths: StagePaths) -> dict[str, Any]:
     found = wanted.record(paths)
     assert found is not None, f"{paths.json} was there a moment ago"
     return found
 
 
 def arm_summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """One arm from the records of its parts, in order. A part's probe points count from its own start, after its cache."""
+    """One arm from the records of its parts, in order. A part's probe points count from its start, after its cache."""
     curve, spent = [], 0.0
     for part in parts:
         spent += part["cache_seconds"]

@@ -10,15 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save
 
 from cache import open_cache
 from cache.layout import Layout
 from cache.manifest import atomic_write
 from models.mim import MaskedModel
-from models.vit import frozen_hash
+from models.vit import Encoder, build_encoder, frozen_hash
 from pipeline.cluster import task_runner
-from pipeline.config import PipelineConfig
+from pipeline.config import ConfigError, PipelineConfig
 from pipeline.decide import Wanted, inputs_digest
 from pipeline.job import Interrupted, RunFailed
 from pipeline.layout import StagePaths
@@ -76,7 +79,8 @@ def train_baseline(desk: Desk, arm: str) -> None:
 def live_source(wanted: Wanted, segment: Segment) -> Source:
     """Images masked before the first block, or, where the target is made of frozen features, those features live."""
     if segment.cut and wanted.config.target.kind == "features":
-        return LiveFeatures(wanted.data.train, sampling(wanted), wanted.config.cache.views)
+        fresh = wanted.plan[-1].first_epoch + wanted.plan[-1].epochs  # as many views as epochs: each is new
+        return LiveFeatures(wanted.data.train, sampling(wanted), fresh)
     return LiveImages(wanted.data.train, sampling(wanted))
 
 
@@ -116,7 +120,9 @@ def train(
         inputs=record["fingerprint"],
         eval_every=config.eval.every,
     )
-    hooks = Hooks(log=desk.log, evaluate=lambda model: evaluate_model(wanted, model), stop=desk.job.stop.is_set)
+    hooks = Hooks(
+        log=desk.log, evaluate=lambda model: evaluate_encoder(wanted, model.encoder), stop=desk.job.stop.is_set
+    )
     try:
         progress, model = train_arm(arm, hooks)
     except Diverged as error:
@@ -213,12 +219,11 @@ def build_cache(desk: Desk, stage: int) -> None:
     desk.log.message(f"cache {stage}: built in {seconds:.1f} s ({wanted.cache_folder(spec)})")
 
 
-def evaluate_model(wanted: Wanted, model: MaskedModel) -> ProbeResult:
-    """kNN and linear probe of the model's encoder, as the settings ask."""
-    config, data = wanted.config, wanted.data
-    return evaluate(
-        model.encoder, data, config.eval, config.model.image_size, config.train.device, config.train.precision
-    )
+def evaluate_encoder(wanted: Wanted, encoder: Encoder) -> ProbeResult:
+    """kNN and linear probe of an encoder, as the settings ask."""
+    config = wanted.config
+    size, device, precision = config.model.image_size, config.train.device, config.train.precision
+    return evaluate(encoder, wanted.data, config.eval, size, device, precision)
 
 
 def sampling(wanted: Wanted) -> Sampling:
@@ -270,3 +275,23 @@ def read_seconds(paths: StagePaths, fingerprint: str) -> float:
 def write_seconds(paths: StagePaths, fingerprint: str, seconds: float) -> None:
     paths.root.mkdir(parents=True, exist_ok=True)
     atomic_write(paths.root / "cache.json", json.dumps({"fingerprint": fingerprint, "seconds": seconds}).encode())
+
+
+def probe_again(wanted: Wanted, names: list[str]) -> None:
+    """Print the scores of the encoders that are there, by name. Raises ConfigError when none is."""
+    table = Table("encoder", "kNN", "linear", "effective rank", "feature std", box=None, pad_edge=False)
+    for name in names:
+        kind, _, which = name.partition(" ")
+        paths = wanted.paths.stage(int(which)) if kind == "stage" else wanted.paths.arm(which)
+        if paths.model.exists():
+            torch.set_num_threads(wanted.config.train.threads)
+            encoder = build_encoder(wanted.config.model, wanted.config.seed)
+            encoder.vit.load_state_dict(load_file(paths.model))
+            found = evaluate_encoder(wanted, encoder.to(wanted.config.train.device))
+            scores = (found.knn_top1, found.linear_top1, found.effective_rank, found.feature_std)
+            table.add_row(name, *(f"{score:.3f}" for score in scores))
+    if not table.row_count:
+        raise ConfigError(
+            f"{wanted.paths.root} has no trained {' or '.join(names)}; run `make all` or `make stage-0` first"
+        )
+    Console(highlight=False).print(table)

@@ -25,7 +25,7 @@ class CheckpointError(ValueError):
 
 @dataclass
 class SegmentTotals:
-    """What one segment has cost and brought so far. Seconds are wall-clock; `train_seconds` includes waiting for data."""
+    """What one segment has cost and brought so far. Seconds are wall-clock; `train_seconds` include waiting."""
 
     train_seconds: float = 0.0
     loader_wait_seconds: float = 0.0

@@ -11,11 +11,11 @@ class DataConfig:
     """Where images come from and how views are cut from them."""
 
     source: str = "sample"
-    """sample, a folder of images, WebDataset tars (path, glob or {000000..000007} pattern), or a torchvision name such as cifar10."""
+    """sample, a folder of images, WebDataset tars (path, glob or {000000..000007}), or a torchvision name (cifar10)."""
     val_source: str = ""
     """Images to evaluate on; empty holds out a tenth of the source."""
     limit: int = 0
-    """Use only the first so many training images; 0 uses all."""
+    """Use only so many training images, evenly spread over the list; 0 uses all."""
     on_bad: Literal["stop", "skip"] = "stop"
     """A file that is no readable image stops the run, or is left out and recorded."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -69,7 +69,7 @@ class TrainConfig:
     clip: float = 0.0
     """Largest gradient norm; 0 does not clip."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Autocast precision of all blocks, frozen or not; auto: bfloat16 where the hardware multiplies it, else float32."""
+    """Autocast precision of all blocks, frozen or not; auto: bfloat16 where the hardware has it, else float32."""
     device: str = "auto"
     """cpu, cuda, or auto."""
     threads: int = 0

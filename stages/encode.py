@@ -4,7 +4,7 @@ shard of one view, wherever it runs, and leaves a receipt; a build goes on at th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ RunTasks = Callable[[Callable[[Any], Shard], Sequence[Any]], Iterator[Shard]]
 def build(job: EncodeJob, images: ImageList, run: RunTasks) -> Iterator[tuple[int, int]]:
     """Build what is missing of a cache; yields (shards done, shards in all) after each. Raises CacheError.
 
-    `run` maps `encode_shard` over tasks anywhere and yields as they are done. What it made so far stays when the caller stops.
+    `run` maps `encode_shard` over tasks anywhere and yields as they are done. What is made stays when the caller stops.
     """
     folder = Path(job.folder)
     check_space(folder, job.layout)
@@ -67,9 +67,24 @@ def build(job: EncodeJob, images: ImageList, run: RunTasks) -> Iterator[tuple[in
     finish(folder, job.layout)
 
 
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a shard: what the frozen blocks take, images (B, 3, S, S) or the parent's features (B, L, D), and what
+    is stored beside their output."""
+
+    inputs: Tensor
+    crop_B5: np.ndarray
+    keys: tuple[str, ...]
+    token_ids_BL: np.ndarray | None
+    pixels_BLP: np.ndarray | None
+
+    def block(self, features_BLD: np.ndarray) -> RowBlock:
+        return RowBlock(features_BLD, self.crop_B5, self.keys, self.token_ids_BL, self.pixels_BLP)
+
+
 @lru_cache(maxsize=2)
 def frozen_encoder(weights: str, weights_hash: str, cut: int, model: ModelConfig, device: str) -> Encoder:
-    """The encoder that a cache is made with, built once per worker. Raises StaleCache when the file's weights differ."""
+    """The encoder that a cache is made with, built once per worker. Raises StaleCache when its weights differ."""
     encoder = build_encoder(model, seed=0)
     state = load_file(weights)
     found = frozen_hash(state, cut)
@@ -100,50 +115,50 @@ def encode_shard(task: tuple[EncodeJob, Shard]) -> Shard:
     load = from_cache(job, shard.view) if job.parent else from_images(job, shard.view)
     blocks = []
     with prefetch(load, batches, job.loader_threads, 2) as loaded, torch.inference_mode():
-        for inputs, block in loaded:
+        for part in loaded:
             with autocast(job.device, spec.dtype):
-                features = frozen_forward(encoder, job, inputs.to(job.device), block)
-            blocks.append(replace(block, features_NLD=features.float().cpu().numpy()))
+                features = frozen_forward(encoder, job, part)
+            blocks.append(part.block(features.float().cpu().numpy()))
     write_rows(Path(job.folder), job.layout, shard.view, shard.first_row, RowBlock.join(blocks))
     return shard
 
 
-def frozen_forward(encoder: Encoder, job: EncodeJob, inputs: Tensor, block: RowBlock) -> Tensor:
-    """The features at the cut, stored order, from images (B, 3, S, S) or from the parent's features (B, L, D)."""
-    spec = job.layout.spec
+def frozen_forward(encoder: Encoder, job: EncodeJob, part: Part) -> Tensor:
+    """The features of some rows at the cut, (B, L, D) in stored order."""
+    spec, inputs = job.layout.spec, part.inputs.to(job.device)
     if job.parent:
         return encoder.run_groups(inputs, spec.groups, job.parent_cut, spec.cut)
     tokens = encoder.embed(normalize_images(inputs))
-    if block.token_ids_NL is not None:
-        tokens = take_tokens(tokens, torch.from_numpy(block.token_ids_NL).to(tokens.device))
+    if part.token_ids_BL is not None:
+        tokens = take_tokens(tokens, torch.from_numpy(part.token_ids_BL).to(tokens.device))
     return encoder.run_groups(tokens, spec.groups, 0, spec.cut)
 
 
-def from_images(job: EncodeJob, view: int) -> Callable[[np.ndarray], tuple[Tensor, RowBlock]]:
-    """A function that cuts a view of some rows: images, and all that a shard holds of them but the features."""
+def from_images(job: EncodeJob, view: int) -> Callable[[np.ndarray], Part]:
+    """A function that cuts a view of some rows."""
     images, spec, size = training_images(job.data, job.index_folder), job.layout.spec, job.model.image_size
 
-    def load(rows: np.ndarray) -> tuple[Tensor, RowBlock]:
+    def load(rows: np.ndarray) -> Part:
         keys = tuple(images.keys[row] for row in rows)
         cut, crops = image_batch(images, rows, view, job.data, size, spec.seed)
         tensor = torch.from_numpy(cut)
         orders = token_orders(spec.seed, view, keys, spec.num_tokens, spec.groups) if spec.groups > 1 else None
         pixels = patchify(tensor, spec.patch_size).numpy() if spec.pixels else None
-        return tensor, RowBlock(np.empty(0), crops, keys, orders, pixels)
+        return Part(tensor, crops, keys, orders, pixels)
 
     return load
 
 
-def from_cache(job: EncodeJob, view: int) -> Callable[[np.ndarray], tuple[Tensor, RowBlock]]:
-    """A function that reads some rows of the parent cache: features, and all else that the new shard takes over."""
+def from_cache(job: EncodeJob, view: int) -> Callable[[np.ndarray], Part]:
+    """A function that reads some rows of the parent cache, and all else that the new shard takes over."""
     assert job.parent is not None
     parent, spec = open_cache(job.parent), job.layout.spec
     assert parent.manifest.fingerprint == spec.parent, "the spec names the cache that it continues"
 
-    def load(rows: np.ndarray) -> tuple[Tensor, RowBlock]:
+    def load(rows: np.ndarray) -> Part:
         batch = parent.read(rows, view)
         orders = batch.ids_BL.numpy() if spec.groups > 1 else None
         pixels = None if batch.pixels_BLP is None else batch.pixels_BLP.numpy()
-        return batch.features_BLD, RowBlock(np.empty(0), parent.crops(rows, view), batch.keys, orders, pixels)
+        return Part(batch.features_BLD, parent.crops(rows, view), batch.keys, orders, pixels)
 
     return load

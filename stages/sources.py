@@ -43,7 +43,11 @@ class Inputs:
 
     def split(self, parts: int) -> list[Inputs]:
         """Equal micro-batches, in order."""
-        return [self._map(lambda tensor, part=part: tensor.chunk(parts)[part]) for part in range(parts)]
+
+        def part_of(part: int) -> Callable[[Tensor], Tensor]:
+            return lambda tensor: tensor.chunk(parts)[part]
+
+        return [self._map(part_of(part)) for part in range(parts)]
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
         ids, pixels = (None if tensor is None else change(tensor) for tensor in (self.ids_BL, self.pixels_BLP))
@@ -143,11 +147,11 @@ class LiveFeatures:
 
     images: ImageList
     sampling: Sampling
-    cached_views: int
+    views: int
 
     def load(self, segment: Segment, step: int) -> Inputs:
         rows = self.sampling.rows(segment, step, len(self.images))
-        view, group = self.sampling.slot(segment, step, self.cached_views)
+        view, group = self.sampling.slot(segment, step, self.views)
         images, ids = self.sampling.views(self.images, rows, view)
         return Inputs(images, self.sampling.noise(segment, step, self.sampling.group_tokens), ids, group=group)
 

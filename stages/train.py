@@ -1,5 +1,5 @@
 """The training loop, one for every stage and arm. An arm is a list of segments trained in turn; a stage is an arm of
-one segment. Everything random is a pure function of the seed and the step, so a saved state is all that a resume needs."""
+one segment. Everything random is a pure function of the seed and the step: a saved state is all that a resume needs."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def build_model(build: Build, cut: int, device: str) -> MaskedModel:
 def train_step(
     model: MaskedModel, optimizer: torch.optim.Optimizer, source: Source, inputs: Inputs, train: TrainConfig
 ) -> Tensor:
-    """One optimiser step; returns the loss. Micro-batches are equal, so the mean of their losses is the batch's loss."""
+    """One optimiser step; returns the loss. Micro-batches are equal: the mean of their losses is the batch's loss."""
     device = next(model.parameters()).device
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=device)
@@ -180,10 +180,11 @@ def train_segment(
             if evaluation_due(arm, segment, step + 1):
                 book.flush(batches.wait_seconds)
                 book.evaluate(model)
-            if hooks.stop() or book.save_due():
+            stop = hooks.stop()
+            if stop or book.save_due():
                 book.flush(batches.wait_seconds)
                 save_state(arm.state, arm.inputs, progress, model_tensors(model, optimizer))
-            if hooks.stop():
+            if stop:
                 return
 
 
@@ -230,8 +231,8 @@ class Book:
         for loss in losses:
             if not math.isfinite(loss):
                 raise Diverged(
-                    f"{self.arm.label}: loss={loss} near step {self.progress.step}; lower train.lr={self.arm.train.lr:g} "
-                    "or set train.clip=1"
+                    f"{self.arm.label}: loss={loss} near step {self.progress.step}; "
+                    f"lower train.lr={self.arm.train.lr:g} or set train.clip=1"
                 )
             self.totals.loss_sum += loss
         self.totals.loss_steps += len(losses)
@@ -252,7 +253,7 @@ class Book:
                     "step": sum(totals.steps for totals in self.progress.totals),
                     "steps": sum(segment.steps for segment in self.arm.segments),
                     "epoch": self.segment.first_epoch + self.progress.step / self.segment.steps_per_epoch,
-                    "images": self.totals.images,
+                    "images": sum(totals.images for totals in self.progress.totals),
                     "loss": sum(losses) / len(losses),
                     "lr": self.rate,
                     "images_per_second": len(losses) * self.arm.train.batch_size / seconds if seconds else 0.0,

@@ -1,5 +1,6 @@
-"""Shapes are checked while tests run: a suffix such as `tokens_BLD` is the annotation. Whatever `models` and `cache` take or
-hold under such a name must have these axes, and a letter means one size within a call. In production this costs nothing."""
+"""Shapes are checked while tests run: a suffix such as `tokens_BLD` is the annotation. Whatever `models` takes or holds
+under such a name must have these axes, and a letter means one size within a call. In production this costs nothing.
+`cache` is left out: in a batch of one token group, L is the group's tokens for features and all tokens for pixels."""
 
 from __future__ import annotations
 
@@ -16,27 +17,18 @@ from typing import Any
 from beartype import beartype
 from jaxtyping import Shaped, jaxtyped
 
-ROOMS = ("models", "cache")
-SUFFIX = re.compile(r"[a-z0-9]_([A-Z][A-Z0-9]*)$")
-
-
-def with_axes(kind: Any, axes: str) -> Any:
-    """`Tensor` to `Shaped[Tensor, "B L D"]`, also inside a union; other types as they are."""
-    if isinstance(kind, types.UnionType):
-        return typing.Union[tuple(with_axes(part, axes) for part in typing.get_args(kind))]  # noqa: UP007 (not static)
-    array = typing.get_origin(kind) or kind
-    return Shaped[array, " ".join(axes)] if getattr(array, "__name__", "") in ("Tensor", "ndarray") else kind
+SUFFIX = re.compile(r"[a-z0-9]_([A-Z]+)$")
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with its suffixes enforced, or itself where no parameter has one."""
-    axes = {name: found[1] for name in inspect.signature(function).parameters if (found := SUFFIX.search(name))}
+    axes = {
+        name: " ".join(found[1]) for name in inspect.signature(function).parameters if (found := SUFFIX.search(name))
+    }
     if not axes:
         return function
     hints = typing.get_type_hints(function)
-    function.__annotations__ = {
-        name: with_axes(hint, axes.get(name, "")) if name in axes else hint for name, hint in hints.items()
-    }
+    function.__annotations__ = hints | {name: Shaped[hints[name], letters] for name, letters in axes.items()}
     return jaxtyped(function, typechecker=beartype)
 
 
@@ -53,12 +45,12 @@ class ShapeLoader(SourceFileLoader):
 
 
 class ShapeFinder(MetaPathFinder):
-    """Hands the modules of both rooms to `ShapeLoader`."""
+    """Hands the modules of `models` to `ShapeLoader`."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> ModuleSpec | None:
-        found = PathFinder.find_spec(fullname, path, target) if fullname.partition(".")[0] in ROOMS else None
+        found = PathFinder.find_spec(fullname, path, target) if fullname.startswith("models.") else None
         if found and found.origin and isinstance(found.loader, SourceFileLoader):
             found.loader = ShapeLoader(fullname, found.origin)
         return found

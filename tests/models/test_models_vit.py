@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def test_every_block_counts(small: Small) -> None:
     tokens = torch.randn(1, 16, 24)
     steps = [encoder.run(tokens, 0, stop) for stop in range(5)]
     assert torch.equal(steps[0], tokens)
-    assert all((after - before).abs().max() > 1e-3 for before, after in zip(steps, steps[1:], strict=False))
+    assert all((after - before).abs().max() > 1e-3 for before, after in pairwise(steps))
 
 
 def test_embed_adds_the_sincos_positions_and_no_class_token(small: Small) -> None:
@@ -80,9 +81,9 @@ def test_nothing_passes_from_a_group_to_another(small: Small) -> None:
     encoder = build_encoder(small(), seed=0).eval()
     tokens = torch.randn(2, 16, 24)
     changed = tokens.clone()
-    changed[1, 5] += 1.0
+    changed[1, 5] = torch.randn(24)
     moved = (encoder.run_groups(changed, 4, 0, 4) - encoder.run_groups(tokens, 4, 0, 4)).abs().amax(dim=2)
-    assert (moved[1, 4:8] > 1e-4).all()
+    assert (moved[1, 4:8] > 0).all()
     moved[1, 4:8] = 0
     assert moved.max() == 0
 
@@ -152,17 +153,17 @@ def test_the_named_sizes_are_timm_s() -> None:
     ("changes", "message"),
     [
         ({"name": "vit_tinny"}, r"model.name=vit_tinny is no model that timm knows; try vit_tiny"),
-        ({"name": "eva02_tiny_patch14_224"}, r"model.name=eva02_tiny_patch14_224 is a Eva, not timm's plain"),
-        ({"name": "swin_tiny_patch4_window7_224"}, r"model.name=swin_tiny_patch4_window7_224 cannot .* class_token"),
+        ({"name": "eva02_tiny_patch14_224"}, r"model.name=eva02_tiny_patch14_224 is built on Eva, not on timm's plain"),
+        ({"name": "swin_tiny_patch4_window7_224"}, r"model.name=swin_tiny_patch4_window7_224 cannot .*class_token"),
         ({"name": "resnet18"}, r"model.name=resnet18 cannot be built as a plain ViT"),
         (
             {"name": "deit_tiny_distilled_patch16_224"},
             r"deit_tiny_distilled_patch16_224 cannot .* without class token: \w",
         ),
-        ({"name": "vit_base_patch16_rpn_224"}, r"model.name=vit_base_patch16_rpn_224 .* of equal blocks"),
+        ({"name": "vit_base_patch16_rpn_224"}, r"model.name=vit_base_patch16_rpn_224 is built on ResPostBlock"),
         ({"name": "vit_small_patch14_reg4_dinov2"}, r"model.name=vit_small_patch14_reg4_dinov2 has register tokens"),
-        ({"name": "vit_tiny_r_s16_p8_224"}, r"model.name=vit_tiny_r_s16_p8_224 .*HybridEmbed"),
-        ({"name": "vit_base_r50_s16_224"}, r"model.name=vit_base_r50_s16_224 cannot .*: \w"),
+        ({"name": "vit_tiny_r_s16_p8_224"}, r"model.name=vit_tiny_r_s16_p8_224 is built on HybridEmbed"),
+        ({"name": "vit_base_r50_s16_224"}, r"model.name=vit_base_r50_s16_224 cannot .*: timm refuses image_size=16"),
         ({"weights": "mae.pth"}, r"model.weights=mae.pth is not built yet in this version; leave it empty"),
         ({"patch_size": 5}, r"model.patch_size=5 does not divide model.image_size=16"),
         ({"heads": 5}, r"divisible by"),
@@ -177,7 +178,7 @@ def test_what_cannot_be_built_is_refused_by_name_in_one_line(
     assert isinstance(caught.value, ValueError) and "\n" not in str(caught.value)
 
 
-FROZEN = ("patch_embed.proj.bias", "pos_embed", "norm_pre.weight", "blocks.0.norm1.bias", "blocks.1.mlp.fc2.weight")
+FROZEN = ("patch_embed.proj.weight", "pos_embed", "norm_pre.weight", "blocks.0.norm1.bias", "blocks.1.mlp.fc2.weight")
 LEARNING = ("blocks.2.norm1.weight", "blocks.10.norm1.bias", "norm.weight")
 
 

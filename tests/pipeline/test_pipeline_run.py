@@ -1,5 +1,5 @@
-"""A whole run at toy size: every stage, both baselines, the comparison; then what happens when something changes, stops or
-breaks. One finished run serves all tests that only read it."""
+"""A whole run at toy size: every stage, both baselines, the comparison; then what happens when something changes, stops
+or breaks. One finished run serves all tests that only read it."""
 
 from __future__ import annotations
 

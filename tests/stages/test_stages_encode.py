@@ -1,0 +1,189 @@
+"""Running the frozen blocks once: from images or from an earlier cache, in one process or in several, whole or in two goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cache import open_cache
+from cache.errors import CacheError, StaleCache, Unrepresentable
+from cache.layout import Layout, Shard
+from models.config import ModelConfig
+from models.mim import raster_order
+from models.spec import FeatureSpec
+from models.targets import normalize_images, patchify
+from models.vit import Encoder, build_encoder, frozen_hash
+from stages.config import DataConfig
+from stages.encode import EncodeJob, build, encode_shard
+from stages.images import open_data
+from stages.views import image_batch, view_transform_id
+
+MODEL = ModelConfig(image_size=16, patch_size=4, width=24, depth=4, heads=2)
+DATA = DataConfig(limit=30)
+IMAGES = open_data(DATA).train
+
+
+def serial(function: Callable[[object], Shard], tasks: Sequence[object]) -> Iterator[Shard]:
+    return map(function, tasks)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return build_encoder(MODEL, seed=3).eval()
+
+
+@pytest.fixture(scope="module")
+def weights(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_file(encoder.vit.state_dict(), path)
+    return path
+
+
+def job(folder: Path, weights: Path, encoder: Encoder, cut: int, groups: int, parent: Path | None = None) -> EncodeJob:
+    manifest = open_cache(parent).manifest if parent else None
+    spec = FeatureSpec(
+        model="vit_tiny_patch16_224",
+        image_size=16,
+        patch_size=4,
+        width=24,
+        depth=4,
+        heads=2,
+        weights=frozen_hash(encoder.vit.state_dict(), cut),
+        cut=cut,
+        groups=groups,
+        mask_ratio=0.75,
+        views=2,
+        view_transform=view_transform_id(DATA, 16),
+        data=IMAGES.digest,
+        seed=5,
+        dtype="float32",
+        codec="float16",
+        pixels=True,
+        parent=manifest.fingerprint if manifest else "",
+        version=1,
+    )
+    return EncodeJob(
+        folder=str(folder),
+        layout=Layout(spec, len(IMAGES), shard_rows=12),
+        weights=str(weights),
+        model=MODEL,
+        data=DATA,
+        index_folder=str(folder.parent / "index"),
+        parent=str(parent) if parent else None,
+        parent_cut=manifest.spec.cut if manifest else 0,
+        batch=5,
+        device="cpu",
+        threads=1,
+        loader_threads=1,
+    )
+
+
+def built(one: EncodeJob) -> Path:
+    assert list(build(one, IMAGES, serial))[-1] == (6, 6)
+    return Path(one.folder)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_cache_holds_what_the_frozen_blocks_compute(
+    tmp_path: Path, weights: Path, encoder: Encoder, groups: int
+) -> None:
+    cache = open_cache(built(job(tmp_path / "a", weights, encoder, 2, groups)))
+    rows = [29, 0, 13]
+    for view in (0, 1):
+        pixels, crops = image_batch(IMAGES, rows, view, DATA, 16, seed=5)
+        batch = cache.read(rows, view)
+        assert (
+            batch.keys == tuple(IMAGES.keys[row] for row in rows)
+            and batch.labels_B.tolist() == IMAGES.labels[rows].tolist()
+        )
+        assert batch.pixels_BLP is not None and torch.equal(batch.pixels_BLP, patchify(torch.from_numpy(pixels), 4))
+        np.testing.assert_array_equal(cache.crops(rows, view), crops)
+        with torch.inference_mode():
+            tokens = encoder.embed(normalize_images(torch.from_numpy(pixels)))
+        for sample in range(3):
+            for group in range(groups):
+                part = cache.read([rows[sample]], view, group)
+                with torch.inference_mode():
+                    want = encoder.run(tokens[sample : sample + 1, part.ids_BL[0]], 0, 2)
+                torch.testing.assert_close(part.features_BLD, want, rtol=1e-3, atol=1e-3)
+        assert sorted(batch.ids_BL[0].tolist()) == list(range(16))
+        whole = raster_order(batch.features_BLD, batch.ids_BL)
+        assert whole.shape == (3, 16, 24) and (groups > 1 or torch.equal(whole, batch.features_BLD))
+
+
+def test_a_cache_of_a_cache_is_that_of_the_images_but_for_rounding(
+    tmp_path: Path, weights: Path, encoder: Encoder
+) -> None:
+    first = built(job(tmp_path / "one", weights, encoder, 1, 4))
+    chained = open_cache(built(job(tmp_path / "chained", weights, encoder, 3, 4, parent=first)))
+    direct = open_cache(built(job(tmp_path / "direct", weights, encoder, 3, 4)))
+    assert chained.manifest.parent == open_cache(first).manifest.fingerprint and direct.manifest.parent == ""
+    a, b = (cache.read(range(30), view=1) for cache in (chained, direct))
+    assert torch.equal(a.ids_BL, b.ids_BL) and torch.equal(a.pixels_BLP, b.pixels_BLP) and a.keys == b.keys
+    difference = (a.features_BLD - b.features_BLD).norm() / b.features_BLD.norm()
+    assert 0 < difference < 1e-3
+
+
+def test_a_build_in_two_goes_is_byte_for_byte_that_in_one(tmp_path: Path, weights: Path, encoder: Encoder) -> None:
+    straight = built(job(tmp_path / "straight", weights, encoder, 2, 4))
+    one = job(tmp_path / "halves", weights, encoder, 2, 4)
+    ran: list[Shard] = []
+
+    def counted(function: Callable[[object], Shard], tasks: Sequence[object]) -> Iterator[Shard]:
+        for task in tasks:
+            ran.append(function(task))
+            yield ran[-1]
+
+    half = build(one, IMAGES, counted)
+    assert [next(half), next(half)] == [(1, 6), (2, 6)]
+    half.close()
+    with pytest.raises(CacheError):
+        open_cache(one.folder)
+    assert list(build(one, IMAGES, counted)) == [(3, 6), (4, 6), (5, 6), (6, 6)]
+    assert len(ran) == len(set(ran)) == 6
+    assert list(build(one, IMAGES, counted)) == []
+    files = [path.relative_to(straight) for path in straight.rglob("*") if path.is_file()]
+    assert len(files) > 24
+    for file in files:
+        assert (straight / file).read_bytes() == (Path(one.folder) / file).read_bytes(), file
+
+
+def test_other_weights_in_the_file_are_refused(tmp_path: Path, encoder: Encoder) -> None:
+    other = tmp_path / "other.safetensors"
+    save_file(build_encoder(MODEL, seed=4).vit.state_dict(), other)
+    with pytest.raises(StaleCache, match=r"weights=\w{8}… up to cut 2, the cache wants weights=\w{8}…"):
+        encode_shard((job(tmp_path / "a", other, encoder, 2, 4), Shard(0, 0, 12)))
+
+
+def test_features_that_float16_cannot_hold_stop_the_build_by_name(tmp_path: Path, encoder: Encoder) -> None:
+    state = {name: value.clone() for name, value in encoder.vit.state_dict().items()}
+    state["blocks.0.mlp.fc2.bias"][7] = 1e5
+    wild = tmp_path / "wild.safetensors"
+    save_file(state, wild)
+    one = job(tmp_path / "a", wild, encoder, 2, 4)
+    spec = replace(one.layout.spec, weights=frozen_hash(state, 2))
+    with pytest.raises(Unrepresentable, match=rf"{IMAGES.keys[0]}.* 65504"):
+        list(build(replace(one, layout=replace(one.layout, spec=spec)), IMAGES, serial))
+
+
+@pytest.mark.slow
+def test_worker_processes_write_the_same_bytes_as_one_worker_inside(
+    tmp_path: Path, weights: Path, encoder: Encoder
+) -> None:
+    from pipeline.cluster import task_runner
+    from pipeline.config import ClusterConfig
+
+    folders = []
+    for workers in (0, 2):
+        one = job(tmp_path / str(workers), weights, encoder, 2, 4)
+        with task_runner(ClusterConfig(workers=workers)) as run:
+            assert [total for _, total in build(one, IMAGES, run)] == [6] * 6
+        folders.append(Path(one.folder))
+    files = [path.relative_to(folders[0]) for path in folders[0].rglob("*") if path.is_file()]
+    assert all((folders[0] / file).read_bytes() == (folders[1] / file).read_bytes() for file in files)
