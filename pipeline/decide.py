@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -259,16 +260,18 @@ def _named(prefix: str, settings: Any, without: frozenset[str] | set[str] = froz
 
 
 def _nearest_cache(wanted: Wanted, spec: FeatureSpec) -> str | None:
-    """Why the caches of the same cut that lie there will not do: the one that differs least speaks."""
-    reasons: list[tuple[int, str]] = []
+    """Why the caches of the same cut that lie there will not do: the one that differs least speaks for all."""
+    found = []
     for folder in wanted.paths.cache_root.glob(f"cut-{spec.cut}-*"):
-        try:
-            manifest = read_manifest(folder)
-            differences = spec.differences(manifest.spec)
-            check_spec(manifest, spec)
-        except CacheError as error:
-            reasons.append((len(differences) if "differences" in locals() else 99, str(error)))
-    return min(reasons)[1] if reasons else None
+        with suppress(CacheError):
+            found.append(read_manifest(folder))
+    if not found:
+        return None
+    try:
+        check_spec(min(found, key=lambda manifest: len(spec.differences(manifest.spec))), spec)
+    except CacheError as error:
+        return str(error)
+    return None
 
 
 def _short(value: Any) -> str:

@@ -19,6 +19,7 @@ from rich.text import Text
 PLAIN_EVERY = 10.0
 """Seconds between two progress lines where there is no terminal."""
 _LIVE_EVERY = 0.2
+SCORES = {"knn_top1": "kNN", "linear_top1": "linear probe"}
 
 
 class EventLog:
@@ -133,10 +134,9 @@ def progress_line(event: dict[str, Any]) -> str:
 
 def probe_line(event: dict[str, Any]) -> str:
     """`stage 1  epoch 4  kNN 0.312  linear probe 0.371`."""
-    parts = [_place(event).replace("-", " "), f"epoch {event.get('epoch', 0):g}", f"kNN {event['knn_top1']:.3f}"]
-    if event.get("linear_top1") is not None:
-        parts.append(f"linear probe {event['linear_top1']:.3f}")
-    return "  ".join(parts)
+    parts = [_place(event).replace("-", " "), f"epoch {event.get('epoch', 0):g}"]
+    scores = [f"{name} {event[key]:.3f}" for key, name in SCORES.items() if event.get(key) is not None]
+    return "  ".join(parts + (scores or ["no labels, so neither kNN nor linear probe"]))
 
 
 def _place(event: dict[str, Any]) -> str:

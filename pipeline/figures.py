@@ -24,6 +24,9 @@ def accuracy_against_time(speedup: dict[str, Any], path: Path) -> None:
     for axis, (key, title) in zip(axes, PROBES.items(), strict=True):
         for name, (label, colour, marker) in STYLE.items():
             curve = speedup["arms"][name]["curve"]
+            if any(point[key] is None for point in curve):
+                axis.set_title("images without labels: nothing to score", fontsize=9)
+                continue
             seconds, scores = [p["seconds"] for p in curve], [100 * p[key] for p in curve]
             axis.plot(seconds, scores, marker=marker, color=colour, label=label, linewidth=1.8, markersize=5)
         axis.axvline(speedup["arms"]["cached"]["total_seconds"], color=STYLE["cached"][1], linestyle=":", linewidth=1)
@@ -32,7 +35,8 @@ def accuracy_against_time(speedup: dict[str, Any], path: Path) -> None:
         axis.set_xlim(left=0)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
+    if axes[0].lines[1:]:
+        axes[0].legend(frameon=False)
     figure.suptitle(f"total time end to end / cached: {speedup['speedup_total']:.2f}×  (dotted: the cached arm's end)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

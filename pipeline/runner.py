@@ -44,7 +44,7 @@ def run_all(job: Job) -> None:
     """All stages, both baseline arms, and the comparison."""
     with at_work(job) as desk:
         last = len(desk.wanted.segments) - 1
-        refuse_what_does_not_fit(desk.wanted, last)
+        look_before(desk, last)
         ensure_stage(desk, last)
         for arm in ARMS:
             ensure_arm(desk, arm)
@@ -57,7 +57,7 @@ def run_stage(job: Job) -> None:
     """Stage N, and first whatever before it is missing or stale."""
     with at_work(job) as desk:
         stage = _stage(desk.wanted, job.target, first=0)
-        refuse_what_does_not_fit(desk.wanted, stage)
+        look_before(desk, stage)
         ensure_stage(desk, stage)
 
 
@@ -65,7 +65,7 @@ def run_cache(job: Job) -> None:
     """The cache that stage N reads, and first whatever before it is missing or stale."""
     with at_work(job) as desk:
         stage = _stage(desk.wanted, job.target, first=1)
-        refuse_what_does_not_fit(desk.wanted, stage)
+        look_before(desk, stage)
         ensure_cache(desk, stage)
 
 
@@ -120,6 +120,19 @@ def ensure_arm(desk: Desk, arm: str) -> None:
     from pipeline.work import train_baseline
 
     train_baseline(desk, arm)
+
+
+def look_before(desk: Desk, last: int) -> None:
+    """What is told and refused before anything runs: images left out, caches that do not fit."""
+    data = desk.wanted.data
+    for name, images in (("training", data.train), ("evaluation", data.val)):
+        if images.skipped:
+            first = ": ".join(images.skipped[0])
+            desk.log.message(
+                f"{name}: {len(images.skipped)} files are no images and left out, first {first}; "
+                f"{desk.wanted.paths.index} names all"
+            )
+    refuse_what_does_not_fit(desk.wanted, last)
 
 
 def refuse_what_does_not_fit(wanted: Wanted, last: int) -> None:

@@ -154,10 +154,12 @@ def seconds_at(corners: list[tuple[float, float]], epoch: float, after_jump: boo
 def stopped_at(curve: list[dict[str, float]], seconds: float) -> dict[str, Any]:
     """What an arm scored when stopped after `seconds`, between two points of its curve by linear interpolation."""
     times = [point["seconds"] for point in curve]
-    reached = {
-        key: float(np.interp(seconds, times, [p[key] for p in curve])) for key in ("epoch", "knn_top1", "linear_top1")
-    }
-    return {"seconds": min(seconds, times[-1]), **reached}
+
+    def reached(key: str) -> float | None:
+        values = [point[key] for point in curve]
+        return None if None in values else float(np.interp(seconds, times, values))
+
+    return {"seconds": min(seconds, times[-1])} | {key: reached(key) for key in ("epoch", "knn_top1", "linear_top1")}
 
 
 def show(found: dict[str, Any]) -> None:
@@ -173,15 +175,15 @@ def show(found: dict[str, Any]) -> None:
             *(f"{arm[key]:.1f}" for key in ("train_seconds", "cache_seconds", "total_seconds")),
             *(f"{row[f'{name}_images_per_second']:.0f}" for row in by_stage),
             f"{found['arms']['e2e']['total_seconds'] / arm['total_seconds']:.2f}",
-            *(f"{arm[key]:.3f}" for key in ("knn_top1", "linear_top1")),
+            *(score(arm[key]) for key in ("knn_top1", "linear_top1")),
         )
     console = Console(highlight=False, width=120)
     console.print(table)
     stopped, cached = found["early_stop"], found["arms"]["cached"]
     console.print(
         f"e2e stopped at the cached arm's {cached['total_seconds']:.0f} s (epoch {stopped['epoch']:.1f}): "
-        f"kNN {stopped['knn_top1']:.3f}, linear {stopped['linear_top1']:.3f}; cached: {cached['knn_top1']:.3f}, "
-        f"{cached['linear_top1']:.3f}"
+        f"kNN {score(stopped['knn_top1'])}, linear {score(stopped['linear_top1'])}; "
+        f"cached: {score(cached['knn_top1'])}, {score(cached['linear_top1'])}"
     )
     ratios = ", ".join(f"cut {row['cut']}: {row['ratio']:.2f} (FLOP bound {row['flop_bound']:.2f})" for row in by_stage)
     even = found["break_even_epoch"]
@@ -190,6 +192,11 @@ def show(found: dict[str, Any]) -> None:
         f"cached step against features in memory: {found['loader_bound']:.2f}; break-even "
         + ("not reached" if even is None else f"at epoch {even:.1f}")
     )
+
+
+def score(value: float | None) -> str:
+    """A probe's score; images without labels have none."""
+    return "-" if value is None else f"{value:.3f}"
 
 
 def processor() -> str:

@@ -289,7 +289,7 @@ def probe_again(wanted: Wanted, names: list[str]) -> None:
             encoder.vit.load_state_dict(load_file(paths.model))
             found = evaluate_encoder(wanted, encoder.to(wanted.config.train.device))
             scores = (found.knn_top1, found.linear_top1, found.effective_rank, found.feature_std)
-            table.add_row(name, *(f"{score:.3f}" for score in scores))
+            table.add_row(name, *("-" if score is None else f"{score:.3f}" for score in scores))
     if not table.row_count:
         raise ConfigError(
             f"{wanted.paths.root} has no trained {' or '.join(names)}; run `make all` or `make stage-0` first"

@@ -49,7 +49,7 @@ class Progress:
     segment: int = 0
     step: int = 0
     totals: list[SegmentTotals] = field(default_factory=list)
-    curve: list[dict[str, float]] = field(default_factory=list)
+    curve: list[dict[str, float | None]] = field(default_factory=list)
 
     @property
     def train_seconds(self) -> float:

@@ -69,8 +69,8 @@ def build(job: EncodeJob, images: ImageList, run: RunTasks) -> Iterator[tuple[in
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of a shard: what the frozen blocks take, images (B, 3, S, S) or the parent's features (B, L, D), and what
-    is stored beside their output."""
+    """Some rows of a shard: what the frozen blocks take, images (B, 3, S, S) or the parent's features (B, L, D), and
+    what is stored beside their output."""
 
     inputs: Tensor
     crop_B5: np.ndarray

@@ -14,7 +14,6 @@ from models.targets import normalize_images
 from models.vit import Encoder
 from stages.config import EvalConfig
 from stages.device import autocast
-from stages.errors import DataError
 from stages.images import Data, ImageList, spread
 from stages.views import centre_batch
 
@@ -24,10 +23,10 @@ TEMPERATURE = 0.07
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Scores in 0..1, and monitors of collapse over the held-out features."""
+    """Scores in 0..1, None where images have no labels, and monitors of collapse over the held-out features."""
 
-    knn_top1: float
-    linear_top1: float
+    knn_top1: float | None
+    linear_top1: float | None
     feature_std: float
     effective_rank: float
 
@@ -35,22 +34,28 @@ class ProbeResult:
 def evaluate(
     encoder: Encoder, data: Data, config: EvalConfig, image_size: int, device: str, precision: str
 ) -> ProbeResult:
-    """Score an encoder on labelled images. Raises DataError when labels are missing."""
-    train = data.train.only(spread(len(data.train), config.train_limit))
-    val = data.val.only(spread(len(data.val), config.val_limit))
-    for name, images in (("training", train), ("held-out", val)):
-        if (images.labels < 0).any():
-            key = images.keys[int(np.argmin(images.labels))]
-            raise DataError(f"{name} image {key} has no label, and probes need one; add .cls files or class folders")
+    """Score an encoder on the images that have labels; without any there are no scores, only the monitors."""
+    train, val = labelled(data.train), labelled(data.val)
+    scored = len(train) > 0 and len(val) > 0
+    watched = val if scored else data.val
+    watched = watched.only(spread(len(watched), config.val_limit))
+    watched_x = pooled_features(encoder, watched, config.batch_size, image_size, device, precision)
+    std, rank = collapse(watched_x)
+    if not scored:
+        return ProbeResult(None, None, std, rank)
+    train = train.only(spread(len(train), config.train_limit))
     train_x = pooled_features(encoder, train, config.batch_size, image_size, device, precision)
-    val_x = pooled_features(encoder, val, config.batch_size, image_size, device, precision)
-    std, rank = collapse(val_x)
     return ProbeResult(
-        knn_top1=knn_top1(train_x, train.labels, val_x, val.labels, config.knn_k),
-        linear_top1=linear_top1(train_x, train.labels, val_x, val.labels),
+        knn_top1=knn_top1(train_x, train.labels, watched_x, watched.labels, config.knn_k),
+        linear_top1=linear_top1(train_x, train.labels, watched_x, watched.labels),
         feature_std=std,
         effective_rank=rank,
     )
+
+
+def labelled(images: ImageList) -> ImageList:
+    """The images that have a label."""
+    return images.only(np.flatnonzero(images.labels >= 0))
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Running the frozen blocks once: from images or from an earlier cache, in one process or in several, whole or in two goes."""
+"""Running the frozen blocks once: from images or from an earlier cache, in one process or several, in one go or two."""
 
 from __future__ import annotations
 

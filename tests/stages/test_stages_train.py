@@ -1,4 +1,4 @@
-"""The training loop: exact accumulation, what learns, precision, cadence, accounts, and states that can be gone on from."""
+"""The training loop: exact accumulation, what learns, precision, cadence, accounts, and states to go on from."""
 
 from __future__ import annotations
 
@@ -160,12 +160,23 @@ def test_an_arm_of_two_segments_freezes_in_between_and_keeps_moments(tmp_path: P
     assert final["optim/encoder.vit.blocks.2.mlp.fc1.weight/step"].item() == 12
 
 
+class StopAfter:
+    """False so many times, then True."""
+
+    def __init__(self, count: int) -> None:
+        self.left = count
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
 def test_a_stopped_arm_goes_on_to_the_same_bits_losses_and_curve(tmp_path: Path, images: ImageList) -> None:
     straight_events: list = []
     straight, model = train_arm(arm(tmp_path / "a", images), hooks(straight_events))
     for stop_at in (0, 3, 6):
-        count = iter(range(100))
-        stopped, _ = train_arm(arm(tmp_path / f"b{stop_at}", images), hooks(stop=lambda: next(count) >= stop_at))
+        asked = StopAfter(stop_at)
+        stopped, _ = train_arm(arm(tmp_path / f"b{stop_at}", images), hooks(stop=asked))
         assert stopped.segment == 0 and 0 < stopped.step < 8
         resumed, again = train_arm(arm(tmp_path / f"b{stop_at}", images), hooks())
         for name, value in model.state_dict().items():
