@@ -6,9 +6,11 @@ Shapes: B batch, C channels, H and W pixels, L tokens, P values of a patch in th
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm
+from torch.nn.functional import avg_pool2d, conv2d, layer_norm, normalize, pad
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -48,6 +50,24 @@ def pixel_target(pixels_BLP: Tensor) -> Tensor:
     repeats = pixels_BLP.shape[-1] // 3
     mean, std = (torch.tensor(v, device=pixels_BLP.device).repeat(repeats) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return normalize_pixels((pixels_BLP.float() / 255 - mean) / std)
+
+
+def hog(images_BCHW: Tensor, num_bins: int = 9, cell: int = 16) -> Tensor:
+    """(B, cells, C * num_bins) float32: histograms of oriented gradients, channel by channel, cells in raster order.
+
+    Sobel gradients with reflect padding, unsigned orientation in hard bins, average over a cell of `cell` pixels, L2
+    norm over the bins of one channel. Source: `HOGLayer` in Haoqing-Wang/LocalMIM, ViT/models_mim.py.
+    """
+    batch, channels, height, width = images_BCHW.shape
+    planes = pad(images_BCHW.float().reshape(batch * channels, 1, height, width), (1, 1, 1, 1), mode="reflect")
+    sobel = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]], device=planes.device)
+    gradient = conv2d(planes, torch.stack([sobel, sobel.T]).unsqueeze(1))
+    # Opposite directions are half a turn, num_bins bins, apart: modulo num_bins makes the orientation unsigned.
+    angle = torch.atan2(gradient[:, :1], gradient[:, 1:]) / math.pi * num_bins
+    votes = torch.zeros(batch * channels, num_bins, height, width, device=planes.device)
+    votes.scatter_(1, angle.floor().long() % num_bins, gradient.norm(dim=1, keepdim=True))
+    cells = normalize(avg_pool2d(votes, cell), dim=1).flatten(2)
+    return cells.reshape(batch, channels * num_bins, -1).transpose(1, 2)
 
 
 def feature_target(features_BLD: Tensor) -> Tensor:

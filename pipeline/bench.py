@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from cache import open_cache
@@ -22,6 +20,7 @@ from models.mim import MaskedBatch, MaskedModel
 from pipeline.decide import Wanted
 from pipeline.job import Job
 from pipeline.runner import at_work, ensure_cache
+from pipeline.show import console, table
 from pipeline.work import live_source, sampling
 from stages.device import synchronize
 from stages.optim import build_adamw, parameter_groups
@@ -53,14 +52,12 @@ def run_bench(job: Job) -> None:
     with at_work(job) as desk:
         for stage in range(1, len(desk.wanted.segments)):
             ensure_cache(desk, stage)
-        table = Table(
-            "cut", "e2e", "freeze", "cached", "in memory", "cached / e2e", "FLOP bound", "cached / in memory", box=None
-        )
+        rows = table("cut", "e2e", "freeze", "cached", "in memory", "cached / e2e", "FLOP bound", "cached / in memory")
         found = []
         for stage in range(1, len(desk.wanted.segments)):
             rates = stage_rates(desk.wanted, stage, ("e2e", "freeze", "cached", "memory"), steps=6, rounds=5)
             bound = flop_bound(desk.wanted, stage)
-            table.add_row(
+            rows.add_row(
                 str(desk.wanted.segments[stage].cut),
                 *(f"{statistics.median(rates[arm]):.0f}" for arm in rates),
                 spread(ratios(rates, "cached", "e2e")),
@@ -68,7 +65,7 @@ def run_bench(job: Job) -> None:
                 spread(ratios(rates, "cached", "memory")),
             )
             found.append({"cut": desk.wanted.segments[stage].cut, "flop_bound": bound, "images_per_second": rates})
-        Console(highlight=False).print(table)
+        console().print(rows)
         atomic_write(job.paths.root / "bench.json", (json.dumps(found, indent=2) + "\n").encode())
 
 

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from cache.manifest import atomic_write
 from cache.size import cache_bytes
@@ -21,6 +19,7 @@ from pipeline.bench import fresh_model
 from pipeline.decide import Wanted, judge_stage
 from pipeline.job import Job
 from pipeline.runner import refuse_what_does_not_fit
+from pipeline.show import console, table
 from pipeline.speedup import break_even
 from pipeline.work import live_source, sampling
 from stages.config import TrainConfig
@@ -50,30 +49,18 @@ def show_plan(job: Job) -> None:
     wanted = Wanted(job.config, job.paths)
     refuse_what_does_not_fit(wanted, len(wanted.segments) - 1)
     costs = [stage_cost(wanted, stage) for stage in range(len(wanted.segments))]
-    table = Table(
-        "stage",
-        "cut",
-        "epochs",
-        "state",
-        "e2e s",
-        "freeze s",
-        "cached s",
-        "cache s",
-        "cache on disk",
-        box=None,
-        pad_edge=False,
-    )
+    rows = table("stage", "cut", "epochs", "state", "e2e s", "freeze s", "cached s", "cache s", "cache on disk")
     for cost in costs:
-        table.add_row(
+        rows.add_row(
             *(str(cost.stage), str(cost.cut), f"{cost.epochs:g}", cost.state),
             *(f"{s:.0f}" for s in (cost.e2e_seconds, cost.freeze_seconds, cost.cached_seconds, cost.cache_seconds)),
             f"{cost.cache_bytes / 1e6:,.0f} MB" if cost.cache_bytes else "",
         )
     found = totals(costs)
-    console = Console(highlight=False, width=120)
-    console.print(table)
+    out = console()
+    out.print(rows)
     even = found["break_even_epoch"]
-    console.print(
+    out.print(
         f"total: e2e {found['e2e_seconds']:.0f} s, freeze {found['freeze_seconds']:.0f} s, "
         f"cached {found['cached_seconds']:.0f} s with caches; speed-up {found['speedup_total']:.2f}; break-even "
         + ("not reached" if even is None else f"at epoch {even:.1f}")

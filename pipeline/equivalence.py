@@ -6,14 +6,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from cache import open_cache
 from cache.store import CacheReader
 from pipeline.config import ConfigError
 from pipeline.decide import Wanted, judge_cache
 from pipeline.job import Job, RunFailed
+from pipeline.show import console, table
 from pipeline.work import sampling, state_file
 from stages.checkpoint import apply_tensors, read_state
 from stages.device import autocast
@@ -53,15 +52,13 @@ def run_equivalence(job: Job) -> None:
             f"{job.paths.root} has no current cache to compare; run `make stage-1` first, or see `make explain`"
         )
     found = [compare_stage(wanted, stage) for stage in stages]
-    table = Table(
-        "stage", "cut", "features: rel. RMSE", "max |diff|", "loss cached", "loss live", "rel. difference", box=None
-    )
+    rows = table("stage", "cut", "features: rel. RMSE", "max |diff|", "loss cached", "loss live", "rel. difference")
     for one in found:
-        table.add_row(
+        rows.add_row(
             *(str(one.stage), str(one.cut), f"{one.feature_rmse:.2e}", f"{one.feature_max:.2e}"),
             *(f"{one.cached_loss:.6f}", f"{one.live_loss:.6f}", f"{one.loss_difference:.2e}"),
         )
-    Console(highlight=False).print(table)
+    console().print(rows)
     bound = FEATURE_BOUND[job.config.train.precision]
     for one in found:
         if not (one.feature_rmse <= bound and one.loss_difference <= LOSS_BOUND):

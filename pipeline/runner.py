@@ -48,9 +48,13 @@ def run_all(job: Job) -> None:
         ensure_stage(desk, last)
         for arm in ARMS:
             ensure_arm(desk, arm)
-        from pipeline.speedup import compare
+        from pipeline.speedup import compare, current_comparison, show
 
-        compare(desk)
+        found = current_comparison(desk.wanted)
+        if found:
+            show(found)
+        else:
+            compare(desk)
 
 
 def run_stage(job: Job) -> None:

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from cache.manifest import atomic_write
 from pipeline import __version__
@@ -21,6 +19,7 @@ from pipeline.decide import ARMS, Wanted, judge_all
 from pipeline.job import Job
 from pipeline.layout import StagePaths
 from pipeline.runner import Desk, at_work
+from pipeline.show import console, table
 
 VERSIONS = ("torch", "timm", "zarr", "numpy")
 
@@ -39,12 +38,27 @@ def compare(desk: Desk) -> None:
     from pipeline.figures import accuracy_against_time
 
     wanted, paths = desk.wanted, desk.wanted.paths
-    found = summary(wanted)
+    found = summary(wanted) | {"of": states(wanted)}
     atomic_write(paths.speedup, (json.dumps(found, indent=2) + "\n").encode())
     figure = paths.figures / "accuracy-time.png"
     accuracy_against_time(found, figure)
     show(found)
     desk.log.message(f"written: {paths.speedup}, {figure}")
+
+
+def states(wanted: Wanted) -> list[str]:
+    """What is compared: the final states of the stages and arms."""
+    paths = [*(wanted.paths.stage(k) for k in range(len(wanted.segments))), *(wanted.paths.arm(arm) for arm in ARMS)]
+    return [record(wanted, path)["state"] for path in paths]
+
+
+def current_comparison(wanted: Wanted) -> dict[str, Any] | None:
+    """The comparison on disk, if it is of these very stages and arms; its rates are those of the day it was written."""
+    try:
+        found: dict[str, Any] = json.loads(wanted.paths.speedup.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return found if found.get("of") == states(wanted) else None
 
 
 def summary(wanted: Wanted) -> dict[str, Any]:
@@ -167,28 +181,28 @@ def show(found: dict[str, Any]) -> None:
     by_stage = found["speedup_by_stage"]
     cuts = [f"cut {row['cut']}" for row in by_stage]
     heads = ("arm", "train s", "cache s", "total s", *(f"img/s {cut}" for cut in cuts), "speed-up", "kNN", "linear")
-    table = Table(*heads, box=None, pad_edge=False)
+    rows = table(*heads)
     for name in ("e2e", "freeze", "cached"):
         arm = found["arms"][name]
-        table.add_row(
+        rows.add_row(
             name,
             *(f"{arm[key]:.1f}" for key in ("train_seconds", "cache_seconds", "total_seconds")),
             *(f"{row[f'{name}_images_per_second']:.0f}" for row in by_stage),
             f"{found['arms']['e2e']['total_seconds'] / arm['total_seconds']:.2f}",
             *(score(arm[key]) for key in ("knn_top1", "linear_top1")),
         )
-    console = Console(highlight=False, width=120)
-    console.print(table)
+    out = console()
+    out.print(rows)
     stopped, cached = found["early_stop"], found["arms"]["cached"]
-    console.print(
+    out.print(
         f"e2e stopped at the cached arm's {cached['total_seconds']:.0f} s (epoch {stopped['epoch']:.1f}): "
         f"kNN {score(stopped['knn_top1'])}, linear {score(stopped['linear_top1'])}; "
         f"cached: {score(cached['knn_top1'])}, {score(cached['linear_top1'])}"
     )
     ratios = ", ".join(f"cut {row['cut']}: {row['ratio']:.2f} (FLOP bound {row['flop_bound']:.2f})" for row in by_stage)
     even = found["break_even_epoch"]
-    console.print(f"cached over e2e images/s at {ratios}" if by_stage else "one stage only: nothing is cached")
-    console.print(
+    out.print(f"cached over e2e images/s at {ratios}" if by_stage else "one stage only: nothing is cached")
+    out.print(
         f"cached step against features in memory: {found['loader_bound']:.2f}; break-even "
         + ("not reached" if even is None else f"at epoch {even:.1f}")
     )

@@ -7,14 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from pipeline.config import ConfigError
 from pipeline.decide import ARMS
 from pipeline.events import progress_line
 from pipeline.job import Job
 from pipeline.layout import RunPaths, StagePaths
+from pipeline.show import console, table
 
 TAIL_BYTES = 8192
 
@@ -25,21 +23,18 @@ def show_status(job: Job) -> None:
         raise ConfigError(
             f"no run in {job.paths.root}; start one with `make all` or `make stage-0`, or name one with RUN="
         )
-    console = Console(highlight=False)
-    table = Table(
-        "part", "status", "steps", "train s", "cache s", "images/s", "loss", "kNN", "linear", box=None, pad_edge=False
-    )
+    out = console()
+    rows = table("part", "status", "steps", "train s", "cache s", "images/s", "loss", "kNN", "linear")
     for name, paths in parts(job.paths):
         record = read_record(paths)
         if record:
-            table.add_row(name, record["status"], *(_shown(record.get(key), form) for key, form in COLUMNS))
-    console.print(table)
+            rows.add_row(name, record["status"], *(_shown(record.get(key), form) for key, form in COLUMNS))
+    out.print(rows)
     holder = job.paths.holder()
-    event = last_event(job.paths.events)
-    if event and "step" in event:
-        age = time.time() - event["time"]
-        working = f"process {holder} is working" if holder else "no process is working here"
-        console.print(f"{working}; {age:.0f} s ago: {progress_line(event)}", markup=False)
+    working = f"process {holder} is working" if holder else "no process is working here"
+    event = last_step(job.paths.events)
+    told = f"; {time.time() - event['time']:.0f} s ago: {progress_line(event)}" if event else ""
+    out.print(working + told, markup=False)
 
 
 COLUMNS = (
@@ -63,14 +58,14 @@ def read_record(paths: StagePaths) -> dict[str, Any] | None:
     return json.loads(paths.json.read_text()) if paths.json.exists() else None
 
 
-def last_event(path: Path) -> dict[str, Any] | None:
-    """The last whole line of an event log that may be growing."""
+def last_step(path: Path) -> dict[str, Any] | None:
+    """The last training step told in an event log that may be growing."""
     if not path.exists():
         return None
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL_BYTES))
         lines = [line for line in file.read().split(b"\n")[:-1] if line.startswith(b"{")]
-    return json.loads(lines[-1]) if lines else None
+    return next((event for line in reversed(lines) if "step" in (event := json.loads(line))), None)
 
 
 def _shown(value: Any, form: str) -> str:

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from safetensors.torch import load_file, save
 
 from cache import open_cache
@@ -26,6 +24,7 @@ from pipeline.decide import Wanted, inputs_digest
 from pipeline.job import Interrupted, RunFailed
 from pipeline.layout import StagePaths
 from pipeline.runner import Desk
+from pipeline.show import console, table
 from stages.checkpoint import CheckpointError, Progress
 from stages.encode import EncodeJob, build
 from stages.optim import Rates
@@ -279,7 +278,7 @@ def write_seconds(paths: StagePaths, fingerprint: str, seconds: float) -> None:
 
 def probe_again(wanted: Wanted, names: list[str]) -> None:
     """Print the scores of the encoders that are there, by name. Raises ConfigError when none is."""
-    table = Table("encoder", "kNN", "linear", "effective rank", "feature std", box=None, pad_edge=False)
+    rows = table("encoder", "kNN", "linear", "effective rank", "feature std")
     for name in names:
         kind, _, which = name.partition(" ")
         paths = wanted.paths.stage(int(which)) if kind == "stage" else wanted.paths.arm(which)
@@ -289,9 +288,9 @@ def probe_again(wanted: Wanted, names: list[str]) -> None:
             encoder.vit.load_state_dict(load_file(paths.model))
             found = evaluate_encoder(wanted, encoder.to(wanted.config.train.device))
             scores = (found.knn_top1, found.linear_top1, found.effective_rank, found.feature_std)
-            table.add_row(name, *("-" if score is None else f"{score:.3f}" for score in scores))
-    if not table.row_count:
+            rows.add_row(name, *("-" if score is None else f"{score:.3f}" for score in scores))
+    if not rows.row_count:
         raise ConfigError(
             f"{wanted.paths.root} has no trained {' or '.join(names)}; run `make all` or `make stage-0` first"
         )
-    Console(highlight=False).print(table)
+    console().print(rows)

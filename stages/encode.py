@@ -99,9 +99,15 @@ def frozen_encoder(weights: str, weights_hash: str, cut: int, model: ModelConfig
 
 
 @lru_cache(maxsize=2)
-def training_images(data: DataConfig, index_folder: str) -> ImageList:
-    """The training images, indexed once per worker."""
-    return open_data(data, Path(index_folder)).train
+def training_images(data: DataConfig, index_folder: str, digest: str) -> ImageList:
+    """The training images, opened once per worker. Raises StaleCache when they are not those that are wanted."""
+    images = open_data(data, Path(index_folder)).train
+    if images.digest != digest:
+        raise StaleCache(
+            f"{data.source} holds data={images.digest[:8]}…, the cache wants data={digest[:8]}…: images were changed "
+            "while it was built; run again"
+        )
+    return images
 
 
 def encode_shard(task: tuple[EncodeJob, Shard]) -> Shard:
@@ -136,7 +142,8 @@ def frozen_forward(encoder: Encoder, job: EncodeJob, part: Part) -> Tensor:
 
 def from_images(job: EncodeJob, view: int) -> Callable[[np.ndarray], Part]:
     """A function that cuts a view of some rows."""
-    images, spec, size = training_images(job.data, job.index_folder), job.layout.spec, job.model.image_size
+    spec = job.layout.spec
+    images, size = training_images(job.data, job.index_folder, spec.data), job.model.image_size
 
     def load(rows: np.ndarray) -> Part:
         keys = tuple(images.keys[row] for row in rows)

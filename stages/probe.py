@@ -92,7 +92,7 @@ def linear_top1(train_x: np.ndarray, train_y: np.ndarray, val_x: np.ndarray, val
     if len(np.unique(train_y)) < 2:
         return float((val_y == train_y[0]).mean())
     scaler = StandardScaler().fit(train_x)
-    probe = LogisticRegression(C=0.1, max_iter=1000).fit(scaler.transform(train_x), train_y)
+    probe = LogisticRegression(max_iter=2000).fit(scaler.transform(train_x), train_y)
     return float(probe.score(scaler.transform(val_x), val_y))
 
 

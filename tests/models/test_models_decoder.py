@@ -16,6 +16,28 @@ from models.vit import build_encoder, sincos_2d
 Small = Callable[..., ModelConfig]
 
 
+@pytest.mark.parametrize(
+    ("config", "encoder_width", "sizes"),
+    [
+        (DecoderConfig(), 192, (64, 2)),
+        (DecoderConfig(), 384, (128, 4)),
+        (DecoderConfig(), 768, (256, 8)),
+        (DecoderConfig(), 24, (32, 1)),
+        (DecoderConfig(width=48), 768, (48, 1)),
+        (DecoderConfig(heads=4), 192, (64, 4)),
+    ],
+)
+def test_sizes_follow_the_encoder_unless_given(
+    config: DecoderConfig, encoder_width: int, sizes: tuple[int, int]
+) -> None:
+    assert config.sizes(encoder_width) == sizes
+    decoder = Decoder(2, encoder_width, config, 48)
+    assert (
+        decoder.positions.shape[1],
+        next(m for m in decoder.modules() if isinstance(m, Attention)).num_heads,
+    ) == sizes
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 0.75])
 def test_the_output_has_the_shape_of_the_encoder_s_input(ratio: float) -> None:
     decoder = Decoder(4, 24, DecoderConfig(depth=2, width=12, heads=3), 48)

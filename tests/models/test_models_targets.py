@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 
 import pytest
 import torch
 
-from models.targets import feature_target, normalize_images, normalize_pixels, patchify, pixel_target, unpatchify
+from models.targets import feature_target, hog, normalize_images, normalize_pixels, patchify, pixel_target, unpatchify
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -73,3 +74,47 @@ def test_the_feature_target_has_mean_0_and_biased_variance_1() -> None:
 
 def test_the_feature_target_is_float32() -> None:
     assert feature_target(torch.randn(1, 2, 4).bfloat16()).dtype == torch.float32
+
+
+def slow_hog(image: list, num_bins: int, cell: int) -> list[list[float]]:
+    """HOG of one plane by its definition, pixel by pixel."""
+    size = len(image)
+
+    def at(row: int, column: int) -> float:
+        mirrored = [abs(i) if i < size else 2 * size - 2 - i for i in (row, column)]
+        return image[mirrored[0]][mirrored[1]]
+
+    cells = [[0.0] * num_bins for _ in range((size // cell) ** 2)]
+    for r in range(size):
+        for c in range(size):
+            across = sum(w * (at(r + i, c - 1) - at(r + i, c + 1)) for i, w in ((-1, 1), (0, 2), (1, 1)))
+            down = sum(w * (at(r - 1, c + i) - at(r + 1, c + i)) for i, w in ((-1, 1), (0, 2), (1, 1)))
+            orientation = math.floor(math.atan2(across, down) / math.pi * num_bins) % num_bins
+            cells[r // cell * (size // cell) + c // cell][orientation] += math.hypot(across, down) / cell**2
+    return [[v / max(math.sqrt(sum(x * x for x in one)), 1e-12) for v in one] for one in cells]
+
+
+@pytest.mark.parametrize(("num_bins", "cell"), [(9, 4), (9, 8), (6, 4)])
+def test_hog_is_its_definition_channel_by_channel(num_bins: int, cell: int) -> None:
+    """Cells at the border are left out: a mirrored gradient is 0 there, and a rounding decides the bin of its angle."""
+    images = torch.randn(2, 3, 4 * cell, 4 * cell)
+    found = hog(images, num_bins, cell)
+    assert found.shape == (2, 16, 3 * num_bins)
+    inside = [5, 6, 9, 10]
+    for sample in range(2):
+        for channel in range(3):
+            want = torch.tensor(slow_hog(images[sample, channel].tolist(), num_bins, cell))
+            own = found[sample, :, channel * num_bins : (channel + 1) * num_bins]
+            torch.testing.assert_close(own[inside], want[inside], rtol=1e-5, atol=1e-6)
+
+
+def test_hog_mirrors_the_image_at_its_border() -> None:
+    """A ramp along the columns has gradient 0 in its first and last column, and the same vote everywhere else."""
+    ramp = torch.arange(8.0).expand(1, 1, 8, 8)
+    assert hog(ramp, cell=1)[0, :, 4].reshape(8, 8).tolist() == [[0.0, *[1.0] * 6, 0.0]] * 8
+
+
+def test_hog_is_blind_to_contrast_and_to_the_sign_of_an_edge() -> None:
+    image = torch.randn(1, 1, 16, 16)
+    torch.testing.assert_close(hog(image, cell=8), hog(3 * image + 2, cell=8), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(hog(image, cell=8), hog(-image, cell=8), rtol=1e-4, atol=1e-5)

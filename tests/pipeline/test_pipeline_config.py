@@ -104,7 +104,7 @@ def test_later_override_wins_and_data_is_short_for_the_source() -> None:
         ("data.crop_scale=[1,0.5]", ["data.crop_scale = [1.0, 0.5]"]),
         ("data.crop_scale=[0.5,2]", ["<= 1.0"]),
         ("data.source=", ["data.source is empty"]),
-        ("schedule.cuts=[0,3]", ["[0, 3]", "[2, 1, 2, 3]", "differ in length"]),
+        ("schedule.cuts=[0,3]", ["[0, 3]", "[2, 1, 1, 3]", "differ in length"]),
         ("schedule.cuts=[1,3,6,9]", ["does not start at 0"]),
         ("schedule.cuts=[0,6,3,9]", ["does not start at 0 and rise"]),
         ("schedule.epochs=[2,0,2,2]", ["less than 1 epoch"]),

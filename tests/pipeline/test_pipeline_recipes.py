@@ -21,7 +21,7 @@ def test_sample_numbers() -> None:
     config = sample()
     assert (config.model.name, config.model.num_tokens, config.model.patch_values) == ("vit_tiny", 196, 48)
     assert (config.mask.groups, config.mask.ratio, config.target.kind) == (4, 0.75, "pixels")
-    assert (config.schedule.cuts, config.schedule.epochs) == ((0, 3, 6, 9), (2, 1, 2, 3))
+    assert (config.schedule.cuts, config.schedule.epochs) == ((0, 3, 6, 9), (2, 1, 1, 3))
     assert (config.data.source, config.cache.views, config.train.batch_size) == ("sample", 1, 64)
 
 

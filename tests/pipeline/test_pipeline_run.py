@@ -12,72 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from cache import open_cache
 from cache.errors import DamagedCache
 from pipeline import care, equivalence, runner, speedup
-from pipeline.config import ConfigError, PipelineConfig, parse, resolve
+from pipeline.config import ConfigError, PipelineConfig
 from pipeline.decide import Wanted, judge_all, judge_cache, judge_stage
-from pipeline.job import Interrupted, Job, RunFailed
+from pipeline.job import Interrupted, RunFailed
 from pipeline.layout import RunBusy, RunPaths
-from pipeline.recipes import recipe
-
-TOY = {
-    "data.limit": 96,
-    "model.image_size": 16,
-    "model.patch_size": 4,
-    "model.width": 32,
-    "model.depth": 4,
-    "model.heads": 2,
-    "decoder.depth": 1,
-    "decoder.width": 16,
-    "decoder.heads": 2,
-    "schedule.cuts": [0, 1, 3],
-    "schedule.epochs": [1, 1, 2],
-    "cache.views": 2,
-    "cache.shard_rows": 40,
-    "cache.encode_batch": 16,
-    "train.batch_size": 16,
-    "train.precision": "float32",
-    "train.device": "cpu",
-    "train.threads": 1,
-    "eval.train_limit": 40,
-    "eval.val_limit": 40,
-}
-
-
-def toy(**changes: object) -> PipelineConfig:
-    return resolve(parse(TOY | changes, recipe("sample")))
-
-
-def job(root: Path, config: PipelineConfig | None = None, **more: object) -> Job:
-    return Job("toy", config or toy(), RunPaths(root), **more)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("runs") / "toy"
-    runner.run_all(job(root))
-    return root
-
-
-@pytest.fixture
-def copy(finished: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(finished, tmp_path / "toy")
-
-
-def record(root: Path, name: str) -> dict:
-    return json.loads((root / name / "stage.json").read_text())
-
-
-def weights(root: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_file(root / name / "model.safetensors")
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], start: str = "") -> bool:
-    return all(torch.equal(a[name], b[name]) for name in a if name.startswith(start))
+from tests.pipeline.toy import job, record, same, toy, weights
 
 
 def test_records_and_comparison_hold_what_the_contract_names(finished: Path) -> None:

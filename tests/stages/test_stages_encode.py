@@ -161,6 +161,13 @@ def test_other_weights_in_the_file_are_refused(tmp_path: Path, encoder: Encoder)
         encode_shard((job(tmp_path / "a", other, encoder, 2, 4), Shard(0, 0, 12)))
 
 
+def test_other_images_than_the_wanted_ones_are_refused(tmp_path: Path, weights: Path, encoder: Encoder) -> None:
+    one = job(tmp_path / "a", weights, encoder, 2, 4)
+    layout = replace(one.layout, spec=replace(one.layout.spec, data="0" * 64))
+    with pytest.raises(StaleCache, match=r"sample holds data=\w{8}…, the cache wants data=00000000…"):
+        encode_shard((replace(one, layout=layout), Shard(0, 0, 12)))
+
+
 def test_features_that_float16_cannot_hold_stop_the_build_by_name(tmp_path: Path, encoder: Encoder) -> None:
     state = {name: value.clone() for name, value in encoder.vit.state_dict().items()}
     state["blocks.0.mlp.fc2.bias"][7] = 1e5

@@ -1,0 +1,146 @@
+"""What a person asks of a run besides training: a plan, a benchmark, scores, a comparison; and FreezeOut's schedule."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cache.size import cache_bytes
+from pipeline import bench, care, costs, runner, speedup, status
+from pipeline.config import ConfigError
+from pipeline.decide import Wanted, judge_all
+from pipeline.job import RunFailed
+from pipeline.layout import RunPaths
+from stages.index import indexed
+from tests.pipeline.toy import job, record, same, toy, weights
+
+
+def test_plan_prices_every_stage_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    costs.show_plan(job(tmp_path / "toy"))
+    plan = json.loads((tmp_path / "toy" / "plan.json").read_text())
+    assert [stage["cut"] for stage in plan["stages"]] == [0, 1, 3]
+    assert all(stage["state"] == "missing" and stage["e2e_seconds"] > 0 for stage in plan["stages"])
+    wanted = Wanted(toy(), RunPaths(tmp_path / "toy"))
+    assert [s["cache_bytes"] for s in plan["stages"]] == [
+        0,
+        cache_bytes(wanted.layout(1)),
+        cache_bytes(wanted.layout(2)),
+    ]
+    cached = sum(s["cached_seconds"] + s["cache_seconds"] for s in plan["stages"])
+    assert plan["cached_seconds"] == pytest.approx(cached)
+    assert plan["speedup_total"] == pytest.approx(plan["e2e_seconds"] / cached)
+    assert "break-even" in capsys.readouterr().out
+    assert not (tmp_path / "toy" / "stage-0").exists() and not (tmp_path / "toy" / "cache").exists()
+
+
+def test_predicted_bytes_are_those_on_disk(finished: Path) -> None:
+    wanted = Wanted(toy(), RunPaths(finished))
+    for stage in (1, 2):
+        folder = wanted.cache_folder(wanted.cache_spec(stage))
+        written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        assert cache_bytes(wanted.layout(stage)) == pytest.approx(written, rel=0.05)
+
+
+def test_bench_gives_rates_of_every_arm_at_every_cut(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.run_bench(job(copy))
+    found = json.loads((copy / "bench.json").read_text())
+    assert [row["cut"] for row in found] == [1, 3]
+    for row in found:
+        assert row["images_per_second"].keys() == {"e2e", "freeze", "cached", "memory"}
+        assert all(len(rates) == 5 and min(rates) > 0 for rates in row["images_per_second"].values())
+    assert found[1]["flop_bound"] > found[0]["flop_bound"] > 1
+    assert "cached / in memory" in capsys.readouterr().out
+
+
+def test_flop_bound_is_counted_on_the_step(finished: Path) -> None:
+    """Every linear layer by hand: FLOPs of the e2e step over those of the cached step at cut 3 of 4."""
+    tokens, visible, width, inner = 16, 4, 32, 16
+
+    def block(count: int, channels: int) -> int:
+        return count * 12 * channels**2 + 2 * count**2 * channels
+
+    decoder = visible * width * inner + block(tokens, inner) + tokens * inner * width + tokens * width * 48
+    learning = 3 * (4 * block(visible, width) + decoder) + 2 * tokens * 48 * width  # no gradient for pixels
+    cached = 3 * (block(visible, width) + decoder)
+    assert bench.flop_bound(Wanted(toy(), RunPaths(finished)), 2) == pytest.approx(learning / cached, rel=1e-6)
+
+
+def test_probe_scores_what_the_record_says(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runner.run_probe(job(finished, target=2))
+    out = capsys.readouterr().out
+    assert "stage 2" in out and "stage 1" not in out and f"{record(finished, 'stage-2')['knn_top1']:.3f}" in out
+    runner.run_probe(job(finished))
+    assert "arm freeze" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="no trained"):
+        runner.run_probe(job(finished / "nowhere"))
+
+
+def test_status_tells_of_every_part_and_of_no_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status.show_status(job(finished))
+    out = capsys.readouterr().out
+    assert all(part in out for part in ("stage 0", "stage 2", "arm e2e", "no process is working here"))
+    with pytest.raises(ConfigError, match="no run in"):
+        status.show_status(job(finished / "nowhere"))
+
+
+def test_a_comparison_is_kept_until_what_it_compares_changes(copy: Path) -> None:
+    before = (copy / "speedup.json").stat().st_mtime_ns
+    runner.run_all(job(copy))
+    assert (copy / "speedup.json").stat().st_mtime_ns == before
+    stage = record(copy, "stage-2") | {"state": "other"}
+    (copy / "stage-2" / "stage.json").write_text(json.dumps(stage))
+    assert speedup.current_comparison(Wanted(toy(), RunPaths(copy))) is None
+
+
+def test_freezeout_gives_stages_of_its_own_length(tmp_path: Path) -> None:
+    config = toy(
+        **{
+            "schedule.kind": "freezeout",
+            "schedule.t0": 0.3,
+            "schedule.scale": "linear",
+            "schedule.epochs": [6],
+            "train.warmup_epochs": 0.0,
+        }
+    )
+    runner.run_stage(job(tmp_path / "toy", config, target=2))
+    # 36 steps, 6 an epoch: layer 1 learns up to step 17.1, layer 3 up to 29.7.
+    assert [record(tmp_path / "toy", f"stage-{k}")["epochs"] for k in range(3)] == [3, 2, 1]
+    before, after = weights(tmp_path / "toy", "stage-0"), weights(tmp_path / "toy", "stage-2")
+    assert same(before, after, "blocks.0.") and not same(before, after, "blocks.1.")
+
+
+def test_unlabelled_images_train_and_compare_without_scores(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    index, read = indexed(str(Path(__file__).parents[2] / "data/sample/val-000000.tar"), "stop", None)
+    for entry in index.entries[:80]:
+        (folder / f"{entry.key}.png").write_bytes(read(entry))  # type: ignore[arg-type]
+    config = toy(**{"data.source": str(folder), "data.limit": 0, "schedule.epochs": [1, 1, 1]})
+    runner.run_all(job(tmp_path / "toy", config))
+    found = json.loads((tmp_path / "toy" / "speedup.json").read_text())
+    assert found["arms"]["cached"]["knn_top1"] is None and found["early_stop"]["linear_top1"] is None
+    assert found["arms"]["cached"]["curve"][-1]["effective_rank"] > 1
+
+
+def test_verify_names_a_cache_that_was_never_finished(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    next(copy.glob("cache/cut-1-*/manifest.json")).unlink()
+    with pytest.raises(RunFailed, match="1 damaged"):
+        care.run_verify(job(copy))
+    assert "manifest.json" in capsys.readouterr().out
+
+
+def test_an_edited_image_makes_everything_stale(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    index, read = indexed(str(Path(__file__).parents[2] / "data/sample/val-000000.tar"), "stop", None)
+    for entry in index.entries[:60]:
+        (folder / f"{entry.key}.png").write_bytes(read(entry))  # type: ignore[arg-type]
+    config = toy(**{"data.source": str(folder), "data.limit": 0})
+    paths = RunPaths(tmp_path / "toy")
+    runner.run_stage(job(paths.root, config, target=1))
+    victim = sorted(folder.iterdir())[0]
+    victim.write_bytes(next(read(e) for e in index.entries[60:]))  # type: ignore[arg-type]
+    reasons = {verdict.what: verdict.reason for verdict in judge_all(Wanted(config, paths))}
+    assert reasons["stage 0"].startswith("data: ")

@@ -1,0 +1,58 @@
+"""A run small enough to be trained in seconds: 96 images of 16 tokens, four blocks, three stages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from pipeline.config import PipelineConfig, parse, resolve
+from pipeline.job import Job
+from pipeline.layout import RunPaths
+from pipeline.recipes import recipe
+
+TOY = {
+    "data.limit": 96,
+    "model.image_size": 16,
+    "model.patch_size": 4,
+    "model.width": 32,
+    "model.depth": 4,
+    "model.heads": 2,
+    "decoder.depth": 1,
+    "decoder.width": 16,
+    "decoder.heads": 2,
+    "schedule.cuts": [0, 1, 3],
+    "schedule.epochs": [1, 1, 2],
+    "cache.views": 2,
+    "cache.shard_rows": 40,
+    "cache.encode_batch": 16,
+    "train.batch_size": 16,
+    "train.precision": "float32",
+    "train.device": "cpu",
+    "train.threads": 1,
+    "eval.train_limit": 40,
+    "eval.val_limit": 40,
+}
+
+
+def toy(**changes: object) -> PipelineConfig:
+    return resolve(parse(TOY | changes, recipe("sample")))
+
+
+def job(root: Path, config: PipelineConfig | None = None, **more: Any) -> Job:
+    return Job("toy", config or toy(), RunPaths(root), **more)
+
+
+def record(root: Path, name: str) -> dict:
+    return json.loads((root / name / "stage.json").read_text())
+
+
+def weights(root: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(root / name / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], start: str = "") -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a if name.startswith(start))
