@@ -168,7 +168,7 @@ def run_probe(job: Job) -> None:
     from pipeline.work import probe_again
 
     wanted = Wanted(job.config, job.paths)
-    names = [f"stage {stage}" for stage in range(len(wanted.segments))] + [f"arm {arm}" for arm in ARMS]
+    names = [f"stage {stage}" for stage in range(len(job.config.schedule.cuts))] + [f"arm {arm}" for arm in ARMS]
     if job.target is not None:
         names = [f"stage {job.target}" if isinstance(job.target, int) else f"arm {job.target}"]
     probe_again(wanted, names)

@@ -19,16 +19,15 @@ TAIL_BYTES = 8192
 
 def show_status(job: Job) -> None:
     """Print a line for every stage and arm that has begun, and what is being worked on."""
-    if not job.paths.root.exists():
+    found = [(name, record) for name, paths in parts(job.paths) if (record := read_record(paths))]
+    if not found:
         raise ConfigError(
             f"no run in {job.paths.root}; start one with `make all` or `make stage-0`, or name one with RUN="
         )
     out = console()
     rows = table("part", "status", "steps", "train s", "cache s", "images/s", "loss", "kNN", "linear")
-    for name, paths in parts(job.paths):
-        record = read_record(paths)
-        if record:
-            rows.add_row(name, record["status"], *(_shown(record.get(key), form) for key, form in COLUMNS))
+    for name, record in found:
+        rows.add_row(name, record["status"], *(_shown(record.get(key), form) for key, form in COLUMNS))
     out.print(rows)
     holder = job.paths.holder()
     working = f"process {holder} is working" if holder else "no process is working here"
