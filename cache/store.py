@@ -1,5 +1,5 @@
-"""What every backend of the cache agrees on: the batch that a reader hands to training, the protocol of a reader, the
-errors, and `open_cache`, the one place that picks a backend. Stands between the files on disk and the loader.
+"""What every backend of the cache agrees on: the batch that a reader hands to training, the protocol of a reader, and
+the errors. Stands between the files on disk and the loader.
 
 Shapes: B batch, L all tokens, D width, P values of a pixel patch. When one token group is read, the L of features and
 ids is the group's size; pixels always cover all tokens.
@@ -7,18 +7,15 @@ ids is the group's size; pixels always cover all tokens.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 from cache.errors import CacheError, DamagedCache, MissingCache, StaleCache, Unrepresentable
-from cache.layout import refuse_unbuilt
-from cache.manifest import CacheManifest, read_manifest
+from cache.manifest import CacheManifest
 
 __all__ = [
     "CacheError",
@@ -28,7 +25,6 @@ __all__ = [
     "MissingCache",
     "StaleCache",
     "Unrepresentable",
-    "open_cache",
 ]
 
 
@@ -63,17 +59,3 @@ class CacheReader(Protocol):
     def crops(self, rows: Sequence[int] | np.ndarray, view: int = 0) -> np.ndarray:
         """(B, 5) float32: top, left, height, width and flip of each row's view."""
         ...
-
-
-def open_cache(path: str | os.PathLike[str], verify: bool = False) -> CacheReader:
-    """Reader of the finished cache at `path`; with `verify` every file is hashed first.
-
-    Raises MissingCache (nothing there, or unfinished), DamagedCache, StaleCache (another version's format), CacheError
-    (a URL or a backend that is not built yet).
-    """
-    if "://" in str(path):
-        raise CacheError(f"{path}: caches behind URLs are not built yet; give a local path")
-    refuse_unbuilt(backend=read_manifest(path).backend)
-    from cache.zarr_reader import ZarrCache
-
-    return ZarrCache(Path(path), verify=verify)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -80,18 +80,3 @@ SIZES = {"vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6), "vit_base": (768, 
 def model_name(name: str) -> str:
     """timm's name of a model."""
     return f"{name}_patch16_224" if name in SIZES else name
-
-
-def model_identity(config: ModelConfig) -> dict[str, str | int]:
-    """What a model is: timm's name, width, depth, heads. Only a model without a short name has to be built to know."""
-    if config.name in SIZES:
-        sizes = SIZES[config.name]
-    else:
-        from models.vit import build_encoder
-
-        encoder = build_encoder(config, seed=0)
-        attention: Any = encoder.vit.blocks[0].attn
-        sizes = encoder.width, encoder.depth, attention.num_heads
-    asked = (config.width, config.depth, config.heads)
-    width, depth, heads = (want or own for want, own in zip(asked, sizes, strict=True))
-    return {"model": model_name(config.name), "width": width, "depth": depth, "heads": heads}

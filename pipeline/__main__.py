@@ -19,9 +19,11 @@ from typing import Annotated, Any
 import tyro
 
 from pipeline import __version__
-from pipeline.config import ConfigError, Settings, check, parse, read_config, read_toml, resolve, run_tyro
+from pipeline.config import ConfigError, check
 from pipeline.job import Interrupted, Job, RunFailed
 from pipeline.layout import run_paths
+from pipeline.machine import resolve
+from pipeline.reading import Settings, parse, read_config, read_toml, run_tyro
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 WRONG_PATH = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)

@@ -8,8 +8,9 @@ from cache.errors import CacheError
 from cache.manifest import read_manifest
 from cache.verify import Damage, drop_damaged, remove_cache, verify_cache
 from pipeline.config import ConfigError
+from pipeline.desk import Desk, at_work
 from pipeline.job import Job, RunFailed
-from pipeline.runner import Desk, at_work, ensure_cache
+from pipeline.runner import ensure_cache
 
 
 def run_verify(job: Job) -> None:
@@ -20,9 +21,18 @@ def run_verify(job: Job) -> None:
         bad += len(damages)
         for damage in damages:
             print(f"damaged: {damage.file}: {damage.what}")
-        print(f"{folder}: {f'{len(damages)} damaged files' if damages else 'sound'}")
+        print(f"{folder}: {f'{len(damages)} damaged files' if damages else f'sound, {size(folder)}'}")
     if bad:
         raise RunFailed(f"{bad} damaged files; run `make repair`, which rebuilds only what is bad")
+
+
+def size(folder: Path) -> str:
+    """The bytes of a finished cache, and those of its features over two for each value."""
+    manifest = read_manifest(folder)
+    total = sum(entry.bytes for entry in manifest.shards)
+    features = sum(entry.bytes for entry in manifest.shards if "/features/" in entry.name)
+    values = manifest.num_samples * manifest.views * manifest.num_tokens * manifest.width
+    return f"{total / 1e6:,.1f} MB; features {features / 1e6:,.1f} MB, {features / (2 * values):.4f} of 2 bytes a value"
 
 
 def run_repair(job: Job) -> None:

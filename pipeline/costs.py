@@ -15,9 +15,9 @@ import torch
 from cache.manifest import atomic_write
 from cache.size import cache_bytes
 from models.mim import MaskedBatch, MaskedModel
-from pipeline.bench import fresh_model
 from pipeline.decide import Wanted, judge_stage
 from pipeline.job import Job
+from pipeline.rates import fresh_model
 from pipeline.runner import refuse_what_does_not_fit
 from pipeline.show import console, table
 from pipeline.speedup import break_even

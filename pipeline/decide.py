@@ -15,7 +15,7 @@ from cache.errors import CacheError, MissingCache
 from cache.layout import Layout
 from cache.manifest import cache_folder_name, check_spec, read_manifest
 from cache.order import steps_per_epoch
-from models.config import model_identity
+from models.identity import model_identity
 from models.spec import COMPUTATION_VERSION, FeatureSpec, digest
 from pipeline.config import PipelineConfig
 from pipeline.layout import RunPaths, StagePaths

@@ -4,40 +4,12 @@ work itself to `work`, which is imported only when there is some, since torch ta
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 
-from cache.manifest import atomic_write
 from cache.size import cache_bytes
-from pipeline.config import ConfigError, to_toml
-from pipeline.decide import ARMS, Verdict, Wanted, judge_arm, judge_cache, judge_stage
-from pipeline.events import EventLog
+from pipeline.config import ConfigError
+from pipeline.decide import ARMS, Wanted, judge_arm, judge_cache, judge_stage
+from pipeline.desk import Desk, at_work
 from pipeline.job import Job
-
-
-@dataclass(frozen=True)
-class Desk:
-    """A job at work: what it wants, and where it tells what it does."""
-
-    job: Job
-    wanted: Wanted
-    log: EventLog
-
-    def say(self, verdict: Verdict) -> None:
-        """Tell a verdict before acting on it."""
-        self.log.message(f"{verdict.what}: {verdict.state} ({verdict.reason})")
-
-
-@contextmanager
-def at_work(job: Job) -> Iterator[Desk]:
-    """Hold the run's lock, write its resolved settings, open its log."""
-    with job.paths.lock():
-        text = to_toml(job.config)
-        if not job.paths.config.exists() or job.paths.config.read_text() != text:
-            atomic_write(job.paths.config, text.encode())
-        with EventLog(job.paths.events, job.paths.tensorboard, show=True) as log:
-            yield Desk(job, Wanted(job.config, job.paths), log)
 
 
 def run_all(job: Job) -> None:

@@ -16,9 +16,9 @@ from cache.manifest import atomic_write
 from pipeline import __version__
 from pipeline.config import ConfigError
 from pipeline.decide import ARMS, Wanted, judge_all
+from pipeline.desk import Desk, at_work
 from pipeline.job import Job
 from pipeline.layout import StagePaths
-from pipeline.runner import Desk, at_work
 from pipeline.show import console, table
 
 VERSIONS = ("torch", "timm", "zarr", "numpy")
@@ -63,7 +63,7 @@ def current_comparison(wanted: Wanted) -> dict[str, Any] | None:
 
 def summary(wanted: Wanted) -> dict[str, Any]:
     """The contents of speedup.json."""
-    from pipeline.bench import flop_bound, loader_bound
+    from pipeline.rates import flop_bound, loader_bound
 
     stages = [record(wanted, wanted.paths.stage(k)) for k in range(len(wanted.segments))]
     e2e, freeze = (record(wanted, wanted.paths.arm(name)) for name in ARMS)

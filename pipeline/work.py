@@ -21,9 +21,9 @@ from models.vit import Encoder, build_encoder, frozen_hash
 from pipeline.cluster import task_runner
 from pipeline.config import ConfigError, PipelineConfig
 from pipeline.decide import Wanted, inputs_digest
+from pipeline.desk import Desk
 from pipeline.job import Interrupted, RunFailed
 from pipeline.layout import StagePaths
-from pipeline.runner import Desk
 from pipeline.show import console, table
 from stages.checkpoint import CheckpointError, Progress
 from stages.encode import EncodeJob, build

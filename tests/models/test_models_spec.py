@@ -130,7 +130,8 @@ def test_seeds_have_63_bits_and_no_two_lists_of_parts_share_one() -> None:
 
 def test_identity_and_spec_need_no_torch() -> None:
     code = (
-        "import sys, models.spec; from models.config import ModelConfig, model_identity; model_identity(ModelConfig());"
+        "import sys, models.spec; from models.config import ModelConfig; from models.identity import model_identity;"
+        "model_identity(ModelConfig());"
         "print([name for name in ('torch', 'timm', 'numpy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)

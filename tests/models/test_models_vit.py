@@ -10,7 +10,8 @@ import pytest
 import torch
 from timm.models.vision_transformer import Attention
 
-from models.config import ModelConfig, model_identity
+from models.config import ModelConfig
+from models.identity import model_identity
 from models.vit import ModelError, build_encoder, frozen_hash, sincos_2d
 
 Small = Callable[..., ModelConfig]

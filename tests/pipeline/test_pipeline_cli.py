@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from pipeline import __main__ as cli
-from pipeline.config import ConfigError, PipelineConfig, read_toml, to_toml
+from pipeline.config import ConfigError, PipelineConfig
 from pipeline.job import Interrupted, Job, RunFailed
 from pipeline.layout import RunPaths
+from pipeline.reading import read_toml, to_toml
 
 REPOSITORY = Path(__file__).parents[2]
 Verbs = Callable[..., list[Job]]
@@ -27,8 +28,8 @@ Verbs = Callable[..., list[Job]]
 def quiet_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Runs go to a scratch folder and torch is not asked about the machine."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pipeline.config._device", lambda: "cpu")
-    monkeypatch.setattr("pipeline.config._precision", lambda device: "float32")
+    monkeypatch.setattr("pipeline.machine._device", lambda: "cpu")
+    monkeypatch.setattr("pipeline.machine._precision", lambda device: "float32")
 
 
 @pytest.fixture
@@ -91,7 +92,7 @@ def test_a_run_goes_on_with_the_device_it_began_with(verbs: Verbs) -> None:
 
 
 def test_status_and_explain_do_not_ask_torch(verbs: Verbs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.config._device", lambda: pytest.fail("asked torch"))
+    monkeypatch.setattr("pipeline.machine._device", lambda: pytest.fail("asked torch"))
     jobs = verbs()
     assert cli.main(["status"]) == cli.main(["explain"]) == 0
     assert [job.config.train.device for job in jobs] == ["auto", "auto"]
@@ -263,6 +264,6 @@ def test_the_written_config_is_a_config(verbs: Verbs) -> None:
 def _settings() -> list[str]:
     from dataclasses import asdict
 
-    from pipeline.config import flatten
+    from pipeline.reading import flatten
 
     return list(dict(flatten(asdict(PipelineConfig()))))

@@ -16,21 +16,10 @@ from hypothesis import strategies as st
 
 from cache.config import CacheConfig
 from models.config import ModelConfig
-from pipeline import config as config_module
-from pipeline.config import (
-    BOUNDS,
-    ConfigError,
-    PipelineConfig,
-    check,
-    flatten,
-    get,
-    load_config,
-    parse,
-    parse_override,
-    read_toml,
-    resolve,
-    to_toml,
-)
+from pipeline import machine as machine_module
+from pipeline.config import BOUNDS, ConfigError, PipelineConfig, check, get
+from pipeline.machine import resolve
+from pipeline.reading import flatten, load_config, parse, parse_override, read_toml, to_toml
 from pipeline.recipes import RECIPES, sample
 from stages.config import DataConfig, ScheduleConfig, TrainConfig
 
@@ -125,7 +114,7 @@ def test_wrong_setting_is_refused_in_one_line(override: str, parts: list[str]) -
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 @pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
 def test_refusal_does_not_depend_on_where_it_is_shown(encoding: str, terminal: bool) -> None:
-    code = "from pipeline.config import load_config; load_config('sample', ['mask.groups=3'])"
+    code = "from pipeline.reading import load_config; load_config('sample', ['mask.groups=3'])"
     ends = pty.openpty()
     shown = subprocess.run(
         [sys.executable, "-c", code],
@@ -246,9 +235,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         asked.append(question)
         return value
 
-    monkeypatch.setattr(config_module, "_device", lambda: answer("device", "cuda"))
-    monkeypatch.setattr(config_module, "_precision", lambda device: answer(device, "bfloat16"))
-    monkeypatch.setattr(config_module, "_cores", lambda: 5)
+    monkeypatch.setattr(machine_module, "_device", lambda: answer("device", "cuda"))
+    monkeypatch.setattr(machine_module, "_precision", lambda device: answer(device, "bfloat16"))
+    monkeypatch.setattr(machine_module, "_cores", lambda: 5)
     return asked
 
 

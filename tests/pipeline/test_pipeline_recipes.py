@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.config import check, load_config
+from pipeline.config import check
+from pipeline.reading import load_config
 from pipeline.recipes import RECIPES, original, recipe, sample, vit_b16
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from pipeline.config import PipelineConfig, parse, resolve
+from pipeline.config import PipelineConfig
 from pipeline.job import Job
 from pipeline.layout import RunPaths
+from pipeline.machine import resolve
+from pipeline.reading import parse
 from pipeline.recipes import recipe
 
 TOY = {

@@ -1,0 +1,37 @@
+"""Where a job is worked on: the run's lock is held, its settings are written down, its log is open. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from cache.manifest import atomic_write
+from pipeline.decide import Verdict, Wanted
+from pipeline.events import EventLog
+from pipeline.job import Job
+from pipeline.reading import to_toml
+
+
+@dataclass(frozen=True)
+class Desk:
+    """A job at work: what it wants, and where it tells what it does."""
+
+    job: Job
+    wanted: Wanted
+    log: EventLog
+
+    def say(self, verdict: Verdict) -> None:
+        """Tell a verdict before acting on it."""
+        self.log.message(f"{verdict.what}: {verdict.state} ({verdict.reason})")
+
+
+@contextmanager
+def at_work(job: Job) -> Iterator[Desk]:
+    """Hold the run's lock, write its resolved settings, open its log."""
+    with job.paths.lock():
+        text = to_toml(job.config)
+        if not job.paths.config.exists() or job.paths.config.read_text() != text:
+            atomic_write(job.paths.config, text.encode())
+        with EventLog(job.paths.events, job.paths.tensorboard, show=True) as log:
+            yield Desk(job, Wanted(job.config, job.paths), log)

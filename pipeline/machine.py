@@ -1,0 +1,52 @@
+"""What is left to the machine, device, precision and threads, filled in. Torch is imported only to find that out."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+from pipeline.config import PipelineConfig
+
+
+def resolve(config: PipelineConfig, previous: PipelineConfig | None = None, detect: bool = True) -> PipelineConfig:
+    """Fills in what is left to the machine: train.device, train.precision and train.threads.
+
+    previous: the settings with which the run began; what they hold is kept, so that a run goes on as it started.
+    detect: without it nothing is looked up with torch, and what previous does not hold stays `auto`.
+    """
+    train = config.train
+    if previous is not None:
+        kept = {name: getattr(previous.train, name) for name in ("device", "precision", "threads")}
+        train = dataclasses.replace(
+            train, **{name: value for name, value in kept.items() if getattr(train, name) in ("auto", 0)}
+        )
+    if not train.threads:
+        train = dataclasses.replace(train, threads=_cores())
+    if detect and "auto" in (train.device, train.precision):
+        device = _device() if train.device == "auto" else train.device
+        precision = _precision(device) if train.precision == "auto" else train.precision
+        train = dataclasses.replace(train, device=device, precision=precision)
+    return dataclasses.replace(config, train=train)
+
+
+def _cores() -> int:
+    """The cores that this process may use; a container often gives it fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _precision(device: str) -> Any:
+    import torch
+
+    if device.startswith("cuda"):
+        fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        fast = any(getattr(torch.cpu, name, bool)() for name in names)
+    return "bfloat16" if fast else "float32"

@@ -1,0 +1,121 @@
+"""How fast a training step is in each arm, at each cut, and what its FLOPs would allow. The arms' steps run in turn,
+round after round, so that a machine whose speed drifts slows all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from cache import open_cache
+from cache.loader import prefetch
+from models.mim import MaskedBatch, MaskedModel
+from pipeline.decide import Wanted
+from pipeline.work import live_source, sampling
+from stages.device import synchronize
+from stages.optim import build_adamw, parameter_groups
+from stages.segment import Segment
+from stages.sources import CachedFeatures, Inputs, Source
+from stages.train import Build, build_model, train_step
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A source's first batches, loaded before the clock starts: what training would cost if loading were free."""
+
+    source: Source
+    batches: tuple[Inputs, ...]
+
+    @classmethod
+    def of(cls, source: Source, segment: Segment, count: int) -> InMemory:
+        return cls(source, tuple(source.load(segment, step % segment.steps) for step in range(count)))
+
+    def load(self, segment: Segment, step: int) -> Inputs:
+        return self.batches[step % len(self.batches)]
+
+    def mask(self, model: MaskedModel, inputs: Inputs) -> MaskedBatch:
+        return self.source.mask(model, inputs)
+
+
+def loader_bound(wanted: Wanted, rounds: int = 3, steps: int = 4) -> list[float]:
+    """For each later stage: images/s of cached steps over the same steps on features in memory, median of rounds."""
+    return [
+        statistics.median(ratios(stage_rates(wanted, stage, ("cached", "memory"), steps, rounds), "cached", "memory"))
+        for stage in range(1, len(wanted.segments))
+    ]
+
+
+def stage_rates(wanted: Wanted, stage: int, arms: tuple[str, ...], steps: int, rounds: int) -> dict[str, list[float]]:
+    """images/s of each arm's step at a stage's cut, one number a round. The weights are a fresh model's: speed only."""
+    runners = {arm: step_runner(wanted, stage, arm, steps) for arm in arms}
+    for run in runners.values():
+        run()
+    rates: dict[str, list[float]] = {arm: [] for arm in arms}
+    for _ in range(rounds):
+        for arm, run in runners.items():
+            rates[arm].append(run())
+    return rates
+
+
+def step_runner(wanted: Wanted, stage: int, arm: str, steps: int) -> Callable[[], float]:
+    """A function that trains `steps` steps of an arm, after one that is not counted, and returns images/s."""
+    train = wanted.config.train
+    segment = wanted.segments[stage] if arm != "e2e" else replace(wanted.segments[stage], cut=0)
+    model, optimizer = fresh_model(wanted, segment.cut)
+    source = live_source(wanted, segment) if arm in ("e2e", "freeze") else cached_source(wanted, stage)
+    if arm == "memory":
+        source = InMemory.of(source, segment, steps + 1)
+
+    def run() -> float:
+        torch.set_num_threads(train.threads)
+        device, started = torch.device(train.device), 0.0
+        numbers = [step % segment.steps for step in range(steps + 1)]
+        with prefetch(
+            lambda step: source.load(segment, step), numbers, train.loader_threads, train.prefetch
+        ) as batches:
+            for count, inputs in enumerate(batches):
+                if count == 1:
+                    synchronize(device)
+                    started = time.perf_counter()
+                train_step(model, optimizer, source, inputs, train)
+        synchronize(device)
+        return steps * train.batch_size / (time.perf_counter() - started)
+
+    return run
+
+
+def fresh_model(wanted: Wanted, cut: int) -> tuple[MaskedModel, torch.optim.Optimizer]:
+    config = wanted.config
+    model = build_model(Build(config.seed, config.model, config.decoder, config.target), cut, config.train.device)
+    return model, build_adamw(parameter_groups(model, config.train.weight_decay), config.train)
+
+
+def cached_source(wanted: Wanted, stage: int) -> CachedFeatures:
+    spec = wanted.cache_spec(stage)
+    assert spec is not None, "the cache is built before it is measured"
+    return CachedFeatures(open_cache(wanted.cache_folder(spec)), sampling(wanted))
+
+
+def flop_bound(wanted: Wanted, stage: int) -> float:
+    """FLOPs of an e2e step over those of a cached step at the stage's cut: the speed-up that skipping could give."""
+    segment = wanted.segments[stage]
+    e2e = step_flops(wanted, 0, live_source(wanted, replace(segment, cut=0)), segment)
+    return e2e / step_flops(wanted, segment.cut, cached_source(wanted, stage), segment)
+
+
+def step_flops(wanted: Wanted, cut: int, source: Source, segment: Segment) -> int:
+    """FLOPs of one training step's forward and backward, as torch counts them."""
+    model, _ = fresh_model(wanted, cut)
+    inputs = source.load(segment, 0).to(wanted.config.train.device)
+    with FlopCounterMode(display=False) as counter:
+        model(source.mask(model, inputs)).backward()
+    return counter.get_total_flops()
+
+
+def ratios(rates: dict[str, list[float]], above: str, below: str) -> list[float]:
+    """Ratio of two arms' rates within each round."""
+    return [high / low for high, low in zip(rates[above], rates[below], strict=True)]
