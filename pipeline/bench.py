@@ -22,7 +22,7 @@ def run_bench(job: Job) -> None:
         rows = table("cut", "e2e", "freeze", "cached", "in memory", "cached / e2e", "FLOP bound", "cached / in memory")
         found = []
         for stage in range(1, len(desk.wanted.segments)):
-            rates = stage_rates(desk.wanted, stage, ("e2e", "freeze", "cached", "memory"), steps=6, rounds=5)
+            rates = stage_rates(desk.wanted, stage, steps=6, rounds=5)
             bound = flop_bound(desk.wanted, stage)
             rows.add_row(
                 str(desk.wanted.segments[stage].cut),

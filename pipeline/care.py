@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from cache.errors import CacheError
-from cache.manifest import read_manifest
+from cache.manifest import MANIFEST, read_manifest
+from cache.receipts import RECEIPTS
 from cache.verify import Damage, drop_damaged, remove_cache, verify_cache
 from pipeline.config import ConfigError
 from pipeline.desk import Desk, at_work
@@ -15,8 +16,13 @@ from pipeline.runner import ensure_cache
 
 def run_verify(job: Job) -> None:
     """Hash every file of every cache of the run again. RunFailed when one is damaged."""
-    bad = 0
-    for folder in caches(job):
+    bad, folders = 0, caches(job)
+    if not folders:
+        raise ConfigError(f"no cache in {job.paths.cache_root}; `make stage-1` builds one")
+    for folder in folders:
+        if in_progress(folder):
+            print(f"{folder}: unfinished; `make stage-N` goes on with it")
+            continue
         damages = check(folder)
         bad += len(damages)
         for damage in damages:
@@ -46,7 +52,7 @@ def repair(desk: Desk, stage: int) -> None:
     """Mend the cache that a stage reads, where there is one; its parent was mended before it."""
     spec = desk.wanted.cache_spec(stage)
     folder = desk.wanted.cache_folder(spec) if spec else None
-    if folder is None or not folder.exists():
+    if folder is None or not folder.exists() or in_progress(folder):
         return
     damages = check(folder)
     desk.log.message(f"{folder}: {len(damages)} damaged files")
@@ -78,8 +84,13 @@ def caches(job: Job) -> list[Path]:
     return sorted(folder for folder in job.paths.cache_root.glob("cut-*") if folder.is_dir())
 
 
+def in_progress(folder: Path) -> bool:
+    """Whether a cache is being built, or waits for its build to go on: it has receipts and no manifest yet."""
+    return (folder / RECEIPTS).exists() and not (folder / MANIFEST).exists()
+
+
 def check(folder: Path) -> list[Damage]:
-    """The damage in a cache. One without a readable manifest is unfinished, which `stage` mends, not `verify`."""
+    """The damage in a cache that was finished."""
     try:
         read_manifest(folder)
     except CacheError as error:

@@ -3,7 +3,6 @@ round after round, so that a machine whose speed drifts slows all of them alike.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,6 +20,9 @@ from stages.optim import build_adamw, parameter_groups
 from stages.segment import Segment
 from stages.sources import CachedFeatures, Inputs, Source
 from stages.train import Build, build_model, train_step
+
+STEPS = ("e2e", "freeze", "cached", "memory")
+Rates = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -41,20 +43,13 @@ class InMemory:
         return self.source.mask(model, inputs)
 
 
-def loader_bound(wanted: Wanted, rounds: int = 3, steps: int = 4) -> list[float]:
-    """For each later stage: images/s of cached steps over the same steps on features in memory, median of rounds."""
-    return [
-        statistics.median(ratios(stage_rates(wanted, stage, ("cached", "memory"), steps, rounds), "cached", "memory"))
-        for stage in range(1, len(wanted.segments))
-    ]
+def stage_rates(wanted: Wanted, stage: int, steps: int, rounds: int) -> Rates:
+    """images/s of each arm's step at a stage's cut, one number a round. The weights are a fresh model's: speed only.
 
-
-def stage_rates(wanted: Wanted, stage: int, arms: tuple[str, ...], steps: int, rounds: int) -> dict[str, list[float]]:
-    """images/s of each arm's step at a stage's cut, one number a round. The weights are a fresh model's: speed only."""
-    runners = {arm: step_runner(wanted, stage, arm, steps) for arm in arms}
-    for run in runners.values():
-        run()
-    rates: dict[str, list[float]] = {arm: [] for arm in arms}
+    `memory` is the cached step on features in memory: what it would cost if loading were free.
+    """
+    runners = {arm: step_runner(wanted, stage, arm, steps) for arm in STEPS}
+    rates: Rates = {arm: [] for arm in STEPS}
     for _ in range(rounds):
         for arm, run in runners.items():
             rates[arm].append(run())
@@ -116,6 +111,6 @@ def step_flops(wanted: Wanted, cut: int, source: Source, segment: Segment) -> in
     return counter.get_total_flops()
 
 
-def ratios(rates: dict[str, list[float]], above: str, below: str) -> list[float]:
+def ratios(rates: Rates, above: str, below: str) -> list[float]:
     """Ratio of two arms' rates within each round."""
     return [high / low for high, low in zip(rates[above], rates[below], strict=True)]

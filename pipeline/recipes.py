@@ -27,7 +27,7 @@ def sample() -> PipelineConfig:
         schedule=ScheduleConfig(cuts=(0, 3, 6, 9), epochs=(2, 1, 1, 3)),
         cache=CacheConfig(views=1),
         train=TrainConfig(batch_size=64),
-        eval=EvalConfig(train_limit=600, val_limit=400),
+        eval=EvalConfig(train_limit=500, val_limit=400),
     )
 
 

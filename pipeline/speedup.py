@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import platform
+import statistics
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,8 @@ from pipeline.job import Job
 from pipeline.layout import StagePaths
 from pipeline.show import console, table
 
+STEPS_EACH, ROUNDS = 3, 3
+"""Steps of each arm in a round, and rounds, from which the rates by stage are taken."""
 VERSIONS = ("torch", "timm", "zarr", "numpy")
 
 
@@ -63,30 +66,26 @@ def current_comparison(wanted: Wanted) -> dict[str, Any] | None:
 
 def summary(wanted: Wanted) -> dict[str, Any]:
     """The contents of speedup.json."""
-    from pipeline.rates import flop_bound, loader_bound
+    from pipeline.rates import flop_bound, ratios, stage_rates
 
     stages = [record(wanted, wanted.paths.stage(k)) for k in range(len(wanted.segments))]
     e2e, freeze = (record(wanted, wanted.paths.arm(name)) for name in ARMS)
     parts = {"e2e": [stages[0], e2e], "freeze": [stages[0], freeze], "cached": stages}
     arms = {name: arm_summary(records) for name, records in parts.items()}
+    rates = [stage_rates(wanted, k, STEPS_EACH, ROUNDS) for k in range(1, len(stages))]
+    loading = [statistics.median(ratios(one, "cached", "memory")) for one in rates]
     by_stage = [
-        {
-            "cut": stage["cut"],
-            "e2e_images_per_second": e2e["segments"][k]["images_per_second"],
-            "freeze_images_per_second": freeze["segments"][k]["images_per_second"],
-            "cached_images_per_second": stage["images_per_second"],
-            "ratio": stage["images_per_second"] / e2e["segments"][k]["images_per_second"],
-            "flop_bound": flop_bound(wanted, k + 1),
-        }
-        for k, stage in enumerate(stages[1:])
+        {"cut": stage["cut"]}
+        | {f"{arm}_images_per_second": statistics.median(one[arm]) for arm in parts}
+        | {"ratio": statistics.median(ratios(one, "cached", "e2e")), "flop_bound": flop_bound(wanted, k)}
+        for k, (stage, one) in enumerate(zip(stages[1:], rates, strict=True), start=1)
     ]
-    bounds = loader_bound(wanted)
     return {
         "arms": arms,
         "speedup_total": arms["e2e"]["total_seconds"] / arms["cached"]["total_seconds"],
         "speedup_by_stage": by_stage,
-        "loader_bound": min(bounds, default=1.0),
-        "loader_bound_by_stage": bounds,
+        "loader_bound": min(loading, default=1.0),
+        "loader_bound_by_stage": loading,
         "break_even_epoch": break_even(timeline(parts["e2e"]), timeline(parts["cached"])),
         "early_stop": stopped_at(arms["e2e"]["curve"], arms["cached"]["total_seconds"]),
         "device": f"{wanted.config.train.device} ({processor()})",

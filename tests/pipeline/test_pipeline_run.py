@@ -20,7 +20,7 @@ from pipeline.config import ConfigError, PipelineConfig
 from pipeline.decide import Wanted, judge_all, judge_cache, judge_stage
 from pipeline.job import Interrupted, RunFailed
 from pipeline.layout import RunBusy, RunPaths
-from tests.pipeline.toy import job, record, same, toy, weights
+from tests.pipeline.toy import StopAfter, job, record, same, toy, weights
 
 
 def test_records_and_comparison_hold_what_the_contract_names(finished: Path) -> None:
@@ -93,17 +93,6 @@ def test_second_call_changes_nothing_and_does_not_load_torch(copy: Path) -> None
         if path.is_file() and not path.name.startswith(".lock")
     }
     assert after == before
-
-
-class StopAfter:
-    """A stop that is set once it has been asked about `count` times."""
-
-    def __init__(self, count: int) -> None:
-        self.left = count
-
-    def is_set(self) -> bool:
-        self.left -= 1
-        return self.left < 0
 
 
 @pytest.mark.parametrize("asked", [1, 5, 13, 21])

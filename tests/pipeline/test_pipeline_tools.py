@@ -11,10 +11,10 @@ from cache.size import cache_bytes
 from pipeline import bench, care, costs, runner, speedup, status
 from pipeline.config import ConfigError
 from pipeline.decide import Wanted, judge_all
-from pipeline.job import RunFailed
+from pipeline.job import Interrupted, RunFailed
 from pipeline.layout import RunPaths
 from stages.index import indexed
-from tests.pipeline.toy import job, record, same, toy, weights
+from tests.pipeline.toy import StopAfter, job, record, same, toy, weights
 
 
 def test_plan_prices_every_stage_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,6 +129,15 @@ def test_verify_names_a_cache_that_was_never_finished(copy: Path, capsys: pytest
     with pytest.raises(RunFailed, match="1 damaged"):
         care.run_verify(job(copy))
     assert "manifest.json" in capsys.readouterr().out
+
+
+def test_verify_takes_a_half_built_cache_for_no_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="no cache in"):
+        care.run_verify(job(tmp_path / "toy"))
+    with pytest.raises(Interrupted, match=r"cache 1 has \d of 6 shards"):
+        runner.run_cache(job(tmp_path / "toy", target=1, stop=StopAfter(8)))
+    care.run_verify(job(tmp_path / "toy"))
+    assert "unfinished" in capsys.readouterr().out
 
 
 def test_an_edited_image_makes_everything_stale(tmp_path: Path) -> None:

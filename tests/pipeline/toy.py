@@ -58,3 +58,14 @@ def weights(root: Path, name: str) -> dict[str, torch.Tensor]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], start: str = "") -> bool:
     return all(torch.equal(a[name], b[name]) for name in a if name.startswith(start))
+
+
+class StopAfter:
+    """A stop that is set once it has been asked about `count` times."""
+
+    def __init__(self, count: int) -> None:
+        self.left = count
+
+    def is_set(self) -> bool:
+        self.left -= 1
+        return self.left < 0
