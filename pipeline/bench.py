@@ -15,14 +15,14 @@ from pipeline.show import console, table
 
 
 def run_bench(job: Job) -> None:
-    """Five rounds of every arm's step at every cut; prints medians and spread, writes bench.json."""
+    """Six rounds of every arm's step at every cut; prints medians and spread, writes bench.json."""
     with at_work(job) as desk:
         for stage in range(1, len(desk.wanted.segments)):
             ensure_cache(desk, stage)
         rows = table("cut", "e2e", "freeze", "cached", "in memory", "cached / e2e", "FLOP bound", "cached / in memory")
         found = []
         for stage in range(1, len(desk.wanted.segments)):
-            rates = stage_rates(desk.wanted, stage, steps=6, rounds=5)
+            rates = stage_rates(desk.wanted, stage, seconds=2.0, rounds=6)
             bound = flop_bound(desk.wanted, stage)
             rows.add_row(
                 str(desk.wanted.segments[stage].cut),

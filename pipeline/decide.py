@@ -209,7 +209,8 @@ def judge_all(wanted: Wanted) -> list[Verdict]:
         found.append(verdict)
         broken = broken or ("" if verdict.current else verdict.what)
     first = "" if found[0].current else found[0].what
-    return found + [_after(first, judge_arm(wanted, arm)) for arm in ARMS]
+    arms = ARMS if len(wanted.segments) > 1 else ()
+    return found + [_after(first, judge_arm(wanted, arm)) for arm in arms]
 
 
 def _cache_verdict(wanted: Wanted, stage: int, broken: str, needed: bool) -> Verdict:

@@ -19,7 +19,7 @@ PROBES = {"knn_top1": "kNN top-1", "linear_top1": "linear probe top-1"}
 
 
 def accuracy_against_time(speedup: dict[str, Any], path: Path) -> None:
-    """Probe accuracy of the three arms against the seconds that each has spent on training and caches."""
+    """Probe accuracy of the three arms, with one standard error, against their seconds of training and caches."""
     figure, axes = plt.subplots(1, len(PROBES), figsize=(10, 4.2), layout="constrained")
     for axis, (key, title) in zip(axes, PROBES.items(), strict=True):
         for name, (label, colour, marker) in STYLE.items():
@@ -28,16 +28,19 @@ def accuracy_against_time(speedup: dict[str, Any], path: Path) -> None:
                 axis.set_title("images without labels: nothing to score", fontsize=9)
                 continue
             seconds, scores = [p["seconds"] for p in curve], [100 * p[key] for p in curve]
-            axis.plot(seconds, scores, marker=marker, color=colour, label=label, linewidth=1.8, markersize=5)
+            errors = [100 * (p[key] * (1 - p[key]) / p["probe_images"]) ** 0.5 for p in curve]
+            style = {"color": colour, "marker": marker, "label": label, "linewidth": 1.8, "markersize": 5}
+            axis.errorbar(seconds, scores, yerr=errors, elinewidth=0.6, capsize=2, **style)
         axis.axvline(speedup["arms"]["cached"]["total_seconds"], color=STYLE["cached"][1], linestyle=":", linewidth=1)
         axis.set_xlabel("seconds of training and cache building")
         axis.set_ylabel(f"{title}, %")
         axis.set_xlim(left=0)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    if axes[0].lines[1:]:
-        axes[0].legend(frameon=False)
-    figure.suptitle(f"total time end to end / cached: {speedup['speedup_total']:.2f}×  (dotted: the cached arm's end)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(STYLE), frameon=False)
+    ratio = f"total time end to end / cached: {speedup['speedup_total']:.2f}×"
+    figure.suptitle(f"{ratio}  (dotted: the cached arm's end; bars: one standard error)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -6,6 +6,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +24,7 @@ from stages.sources import CachedFeatures, Inputs, Source
 from stages.train import Build, build_model, train_step
 
 STEPS = ("e2e", "freeze", "cached", "memory")
+MEMORY_BATCHES = 4
 Rates = dict[str, list[float]]
 
 
@@ -33,8 +36,8 @@ class InMemory:
     batches: tuple[Inputs, ...]
 
     @classmethod
-    def of(cls, source: Source, segment: Segment, count: int) -> InMemory:
-        return cls(source, tuple(source.load(segment, step % segment.steps) for step in range(count)))
+    def of(cls, source: Source, segment: Segment, batches: int) -> InMemory:
+        return cls(source, tuple(source.load(segment, step % segment.steps) for step in range(batches)))
 
     def load(self, segment: Segment, step: int) -> Inputs:
         return self.batches[step % len(self.batches)]
@@ -43,42 +46,44 @@ class InMemory:
         return self.source.mask(model, inputs)
 
 
-def stage_rates(wanted: Wanted, stage: int, steps: int, rounds: int) -> Rates:
+def stage_rates(wanted: Wanted, stage: int, seconds: float, rounds: int) -> Rates:
     """images/s of each arm's step at a stage's cut, one number a round. The weights are a fresh model's: speed only.
 
-    `memory` is the cached step on features in memory: what it would cost if loading were free.
+    Each arm trains for at least `seconds` in a round; every other round goes backwards, so that a steady drift of the
+    machine cancels. `memory` is the cached step on features in memory: what it would cost if loading were free.
     """
-    runners = {arm: step_runner(wanted, stage, arm, steps) for arm in STEPS}
+    runners = {arm: step_runner(wanted, stage, arm) for arm in STEPS}
     rates: Rates = {arm: [] for arm in STEPS}
-    for _ in range(rounds):
-        for arm, run in runners.items():
-            rates[arm].append(run())
+    for number in range(rounds):
+        for arm in STEPS if number % 2 == 0 else reversed(STEPS):
+            rates[arm].append(runners[arm](seconds))
     return rates
 
 
-def step_runner(wanted: Wanted, stage: int, arm: str, steps: int) -> Callable[[], float]:
-    """A function that trains `steps` steps of an arm, after one that is not counted, and returns images/s."""
+def step_runner(wanted: Wanted, stage: int, arm: str) -> Callable[[float], float]:
+    """A function that trains an arm for some seconds, after a step that is not counted, and returns images/s."""
     train = wanted.config.train
     segment = wanted.segments[stage] if arm != "e2e" else replace(wanted.segments[stage], cut=0)
     model, optimizer = fresh_model(wanted, segment.cut)
     source = live_source(wanted, segment) if arm in ("e2e", "freeze") else cached_source(wanted, stage)
     if arm == "memory":
-        source = InMemory.of(source, segment, steps + 1)
+        source = InMemory.of(source, segment, MEMORY_BATCHES)
+    device = torch.device(train.device)
 
-    def run() -> float:
+    def run(seconds: float) -> float:
         torch.set_num_threads(train.threads)
-        device, started = torch.device(train.device), 0.0
-        numbers = [step % segment.steps for step in range(steps + 1)]
-        with prefetch(
-            lambda step: source.load(segment, step), numbers, train.loader_threads, train.prefetch
-        ) as batches:
-            for count, inputs in enumerate(batches):
-                if count == 1:
-                    synchronize(device)
-                    started = time.perf_counter()
-                train_step(model, optimizer, source, inputs, train)
-        synchronize(device)
-        return steps * train.batch_size / (time.perf_counter() - started)
+        steps, started, elapsed = 0, 0.0, 0.0
+        numbers = (number % segment.steps for number in count())
+        load = partial(source.load, segment)
+        with prefetch(load, numbers, train.loader_threads, train.prefetch) as batches:
+            train_step(model, optimizer, source, next(batches), train)
+            synchronize(device)
+            started = time.perf_counter()
+            while elapsed < seconds:
+                train_step(model, optimizer, source, next(batches), train)
+                synchronize(device)
+                steps, elapsed = steps + 1, time.perf_counter() - started
+        return steps * train.batch_size / elapsed
 
     return run
 

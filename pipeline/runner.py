@@ -18,6 +18,11 @@ def run_all(job: Job) -> None:
         last = len(desk.wanted.segments) - 1
         look_before(desk, last)
         ensure_stage(desk, last)
+        if not last:
+            desk.log.message(
+                f"schedule.cuts={list(job.config.schedule.cuts)} freezes nothing: there are no arms to compare"
+            )
+            return
         for arm in ARMS:
             ensure_arm(desk, arm)
         from pipeline.speedup import compare, current_comparison, show
@@ -87,7 +92,10 @@ def ensure_trained(desk: Desk, stage: int) -> None:
 
 
 def ensure_arm(desk: Desk, arm: str) -> None:
-    """Train a baseline arm unless it is current."""
+    """Train a baseline arm unless it is current. Raises ConfigError when nothing freezes."""
+    if len(desk.wanted.segments) == 1:
+        cuts = list(desk.wanted.config.schedule.cuts)
+        raise ConfigError(f"schedule.cuts={cuts} freezes nothing, so arm {arm} is stage 0; give a later cut as well")
     ensure_trained(desk, 0)
     verdict = judge_arm(desk.wanted, arm)
     desk.say(verdict)

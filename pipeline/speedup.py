@@ -22,8 +22,8 @@ from pipeline.job import Job
 from pipeline.layout import StagePaths
 from pipeline.show import console, table
 
-STEPS_EACH, ROUNDS = 3, 3
-"""Steps of each arm in a round, and rounds, from which the rates by stage are taken."""
+ARM_SECONDS, ROUNDS = 1.0, 4
+"""Seconds of each arm in a round, and rounds, from which the rates by stage are taken."""
 VERSIONS = ("torch", "timm", "zarr", "numpy")
 
 
@@ -72,7 +72,7 @@ def summary(wanted: Wanted) -> dict[str, Any]:
     e2e, freeze = (record(wanted, wanted.paths.arm(name)) for name in ARMS)
     parts = {"e2e": [stages[0], e2e], "freeze": [stages[0], freeze], "cached": stages}
     arms = {name: arm_summary(records) for name, records in parts.items()}
-    rates = [stage_rates(wanted, k, STEPS_EACH, ROUNDS) for k in range(1, len(stages))]
+    rates = [stage_rates(wanted, k, ARM_SECONDS, ROUNDS) for k in range(1, len(stages))]
     loading = [statistics.median(ratios(one, "cached", "memory")) for one in rates]
     by_stage = [
         {"cut": stage["cut"]}
@@ -107,7 +107,7 @@ def arm_summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
     curve, spent = [], 0.0
     for part in parts:
         spent += part["cache_seconds"]
-        points = ("epoch", "knn_top1", "linear_top1", "effective_rank")
+        points = ("epoch", "knn_top1", "linear_top1", "effective_rank", "probe_images")
         curve += [{"seconds": spent + p["seconds"]} | {key: p[key] for key in points} for p in part["curve"]]
         spent += part["train_seconds"]
     return {

@@ -87,8 +87,7 @@ def apply_tensors(model: MaskedModel, optimizer: torch.optim.Optimizer, tensors:
     for name, parameter in model.named_parameters():
         if id(parameter) in learning and (moments := part(f"optim/{name}/")):
             optimizer.state[parameter] = {
-                moment: value.clone() if moment == "step" else value.to(parameter.device, copy=True)
-                for moment, value in moments.items()
+                moment: value.to(parameter.device, copy=True) for moment, value in moments.items()
             }
 
 

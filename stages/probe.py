@@ -23,12 +23,16 @@ TEMPERATURE = 0.07
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Scores in 0..1, None where images have no labels, and monitors of collapse over the held-out features."""
+    """Scores in 0..1, None where images have no labels, and monitors of collapse over the held-out features.
+
+    `images` is how many were scored: the standard error of a score p is sqrt(p (1 - p) / images).
+    """
 
     knn_top1: float | None
     linear_top1: float | None
     feature_std: float
     effective_rank: float
+    images: int
 
 
 def evaluate(
@@ -42,7 +46,7 @@ def evaluate(
     watched_x = pooled_features(encoder, watched, config.batch_size, image_size, device, precision)
     std, rank = collapse(watched_x)
     if not scored:
-        return ProbeResult(None, None, std, rank)
+        return ProbeResult(None, None, std, rank, len(watched))
     train = train.only(spread(len(train), config.train_limit))
     train_x = pooled_features(encoder, train, config.batch_size, image_size, device, precision)
     return ProbeResult(
@@ -50,6 +54,7 @@ def evaluate(
         linear_top1=linear_top1(train_x, train.labels, watched_x, watched.labels),
         feature_std=std,
         effective_rank=rank,
+        images=len(watched),
     )
 
 

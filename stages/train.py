@@ -272,6 +272,7 @@ class Book:
             "linear_top1": result.linear_top1,
             "feature_std": result.feature_std,
             "effective_rank": result.effective_rank,
+            "probe_images": result.images,
         }
         self.progress.curve.append(point)
         self.hooks.log(self.arm.tag | {"probe": True} | point)

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pipeline import runner
+from pipeline import runner, speedup
 from tests.pipeline.toy import job
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_measurements() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speedup, "ARM_SECONDS", 0.02)
+        yield
 
 
 @pytest.fixture(scope="session")

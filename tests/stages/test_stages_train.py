@@ -60,7 +60,7 @@ def arm(tmp_path: Path, images: ImageList, segments: tuple[Segment, ...] = (SEGM
 
 def hooks(events: list | None = None, stop: object = None) -> Hooks:
     found = events if events is not None else []
-    return Hooks(found.append, lambda model: ProbeResult(0.5, 0.5, 0.1, 2.0), stop or (lambda: False))  # type: ignore[arg-type]
+    return Hooks(found.append, lambda model: ProbeResult(0.5, 0.5, 0.1, 2.0, 40), stop or (lambda: False))  # type: ignore[arg-type]
 
 
 def gradients(images: ImageList, accumulate: int) -> tuple[float, dict[str, torch.Tensor]]:
