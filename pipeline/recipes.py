@@ -16,7 +16,7 @@ def sample() -> PipelineConfig:
     """The 2,000 images that ship with the repository, 196 tokens an image, nine of twelve blocks frozen in three steps.
 
     Shows the whole pipeline, not a good encoder: seven epochs are far too few for one.
-    Expected: all stages, both baseline arms and the evaluation in about 8 minutes on two CPU cores.
+    Expected: all stages, both baseline arms and the evaluation in about 7 minutes on two CPU cores.
     Command: make all
     """
     return PipelineConfig(
@@ -52,7 +52,7 @@ def cifar10() -> PipelineConfig:
 def vit_b16() -> PipelineConfig:
     """ViT-B/16 at 224 px, whose caches are exactly (N, 196, 768); shortened to 64 images and two steps a stage.
 
-    Expected: about 2 minutes on two CPU cores; shows sizes and costs at full width, learns nothing.
+    Expected: about 6 minutes on two CPU cores; shows sizes and costs at full width, learns nothing.
     Command: make all CONFIG=vit_b16
     For real: DATA=... SET="data.limit=0 train.max_steps=0 eval.train_limit=0 eval.val_limit=0 schedule.epochs=[...]"
     """
