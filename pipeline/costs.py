@@ -132,9 +132,11 @@ def encode_seconds(wanted: Wanted, stage: int) -> float:
         config.train.device
     )
 
+    prefix = model.encoder.prefix(len(tokens)).repeat(1, config.mask.groups, 1)
+
     def encode() -> None:
         with torch.inference_mode(), autocast(config.train.device, config.train.precision):
-            model.encoder.run_groups(tokens, config.mask.groups, start, segment.cut)
+            model.encoder.run_groups(tokens, prefix, config.mask.groups, start, segment.cut)
 
     return seconds_of(encode, config.train) / config.cache.encode_batch
 

@@ -67,15 +67,15 @@ def labelled(images: ImageList) -> ImageList:
 def pooled_features(
     encoder: Encoder, images: ImageList, batch: int, image_size: int, device: str, precision: str
 ) -> np.ndarray:
-    """(N, D) float32: centre views, all tokens visible, mean over tokens behind the last norm."""
+    """(N, D) float32: centre views, all tokens visible, mean over patch tokens behind the last norm."""
     learning = encoder.training
     encoder.eval()
     found = []
     for start in range(0, len(images), batch):
         views = centre_batch(images, range(start, min(start + batch, len(images))), image_size)
         with autocast(device, precision):
-            tokens = encoder.embed(normalize_images(torch.from_numpy(views).to(device)))
-            tokens = encoder.norm(encoder.run(tokens, 0, encoder.depth))
+            tokens = encoder.tokens(normalize_images(torch.from_numpy(views).to(device)))
+            tokens = encoder.patches(encoder.norm(encoder.run(tokens, 0, encoder.depth)))
         found.append(tokens.float().mean(dim=1).cpu().numpy())
     encoder.train(learning)
     return np.concatenate(found)
