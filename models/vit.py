@@ -78,9 +78,12 @@ class Encoder(nn.Module):
         patches_BLD = self.embed(images_BCHW)
         return self.with_prefix(patches_BLD, self.prefix(len(patches_BLD)))
 
-    def with_prefix(self, tokens_BLD: Tensor, prefix_BRD: Tensor) -> Tensor:
-        """Patch tokens behind their prefix."""
-        return torch.cat([prefix_BRD, tokens_BLD], dim=1) if self.num_prefix else tokens_BLD
+    def with_prefix(self, tokens_BLD: Tensor, prefix_BRD: Tensor | None) -> Tensor:
+        """Patch tokens behind their prefix; None where the model has none."""
+        if not self.num_prefix:
+            return tokens_BLD
+        assert prefix_BRD is not None, "a model with prefix tokens needs them"
+        return torch.cat([prefix_BRD, tokens_BLD], dim=1)
 
     def patches(self, tokens_BLD: Tensor) -> Tensor:
         """The patch tokens alone, of tokens behind their prefix."""

@@ -22,7 +22,6 @@ from pipeline.job import Job
 from pipeline.layout import StagePaths
 from stages.views import EVALUATION_SHARE
 
-
 OF_OTHER_WEIGHTS = ("tag", "license", "origin_url", "paper_name", "paper_ids", "notes")
 """What timm says of the weights that it publishes under the architecture's name, and is not true of ours."""
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from cache import open_cache
 from cache.layout import Layout
 from cache.manifest import atomic_write
-from models.mim import MaskedModel
+from models.learner import Learner
 from models.vit import Encoder, build_encoder, frozen_hash
 from pipeline.cluster import task_runner
 from pipeline.config import ConfigError, PipelineConfig
@@ -27,11 +27,12 @@ from pipeline.layout import StagePaths
 from pipeline.show import console, table
 from stages.checkpoint import CheckpointError, Progress
 from stages.encode import EncodeJob, build
-from stages.optim import Rates
+from stages.optim import Rates, build_adamw, parameter_groups
 from stages.probe import ProbeResult, evaluate
 from stages.segment import Segment, as_end_to_end
 from stages.sources import CachedFeatures, LiveFeatures, LiveImages, Sampling, Source
-from stages.train import Arm, Build, Diverged, Hooks, train_arm
+from stages.train import Arm, Build, Diverged, Hooks, build_model, train_arm
+from stages.weights import load_weights
 
 
 def train_stage(desk: Desk, stage: int) -> None:
@@ -42,7 +43,7 @@ def train_stage(desk: Desk, stage: int) -> None:
         spec = wanted.cache_spec(stage)
         assert spec is not None, "ensure_cache comes first"
         cache = open_cache(wanted.cache_folder(spec))
-        source: Source = CachedFeatures(cache, how)
+        source: Source = CachedFeatures(cache, how, wanted.data.train)
         built = read_seconds(wanted.paths.stage(stage), spec.fingerprint)
     else:
         source, built, spec = LiveImages(wanted.data.train, how), 0.0, None
@@ -77,7 +78,7 @@ def train_baseline(desk: Desk, arm: str) -> None:
 
 def live_source(wanted: Wanted, segment: Segment) -> Source:
     """Images masked before the first block, or, where the target is made of frozen features, those features live."""
-    if segment.cut and wanted.config.target.kind == "features":
+    if wanted.reads_features(segment.cut):
         fresh = wanted.plan[-1].first_epoch + wanted.plan[-1].epochs  # as many views as epochs: each is new
         return LiveFeatures(wanted.data.train, sampling(wanted), fresh)
     return LiveImages(wanted.data.train, sampling(wanted))
@@ -110,7 +111,8 @@ def train(
     arm = Arm(
         tag=tag,
         segments=segments,
-        build=Build(config.seed, config.model, config.decoder, config.target),
+        make=lambda cut: build_model(masked_build(wanted), cut, config.train.device),
+        optimizer=lambda model: optimizer_of(wanted, model),
         train=config.train,
         rates=rates(wanted),
         source=source,
@@ -118,6 +120,7 @@ def train(
         start=start,
         inputs=record["fingerprint"],
         eval_every=config.eval.every,
+        begin=lambda model: begin_from_file(desk, model),
     )
     hooks = Hooks(
         log=desk.log, evaluate=lambda model: evaluate_encoder(wanted, model.encoder), stop=desk.job.stop.is_set
@@ -136,8 +139,15 @@ def train(
     finish_record(paths, record, progress, model, segments)
 
 
+def begin_from_file(desk: Desk, model: Learner) -> None:
+    """Load the checkpoint file that the settings name, if any, and tell what of it was left out or changed."""
+    if path := desk.wanted.config.model.weights:
+        notes = load_weights(model.encoder, path)
+        desk.log.message(f"weights {path} ({desk.wanted.weights[:8]}): " + ("; ".join(notes) or "taken as they are"))
+
+
 def finish_record(
-    paths: StagePaths, record: dict[str, Any], progress: Progress, model: MaskedModel, segments: tuple[Segment, ...]
+    paths: StagePaths, record: dict[str, Any], progress: Progress, model: Learner, segments: tuple[Segment, ...]
 ) -> None:
     """Write the encoder, then the record that says `done` and what came of it."""
     state = model.encoder.vit.state_dict()
@@ -155,7 +165,7 @@ def finish_record(
             "train_seconds": seconds,
             "loader_wait_seconds": sum(part.loader_wait_seconds for part in totals),
             "evaluate_seconds": sum(part.evaluate_seconds for part in totals),
-            "images_per_second": images / seconds,
+            "images_per_second": images / seconds if seconds else 0.0,
             "first_loss": totals[0].first_loss,
             "final_loss": totals[-1].mean_loss,
             "knn_top1": last["knn_top1"],
@@ -167,7 +177,7 @@ def finish_record(
                     "epochs": part.steps / segment.steps_per_epoch,
                     "images": part.images,
                     "train_seconds": part.train_seconds,
-                    "images_per_second": part.images / part.train_seconds,
+                    "images_per_second": part.images / part.train_seconds if part.train_seconds else 0.0,
                 }
                 for segment, part in zip(segments, totals, strict=True)
             ],
@@ -227,7 +237,28 @@ def evaluate_encoder(wanted: Wanted, encoder: Encoder) -> ProbeResult:
 
 def sampling(wanted: Wanted) -> Sampling:
     config = wanted.config
-    return Sampling(config.seed, config.train.batch_size, config.data, config.model, config.mask, config.target.kind)
+    return Sampling(
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        data=config.data,
+        model=config.model,
+        mask=config.mask,
+        heads=wanted.heads,
+        share=config.decoder.share,
+        total_steps=wanted.total_steps,
+    )
+
+
+def masked_build(wanted: Wanted) -> Build:
+    """What makes the masked model of any stage or arm."""
+    config = wanted.config
+    return Build(config.seed, config.model, config.decoder, wanted.heads)
+
+
+def optimizer_of(wanted: Wanted, model: Learner) -> torch.optim.Optimizer:
+    """The optimiser of what a model lets learn."""
+    train = wanted.config.train
+    return build_adamw(parameter_groups(model, train.weight_decay, rates(wanted).by_layer), train)
 
 
 def rates(wanted: Wanted) -> Rates:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from models.mim import MaskedModel
+from models.learner import Learner
 from stages.config import ScheduleConfig, TrainConfig
 from stages.schedule import freezeout
 
@@ -17,7 +17,7 @@ PREFIX = ("cls_token", "reg_token")
 """timm's names of the tokens in front of the patches: they freeze with the patch embedding, and no decay pulls them."""
 
 
-def parameter_groups(model: MaskedModel, weight_decay: float, by_layer: bool = False) -> list[dict[str, Any]]:
+def parameter_groups(model: Learner, weight_decay: float, by_layer: bool = False) -> list[dict[str, Any]]:
     """What learns, in groups: weights decay; biases, norms and tokens do not. A frozen parameter is in none.
 
     `by_layer` splits further by FreezeOut's layers, 0 the patch embedding, i the i-th block; what stands behind the
@@ -35,7 +35,7 @@ def parameter_groups(model: MaskedModel, weight_decay: float, by_layer: bool = F
 
 
 def layer_of(name: str) -> int:
-    """FreezeOut's layer of a parameter of the masked model."""
+    """FreezeOut's layer of a parameter of a learner."""
     if name.startswith("encoder.vit.blocks."):
         return int(name.split(".")[3]) + 1
     first = ("encoder.vit.patch_embed.", "encoder.vit.norm_pre.", *(f"encoder.vit.{token}" for token in PREFIX))
