@@ -1,4 +1,4 @@
-"""Class and register tokens on their way through caches: what is encoded, chained and trained on equals live training."""
+"""Class and register tokens on their way through caches: encoded, chained and trained on, all as in live training."""
 
 from __future__ import annotations
 
