@@ -9,7 +9,7 @@ from typing import Any
 
 from cache.config import CacheConfig
 from models.config import SIZES, DecoderConfig, MaskConfig, ModelConfig, TargetConfig
-from stages.config import DataConfig, EvalConfig, ScheduleConfig, TrainConfig
+from stages.config import DataConfig, EvalConfig, FinetuneConfig, ScheduleConfig, TrainConfig
 
 
 class ConfigError(ValueError):
@@ -43,6 +43,7 @@ class PipelineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
@@ -81,6 +82,28 @@ BOUNDS = {
     "eval.val_limit": "[0, inf)",
     "eval.knn_k": "[1, inf)",
     "eval.batch_size": "[1, inf)",
+    "eval.probe_epochs": "[1, inf)",
+    "eval.attentive_epochs": "[1, inf)",
+    "eval.probe_batch": "[2, inf)",
+    "eval.probe_hold_back": "(0, 1)",
+    "finetune.epochs": "[1, inf)",
+    "finetune.batch_size": "[1, inf)",
+    "finetune.accumulate": "[1, inf)",
+    "finetune.max_steps": "[0, inf)",
+    "finetune.lr": "(0, inf)",
+    "finetune.min_lr": "[0, inf)",
+    "finetune.warmup_epochs": "[0, inf)",
+    "finetune.weight_decay": "[0, inf)",
+    "finetune.beta2": "[0, 1)",
+    "finetune.layer_decay": "(0, 1]",
+    "finetune.clip": "[0, inf)",
+    "finetune.drop_path": "[0, 1)",
+    "finetune.mixup": "[0, inf)",
+    "finetune.cutmix": "[0, inf)",
+    "finetune.label_smoothing": "[0, 1)",
+    "finetune.rand_augment": "[0, 10]",
+    "finetune.freeze": "[0, inf)",
+    "finetune.views": "[1, inf)",
     "cluster.workers": "[0, inf)",
     "cluster.threads": "[0, inf)",
 }
@@ -105,7 +128,14 @@ def check(config: PipelineConfig) -> None:
             raise ConfigError(f"{key} = {value} is not built yet in this version; {remedy}")
     if config.model.weights:
         raise ConfigError(f"model.weights = {config.model.weights} is not built yet in this version; leave it empty")
-    for problem in (*_model_problems(config), *_data_problems(config), *_schedule_problems(config.schedule)):
+    problems = (
+        *_model_problems(config),
+        *_data_problems(config),
+        *_schedule_problems(config.schedule),
+        *_probe_problems(config.eval),
+        *_finetune_problems(config),
+    )
+    for problem in problems:
         raise ConfigError(problem)
 
 
@@ -170,3 +200,34 @@ def _schedule_problems(schedule: ScheduleConfig) -> Iterator[str]:
         yield f"schedule.epochs = {epochs} has a stage of less than 1 epoch; raise it or drop the stage"
     if schedule.kind == "explicit" and len(cuts) != len(epochs):
         yield f"schedule.cuts = {cuts} and schedule.epochs = {epochs} differ in length; give every cut its epochs"
+
+
+def _probe_problems(evaluation: EvalConfig) -> Iterator[str]:
+    if not evaluation.probes:
+        yield "eval.probes is empty; name at least one of knn, logistic, sgd, lars, attentive"
+    for name in ("probe_rates", "attentive_rates"):
+        rates = list(getattr(evaluation, name))
+        if not rates or not all(0 < rate < float("inf") for rate in rates) or len(set(rates)) < len(rates):
+            yield f"eval.{name} = {rates} is no list of different rates above 0; write for example [0.03,0.1,0.3]"
+
+
+def _finetune_problems(config: PipelineConfig) -> Iterator[str]:
+    finetune = config.finetune
+    if finetune.batch_size % finetune.accumulate:
+        parts = f"finetune.accumulate = {finetune.accumulate}"
+        yield f"finetune.batch_size = {finetune.batch_size} is not divisible by {parts}; change either"
+    if finetune.batch_size % 2 and (finetune.mixup or finetune.cutmix):
+        yield (
+            f"finetune.batch_size = {finetune.batch_size} is odd, but mixing pairs the images of a batch; make it "
+            "even, or set finetune.mixup=0 finetune.cutmix=0"
+        )
+    if finetune.min_lr > finetune.lr:
+        yield f"finetune.min_lr = {finetune.min_lr} is above finetune.lr = {finetune.lr}; lower finetune.min_lr"
+    heads, depth = list(finetune.heads), config.model.depth or SIZES.get(config.model.name, (0, 0))[1]
+    first = max(1, finetune.freeze)
+    if sorted(set(heads)) != heads or any(head < first for head in heads):
+        yield f"finetune.heads = {heads} does not rise from finetune.freeze = {finetune.freeze} or 1 on; write [6,9,12]"
+    if depth and finetune.freeze > depth:
+        yield f"finetune.freeze = {finetune.freeze} is more than the {depth} blocks there are; lower it"
+    if depth and heads and heads[-1] > depth:
+        yield f"finetune.heads = {heads} has more than the {depth} blocks there are; use 1..{depth}"

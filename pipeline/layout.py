@@ -61,6 +61,11 @@ class RunPaths:
         return self.root / "speedup.json"
 
     @property
+    def probe(self) -> Path:
+        """What `probe` found last, encoder by encoder."""
+        return self.root / "probe.json"
+
+    @property
     def report(self) -> Path:
         return self.root / "report.html"
 

@@ -144,8 +144,8 @@ def _stage(wanted: Wanted, target: str | int | None, first: int) -> int:
 
 
 def run_probe(job: Job) -> None:
-    """Score the encoder of a stage or an arm again, or of all that are trained, with the settings of `eval`."""
-    from pipeline.work import probe_again
+    """Score the encoder of a stage or an arm, or all that are trained, with the probes that `eval.probes` asks for."""
+    from pipeline.probing import probe_again
 
     wanted = Wanted(job.config, job.paths)
     names = [f"stage {stage}" for stage in range(len(job.config.schedule.cuts))] + [f"arm {arm}" for arm in ARMS]

@@ -10,21 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from cache import open_cache
 from cache.layout import Layout
 from cache.manifest import atomic_write
 from models.mim import MaskedModel
-from models.vit import Encoder, build_encoder, frozen_hash
+from models.vit import Encoder, frozen_hash
 from pipeline.cluster import task_runner
-from pipeline.config import ConfigError, PipelineConfig
+from pipeline.config import PipelineConfig
 from pipeline.decide import Wanted, inputs_digest
 from pipeline.desk import Desk
 from pipeline.job import Interrupted, RunFailed
 from pipeline.layout import StagePaths
-from pipeline.show import console, table
 from stages.checkpoint import CheckpointError, Progress
 from stages.encode import EncodeJob, build
 from stages.optim import Rates
@@ -274,23 +272,3 @@ def read_seconds(paths: StagePaths, fingerprint: str) -> float:
 def write_seconds(paths: StagePaths, fingerprint: str, seconds: float) -> None:
     paths.root.mkdir(parents=True, exist_ok=True)
     atomic_write(paths.root / "cache.json", json.dumps({"fingerprint": fingerprint, "seconds": seconds}).encode())
-
-
-def probe_again(wanted: Wanted, names: list[str]) -> None:
-    """Print the scores of the encoders that are there, by name. Raises ConfigError when none is."""
-    rows = table("encoder", "kNN", "linear", "effective rank", "feature std")
-    for name in names:
-        kind, _, which = name.partition(" ")
-        paths = wanted.paths.stage(int(which)) if kind == "stage" else wanted.paths.arm(which)
-        if paths.model.exists():
-            torch.set_num_threads(wanted.config.train.threads)
-            encoder = build_encoder(wanted.config.model, wanted.config.seed)
-            encoder.vit.load_state_dict(load_file(paths.model))
-            found = evaluate_encoder(wanted, encoder.to(wanted.config.train.device))
-            scores = (found.knn_top1, found.linear_top1, found.effective_rank, found.feature_std)
-            rows.add_row(name, *("-" if score is None else f"{score:.3f}" for score in scores))
-    if not rows.row_count:
-        raise ConfigError(
-            f"{wanted.paths.root} has no trained {' or '.join(names)}; run `make all` or `make stage-0` first"
-        )
-    console().print(rows)

@@ -1,0 +1,268 @@
+"""Supervised fine-tuning: what a step reads (views with labels, or the cached output of frozen blocks), how fast every
+layer learns, and how well the heads classify. The loop is that of every stage, `train`.
+
+Shapes: B batch, L tokens, D width, K classes, S side of a view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache.order import batch_rows
+from cache.store import CacheReader
+from models.classifier import Classifier, Head, LabelledBatch
+from models.targets import normalize_images
+from stages.augment import Mixer, augmenter
+from stages.config import DataConfig, FinetuneConfig, TrainConfig
+from stages.device import autocast
+from stages.errors import DataError
+from stages.images import Data, ImageList, spread
+from stages.optim import layer_of, learning_rate
+from stages.segment import Segment
+from stages.views import centre_batch, image_batch
+
+MANY = 5
+"""top-5 is told where there are more classes than this."""
+UNDECAYED = ("pos_embed", "cls_token", "reg_token")
+"""Parameters that are no biases or norms by their shape, and do not decay all the same."""
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+def require_labels(data: Data) -> None:
+    """Raise DataError when an image that is trained or evaluated on has no label."""
+    for what, images in (("training", data.train), ("evaluation", data.val)):
+        without = np.flatnonzero(images.labels < 0)
+        if len(without):
+            raise DataError(
+                f"{len(without)} of {len(images)} {what} images have no label, first {images.keys[without[0]]}, and "
+                "fine-tuning needs one for each; put images into a folder for each class, or give tars <key>.cls files"
+            )
+
+
+def num_classes(data: Data) -> int:
+    """Classes that the training images tell apart. Raises DataError when there is only one."""
+    classes = max(len(data.train.classes), int(data.train.labels.max()) + 1)
+    if classes < 2:
+        raise DataError("all training images have the same label; fine-tuning needs at least 2 classes")
+    return classes
+
+
+# --- what a step reads ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """One step's inputs: uint8 images (B, 3, S, S), or features at the cut (B, L, D), with their labels."""
+
+    values: Tensor
+    labels_B: Tensor
+    step: int
+    mixer: Mixer
+
+    def to(self, device: torch.device | str) -> Labelled:
+        values, labels = (tensor.to(device, non_blocking=True) for tensor in (self.values, self.labels_B))
+        return replace(self, values=values, labels_B=labels)
+
+    def split(self, parts: int) -> list[Mixed]:
+        """Equal micro-batches of the mixed batch, in order: mixing pairs images of the whole batch and comes first."""
+        values, shares_BK = self.mixed()
+        return [Mixed(*part) for part in zip(values.chunk(parts), shares_BK.chunk(parts), strict=True)]
+
+    def mixed(self) -> tuple[Tensor, Tensor]:
+        """Normalised images or features, mixed, and how much of each class they are.
+
+        Features are mixed on their grid of tokens.
+        """
+        if self.values.ndim == 4:
+            return self.mixer(normalize_images(self.values), self.labels_B, self.step)
+        batch, tokens, width = self.values.shape
+        side = int(tokens**0.5)
+        grid = self.values.transpose(1, 2).reshape(batch, width, side, side)
+        mixed, shares_BK = self.mixer(grid, self.labels_B, self.step)
+        return mixed.flatten(2).transpose(1, 2), shares_BK
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A micro-batch: normalised images (B, 3, S, S) or features (B, L, D), and the shares of classes."""
+
+    values: Tensor
+    shares_BK: Tensor
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What both sources must know: seed, settings, and how labels become targets."""
+
+    seed: int
+    config: FinetuneConfig
+    data: DataConfig
+    image_size: int
+    classes: int
+
+    def rows(self, segment: Segment, step: int, num_samples: int) -> np.ndarray:
+        """The samples of a step."""
+        place = step % segment.steps_per_epoch
+        return batch_rows(self.seed, segment.epoch(step), place, num_samples, self.config.batch_size)
+
+    def labelled(self, values: Tensor, labels: np.ndarray | Tensor, step: int) -> Labelled:
+        return Labelled(values, torch.as_tensor(labels), step, Mixer(self.config, self.classes, self.seed))
+
+
+@dataclass(frozen=True)
+class LiveViews:
+    """A fresh view of every image in every epoch, augmented."""
+
+    images: ImageList
+    lessons: Lessons
+
+    def load(self, segment: Segment, step: int) -> Labelled:
+        rows = self.lessons.rows(segment, step, len(self.images))
+        pixels = self.view(rows, segment.epoch(step))
+        return self.lessons.labelled(pixels, self.images.labels[rows], step)
+
+    def view(self, rows: np.ndarray, view: int) -> Tensor:
+        """uint8 (B, 3, S, S)."""
+        how = self.lessons
+        augment = augmenter(how.config.rand_augment, how.seed)
+        pixels, _ = image_batch(self.images, rows, view, how.data, how.image_size, how.seed, augment)
+        return torch.from_numpy(pixels)
+
+    def mask(self, model: Classifier, inputs: Mixed) -> LabelledBatch:
+        assert model.cut == 0, "behind frozen blocks features are mixed, not images"
+        return LabelledBatch(model.at_cut(inputs.values), inputs.shares_BK)
+
+
+@dataclass(frozen=True)
+class CachedPrefix:
+    """The output of the frozen blocks, one of the cached views in each epoch."""
+
+    cache: CacheReader
+    lessons: Lessons
+
+    def load(self, segment: Segment, step: int) -> Labelled:
+        rows = self.lessons.rows(segment, step, len(self.cache))
+        batch = self.cache.read(rows, segment.epoch(step) % self.cache.manifest.views)
+        return self.lessons.labelled(batch.features_BLD, batch.labels_B, step)
+
+    def mask(self, model: Classifier, inputs: Mixed) -> LabelledBatch:
+        return LabelledBatch(inputs.values, inputs.shares_BK)
+
+
+# --- how fast every layer learns --------------------------------------------------------------------------------------
+
+
+def layer_decay_groups(model: Classifier, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """What learns, in groups by layer: a layer's rate is `scale` = layer_decay^(L + 1 - layer) of the heads'.
+
+    Layer 0 is the patch embedding, layers 1..L are the blocks, L + 1 the heads; biases, norms and tokens do not decay.
+    Source: `param_groups_lrd` in facebookresearch/mae, util/lr_decay.py, after BEiT. A frozen parameter is in no group.
+    """
+    behind = model.encoder.depth + 1
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            layer = behind if name.startswith("heads.") else max(0, layer_of(name))
+            decays = parameter.ndim > 1 and not name.endswith(UNDECAYED)
+            group = groups.setdefault(
+                (layer, decays),
+                {
+                    "params": [],
+                    "weight_decay": weight_decay if decays else 0.0,
+                    "layer": layer,
+                    "scale": layer_decay ** (behind - layer),
+                },
+            )
+            group["params"].append(parameter)
+    return list(groups.values())
+
+
+@dataclass(frozen=True)
+class FinetuneRates:
+    """The learning rate of every group at every step: warm-up and cosine, times the group's scale."""
+
+    config: FinetuneConfig
+    total_steps: int
+    steps_per_epoch: int
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """Set the rates of a step; returns that of the heads."""
+        config = self.config
+        warmup = min(round(config.warmup_epochs * self.steps_per_epoch), self.total_steps - 1)
+        rate = learning_rate(step, self.total_steps, warmup, config.lr, config.min_lr, "cosine")
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        return rate
+
+
+def loop_settings(config: FinetuneConfig, train: TrainConfig) -> TrainConfig:
+    """The loop's settings: the machine's as for every stage, the rest fine-tuning's own."""
+    return replace(
+        train,
+        batch_size=config.batch_size,
+        accumulate=config.accumulate,
+        max_steps=config.max_steps,
+        lr=config.lr,
+        min_lr=config.min_lr,
+        lr_schedule="cosine",
+        warmup_epochs=config.warmup_epochs,
+        weight_decay=config.weight_decay,
+        beta2=config.beta2,
+        clip=config.clip,
+    )
+
+
+# --- how well the heads classify --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeadScore:
+    """Accuracy of a head on the evaluation images; top5 is None with 5 classes or fewer."""
+
+    block: int
+    top1: float
+    top5: float | None
+
+
+@torch.inference_mode()
+def classify(
+    model: Classifier, images: ImageList, limit: int, batch: int, image_size: int, precision: str
+) -> tuple[tuple[HeadScore, ...], int]:
+    """The score of every head, in the order of their blocks, on centre views, and how many images were scored."""
+    images = images.only(spread(len(images), limit))
+    learning, device = model.training, next(model.parameters()).device
+    model.eval()
+    places = [_places(model, views, labels, precision, device) for views, labels in _centre(images, batch, image_size)]
+    model.train(learning)
+    by_head = zip(model.in_order, zip(*places, strict=True), strict=True)
+    return tuple(_head_score(head, torch.cat(found)) for head, found in by_head), len(images)
+
+
+def _head_score(head: Head, places_N: Tensor) -> HeadScore:
+    top1, top5 = (float((places_N < count).double().mean()) for count in (1, MANY))
+    return HeadScore(head.block, top1, top5 if head.linear.out_features > MANY else None)
+
+
+def _centre(images: ImageList, batch: int, image_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for start in range(0, len(images), batch):
+        rows = np.arange(start, min(start + batch, len(images)))
+        yield torch.from_numpy(centre_batch(images, rows, image_size)), torch.from_numpy(images.labels[rows])
+
+
+def _places(model: Classifier, views: Tensor, labels: Tensor, precision: str, device: torch.device) -> list[Tensor]:
+    """For every head and image, the place of the true class among the five likeliest; 5 where it is none of them."""
+    with autocast(device, precision):
+        logits = [found.float().cpu() for found in model.logits(model.at_cut(normalize_images(views.to(device))))]
+    places = []
+    for of_head in logits:
+        hits = of_head.topk(min(MANY, of_head.shape[1])).indices == labels.unsqueeze(1)
+        places.append(torch.where(hits.any(dim=1), hits.int().argmax(dim=1), MANY))
+    return places
