@@ -205,7 +205,7 @@ def _schedule_problems(schedule: ScheduleConfig) -> Iterator[str]:
 def _probe_problems(evaluation: EvalConfig) -> Iterator[str]:
     if not evaluation.probes:
         yield "eval.probes is empty; name at least one of knn, logistic, sgd, lars, attentive"
-    for name in ("probe_rates", "attentive_rates"):
+    for name in ("probe_rates", "lars_rates", "attentive_rates"):
         rates = list(getattr(evaluation, name))
         if not rates or not all(0 < rate < float("inf") for rate in rates) or len(set(rates)) < len(rates):
             yield f"eval.{name} = {rates} is no list of different rates above 0; write for example [0.03,0.1,0.3]"

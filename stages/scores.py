@@ -109,7 +109,7 @@ def one_score(
     attention = encoder.vit.blocks[0].get_submodule("attn")
     recipe = Recipe(
         kind=probe,
-        rates=config.probe_rates if linear else config.attentive_rates,
+        rates={"sgd": config.probe_rates, "lars": config.lars_rates}.get(probe, config.attentive_rates),
         epochs=config.probe_epochs if linear else config.attentive_epochs,
         batch=config.probe_batch,
         heads=int(attention.num_heads),  # type: ignore[arg-type]
