@@ -15,6 +15,7 @@ from cache.errors import CacheError, MissingCache
 from cache.layout import Layout
 from cache.manifest import cache_folder_name, check_spec, read_manifest
 from cache.order import steps_per_epoch
+from models.config import IMAGE_TARGETS, HeadSpec, head_specs, learning_heads
 from models.identity import model_identity
 from models.spec import COMPUTATION_VERSION, FeatureSpec, digest
 from pipeline.config import PipelineConfig
@@ -79,6 +80,10 @@ class Wanted:
     def segments(self) -> tuple[Segment, ...]:
         return segments_of(self.plan, self.steps_per_epoch, self.config.train)
 
+    @cached_property
+    def heads(self) -> tuple[HeadSpec, ...]:
+        return head_specs(self.config.heads, self.config.target, self.identity["depth"])
+
     @property
     def total_steps(self) -> int:
         return sum(segment.steps for segment in self.segments)
@@ -103,18 +108,23 @@ class Wanted:
     def arm_inputs(self, arm: str) -> dict[str, Any]:
         """The same for a baseline arm, which goes on from stage 0."""
         inputs = self._common() | {"arm": arm, "schedule.stages": [asdict(segment) for segment in self.segments[1:]]}
-        if arm == "freeze" and self.config.target.kind == "features":
+        if arm == "freeze" and self.reads_features(self.segments[-1].cut):
             inputs |= {"mask.groups": self.config.mask.groups}
         return inputs | {"parent state": (self.record(self.paths.stage(0)) or {}).get("state")}
+
+    def reads_features(self, cut: int) -> bool:
+        """Whether a head behind the cut predicts the cut's own features, which exist only as a cache holds them."""
+        return any(head.target == "features" for head in learning_heads(self.heads, cut))
 
     def _common(self) -> dict[str, Any]:
         config = self.config
         inputs: dict[str, Any] = {"seed": config.seed, "data": self.data.train.digest, "version": TRAINING_VERSION}
         inputs |= {"data.views": view_transform_id(config.data, config.model.image_size)}
         inputs |= _named("model", config.model, {"attention"}) | _named("mask", config.mask, {"groups"})
-        inputs |= _named("target", config.target) | _named("decoder", config.decoder)
+        inputs |= _named("target", config.target) | _named("decoder", config.decoder) | _named("heads", config.heads)
         inputs |= _named("train", config.train, {name.removeprefix("train.") for name in NO_INFLUENCE})
-        if config.train.lr_schedule == "cosine" or config.schedule.kind == "freezeout":
+        by_progress = config.mask.changes or ":" in config.heads.weights
+        if config.train.lr_schedule == "cosine" or config.schedule.kind == "freezeout" or by_progress:
             inputs |= {"schedule.total_steps": self.total_steps}
         if config.schedule.kind == "freezeout":
             inputs |= {
@@ -142,13 +152,14 @@ class Wanted:
             cut=self.segments[stage].cut,
             groups=config.mask.groups,
             mask_ratio=config.mask.ratio,
+            mask_block=config.mask.block if config.mask.groups > 1 else 1,
             views=config.cache.views,
             view_transform=view_transform_id(config.data, config.model.image_size),
             data=self.data.train.digest,
             seed=config.seed,
             dtype=config.train.precision,
             codec=config.cache.codec,
-            pixels=config.target.kind == "pixels",
+            pixels=config.cache.pixels == "stored" and any(head.target in IMAGE_TARGETS for head in self.heads),
             parent="",
             version=COMPUTATION_VERSION,
         )

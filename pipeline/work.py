@@ -10,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 
 from cache import open_cache
 from cache.layout import Layout
 from cache.manifest import atomic_write
-from models.mim import MaskedModel
+from models.learner import Learner
 from models.vit import Encoder, frozen_hash
 from pipeline.cluster import task_runner
 from pipeline.config import PipelineConfig
@@ -25,11 +26,11 @@ from pipeline.job import Interrupted, RunFailed
 from pipeline.layout import StagePaths
 from stages.checkpoint import CheckpointError, Progress
 from stages.encode import EncodeJob, build
-from stages.optim import Rates
+from stages.optim import Rates, build_adamw, parameter_groups
 from stages.probe import ProbeResult, evaluate
 from stages.segment import Segment, as_end_to_end
 from stages.sources import CachedFeatures, LiveFeatures, LiveImages, Sampling, Source
-from stages.train import Arm, Build, Diverged, Hooks, train_arm
+from stages.train import Arm, Build, Diverged, Hooks, build_model, train_arm
 
 
 def train_stage(desk: Desk, stage: int) -> None:
@@ -40,7 +41,7 @@ def train_stage(desk: Desk, stage: int) -> None:
         spec = wanted.cache_spec(stage)
         assert spec is not None, "ensure_cache comes first"
         cache = open_cache(wanted.cache_folder(spec))
-        source: Source = CachedFeatures(cache, how)
+        source: Source = CachedFeatures(cache, how, wanted.data.train)
         built = read_seconds(wanted.paths.stage(stage), spec.fingerprint)
     else:
         source, built, spec = LiveImages(wanted.data.train, how), 0.0, None
@@ -75,7 +76,7 @@ def train_baseline(desk: Desk, arm: str) -> None:
 
 def live_source(wanted: Wanted, segment: Segment) -> Source:
     """Images masked before the first block, or, where the target is made of frozen features, those features live."""
-    if segment.cut and wanted.config.target.kind == "features":
+    if wanted.reads_features(segment.cut):
         fresh = wanted.plan[-1].first_epoch + wanted.plan[-1].epochs  # as many views as epochs: each is new
         return LiveFeatures(wanted.data.train, sampling(wanted), fresh)
     return LiveImages(wanted.data.train, sampling(wanted))
@@ -108,7 +109,8 @@ def train(
     arm = Arm(
         tag=tag,
         segments=segments,
-        build=Build(config.seed, config.model, config.decoder, config.target),
+        make=lambda cut: build_model(masked_build(wanted), cut, config.train.device),
+        optimizer=lambda model: optimizer_of(wanted, model),
         train=config.train,
         rates=rates(wanted),
         source=source,
@@ -135,7 +137,7 @@ def train(
 
 
 def finish_record(
-    paths: StagePaths, record: dict[str, Any], progress: Progress, model: MaskedModel, segments: tuple[Segment, ...]
+    paths: StagePaths, record: dict[str, Any], progress: Progress, model: Learner, segments: tuple[Segment, ...]
 ) -> None:
     """Write the encoder, then the record that says `done` and what came of it."""
     state = model.encoder.vit.state_dict()
@@ -225,7 +227,28 @@ def evaluate_encoder(wanted: Wanted, encoder: Encoder) -> ProbeResult:
 
 def sampling(wanted: Wanted) -> Sampling:
     config = wanted.config
-    return Sampling(config.seed, config.train.batch_size, config.data, config.model, config.mask, config.target.kind)
+    return Sampling(
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        data=config.data,
+        model=config.model,
+        mask=config.mask,
+        heads=wanted.heads,
+        share=config.decoder.share,
+        total_steps=wanted.total_steps,
+    )
+
+
+def masked_build(wanted: Wanted) -> Build:
+    """What makes the masked model of any stage or arm."""
+    config = wanted.config
+    return Build(config.seed, config.model, config.decoder, wanted.heads)
+
+
+def optimizer_of(wanted: Wanted, model: Learner) -> torch.optim.Optimizer:
+    """The optimiser of what a model lets learn."""
+    train = wanted.config.train
+    return build_adamw(parameter_groups(model, train.weight_decay, rates(wanted).by_layer), train)
 
 
 def rates(wanted: Wanted) -> Rates:

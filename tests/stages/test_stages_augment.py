@@ -95,7 +95,8 @@ def test_augmentation_is_a_pure_function_in_any_thread(pixels: np.ndarray) -> No
     assert all(np.array_equal(a, b) and a.dtype == np.uint8 for a, b in zip(alone, together, strict=True))
     changed = [not np.array_equal(pixels, one) for one in alone]
     assert 30 < sum(changed) < 60, "a quarter of the views stays as it is"
-    other_view, other_seed = [change(pixels, 3, key) for key in keys], [rand_augment(9.0, 4, pixels, 2, k) for k in keys]
+    other_view = [change(pixels, 3, key) for key in keys]
+    other_seed = [rand_augment(9.0, 4, pixels, 2, key) for key in keys]
     for others in (other_view, other_seed):
         assert sum(np.array_equal(a, b) for a, b in zip(alone, others, strict=True)) < 20
 
@@ -104,7 +105,8 @@ def test_augmentation_is_a_pure_function_in_any_thread(pixels: np.ndarray) -> No
 
 
 def mixer(**settings: float) -> Mixer:
-    return Mixer(FinetuneConfig(**({"mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0} | settings)), classes=3, seed=5)
+    plain = {"mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0}
+    return Mixer(FinetuneConfig(**(plain | settings)), classes=3, seed=5)  # type: ignore[arg-type]
 
 
 VALUES = torch.arange(4 * 2 * 6 * 6, dtype=torch.float32).reshape(4, 2, 6, 6)

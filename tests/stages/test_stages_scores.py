@@ -105,7 +105,7 @@ def test_too_few_images_and_too_little_memory_are_refused_in_one_line(
     encoder: Encoder, data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = Data(data.train.only([0, 1]), data.val)
-    with pytest.raises(DataError, match="2 labelled training images are too few .* needs 3"):
+    with pytest.raises(DataError, match=r"2 labelled training images are too few .* needs 3"):
         score(encoder, few, ALL, SIZE, "cpu", "float32", seed=0)
     assert score(encoder, few, EvalConfig(), SIZE, "cpu", "float32", seed=0).train_images == 2
     monkeypatch.setattr(scores.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
