@@ -15,6 +15,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from models.learner import Learner
 from models.spec import derive_seed
 from models.vit import Encoder, ModelError
 
@@ -46,7 +47,7 @@ class Head(nn.Module):
         return self.linear(self.norm(pooled_BD))
 
 
-class Classifier(nn.Module):
+class Classifier(Learner):
     """An encoder frozen before block `cut`, and its heads in the order of their blocks."""
 
     def __init__(self, encoder: Encoder, heads: list[Head], cut: int, pool: str) -> None:
@@ -68,6 +69,18 @@ class Classifier(nn.Module):
             tokens_BLD = self.encoder.run(tokens_BLD, start, head.block)
             yield head(self.pooled(tokens_BLD))
             start = head.block
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        return tuple(f"block{head.block}" for head in self.in_order)
+
+    def loss_weights(self, progress: float) -> tuple[float, ...]:
+        """All heads weigh alike."""
+        return (1.0,) * len(self.heads)
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        return {"encoder": self.encoder.vit, "heads": self.heads}
 
     @property
     def in_order(self) -> list[Head]:

@@ -13,11 +13,12 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from timm.data import Mixup
 from timm.data.auto_augment import NAME_TO_OP
-from timm.data.mixup import mixup_target
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from models.spec import derive_seed
 from models.targets import IMAGENET_MEAN
@@ -88,27 +89,34 @@ def rand_augment(magnitude: float, seed: int, pixels: np.ndarray, view: int, key
 
 
 class Mixer:
-    """timm's mixup and cutmix over a batch and its labels, which become shares of classes, smoothed."""
+    """timm's mixup and cutmix over a batch. The images of a step are mixed in pairs, each with a share of the other."""
 
-    def __init__(self, config: FinetuneConfig, classes: int, seed: int) -> None:
-        self.seed, self.classes, self.smoothing = seed, classes, config.label_smoothing
-        self.mixup = (
-            Mixup(config.mixup, config.cutmix, label_smoothing=self.smoothing, num_classes=classes)
-            if config.mixup or config.cutmix
-            else None
-        )
+    def __init__(self, config: FinetuneConfig, seed: int) -> None:
+        self.seed, self.mixes = seed, config.mixup > 0 or config.cutmix > 0
+        self.alphas = config.mixup, config.cutmix
 
-    def __call__(self, values_BCHW: Tensor, labels_B: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) float, mixed, and (B, K) shares of classes, a pure function of inputs, seed and step.
+    def __call__(self, values_BCHW: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """The mixed values, and how much of each sample (second axis) is in each (first axis), (B, B) float32.
 
-        Images are mixed pixel by pixel. Behind frozen blocks they are features on their grid of tokens, which mixup
-        blends and of which cutmix swaps a rectangle; a swapped token has attended to the whole of its own image.
+        A pure function of the values, the seed and the step. Images are mixed pixel by pixel. Behind frozen blocks they
+        are features on their grid of tokens, which mixup blends and of which cutmix swaps a rectangle; a swapped token
+        has attended to the whole of its own image, so the shares that the area gives are then only nearly true.
         """
-        if self.mixup is None:
-            return values_BCHW, mixup_target(labels_B, self.classes, smoothing=self.smoothing)
+        batch = len(values_BCHW)
+        samples_B = torch.arange(batch, device=values_BCHW.device)
+        if not self.mixes:
+            return values_BCHW, torch.eye(batch, device=values_BCHW.device)
+        mixup, cutmix = self.alphas
+        # With every sample a class of its own, what becomes of labels is what becomes of samples.
+        mix = Mixup(mixup, cutmix, label_smoothing=0.0, num_classes=batch)
         with global_numpy_seed(derive_seed(self.seed, "mix", step)):
-            mixed_BCHW, targets_BK = self.mixup(values_BCHW.clone(), labels_B)
-        return mixed_BCHW, targets_BK
+            mixed_BCHW, samples_BB = mix(values_BCHW.clone(), samples_B)
+        return mixed_BCHW, samples_BB
+
+
+def smoothed(labels_B: Tensor, classes: int, smoothing: float) -> Tensor:
+    """(B, K): how much of each class a sample is, a share of it spread over all classes."""
+    return one_hot(labels_B, classes).float() * (1 - smoothing) + smoothing / classes
 
 
 @contextmanager

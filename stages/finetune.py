@@ -1,7 +1,7 @@
 """Supervised fine-tuning: what a step reads (views with labels, or the cached output of frozen blocks), how fast every
 layer learns, and how well the heads classify. The loop is that of every stage, `train`.
 
-Shapes: B batch, L tokens, D width, K classes, S side of a view.
+Shapes: B batch, L patch tokens, R prefix tokens, D width, K classes, H and W pixels or tokens, S side of a view.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cache.order import batch_rows
 from cache.store import CacheReader
 from models.classifier import Classifier, Head, LabelledBatch
 from models.targets import normalize_images
-from stages.augment import Mixer, augmenter
+from stages.augment import Mixer, augmenter, smoothed
 from stages.config import DataConfig, FinetuneConfig, TrainConfig
 from stages.device import autocast
 from stages.errors import DataError
@@ -59,48 +59,8 @@ def num_classes(data: Data) -> int:
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """One step's inputs: uint8 images (B, 3, S, S), or features at the cut (B, L, D), with their labels."""
-
-    values: Tensor
-    labels_B: Tensor
-    step: int
-    mixer: Mixer
-
-    def to(self, device: torch.device | str) -> Labelled:
-        values, labels = (tensor.to(device, non_blocking=True) for tensor in (self.values, self.labels_B))
-        return replace(self, values=values, labels_B=labels)
-
-    def split(self, parts: int) -> list[Mixed]:
-        """Equal micro-batches of the mixed batch, in order: mixing pairs images of the whole batch and comes first."""
-        values, shares_BK = self.mixed()
-        return [Mixed(*part) for part in zip(values.chunk(parts), shares_BK.chunk(parts), strict=True)]
-
-    def mixed(self) -> tuple[Tensor, Tensor]:
-        """Normalised images or features, mixed, and how much of each class they are.
-
-        Features are mixed on their grid of tokens.
-        """
-        if self.values.ndim == 4:
-            return self.mixer(normalize_images(self.values), self.labels_B, self.step)
-        batch, tokens, width = self.values.shape
-        side = int(tokens**0.5)
-        grid = self.values.transpose(1, 2).reshape(batch, width, side, side)
-        mixed, shares_BK = self.mixer(grid, self.labels_B, self.step)
-        return mixed.flatten(2).transpose(1, 2), shares_BK
-
-
-@dataclass(frozen=True)
-class Mixed:
-    """A micro-batch: normalised images (B, 3, S, S) or features (B, L, D), and the shares of classes."""
-
-    values: Tensor
-    shares_BK: Tensor
-
-
-@dataclass(frozen=True)
 class Lessons:
-    """What both sources must know: seed, settings, and how labels become targets."""
+    """What both sources must know: seed and settings, and the classes."""
 
     seed: int
     config: FinetuneConfig
@@ -113,8 +73,62 @@ class Lessons:
         place = step % segment.steps_per_epoch
         return batch_rows(self.seed, segment.epoch(step), place, num_samples, self.config.batch_size)
 
-    def labelled(self, values: Tensor, labels: np.ndarray | Tensor, step: int) -> Labelled:
-        return Labelled(values, torch.as_tensor(labels), step, Mixer(self.config, self.classes, self.seed))
+    def mix(self, values_BCHW: Tensor, labels_B: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Mixed values, how much of each sample they are (B, B), and how much of each class (B, K)."""
+        mixed_BCHW, samples_BB = Mixer(self.config, self.seed)(values_BCHW, step)
+        classes_BK = smoothed(labels_B, self.classes, self.config.label_smoothing)
+        return mixed_BCHW, samples_BB, samples_BB @ classes_BK
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """One step's inputs: uint8 images (B, 3, S, S), or features of the patches at the cut (B, L, D), with labels."""
+
+    values: Tensor
+    labels_B: Tensor
+    step: int
+    lessons: Lessons
+    progress: float = 0.0
+    prefix_BRD: Tensor | None = None
+    """The class and register tokens at the cut, where the model has them and values are features."""
+
+    def to(self, device: torch.device | str) -> Labelled:
+        changed: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if _is_tensor(v)}
+        return replace(self, **changed)
+
+    def split(self, parts: int) -> list[Mixed]:
+        """Equal micro-batches of the mixed batch, in order: mixing pairs images of the whole batch and comes first."""
+        mixed = self.mixed()
+        prefixes = [None] * parts if mixed.prefix_BRD is None else mixed.prefix_BRD.chunk(parts)
+        return list(map(Mixed, mixed.values.chunk(parts), mixed.shares_BK.chunk(parts), prefixes))
+
+    def mixed(self) -> Mixed:
+        """Normalised images or features, mixed, with how much of each class they are.
+
+        Features are mixed on the grid of their tokens. The prefix stands nowhere on it: it is blended as labels are.
+        """
+        if self.values.ndim == 4:
+            values, _, shares_BK = self.lessons.mix(normalize_images(self.values), self.labels_B, self.step)
+            return Mixed(values, shares_BK)
+        batch, tokens, width = self.values.shape
+        side = round(tokens**0.5)
+        grid_BDHW = self.values.transpose(1, 2).reshape(batch, width, side, side)
+        mixed_BDHW, samples_BB, shares_BK = self.lessons.mix(grid_BDHW, self.labels_B, self.step)
+        prefix = None if self.prefix_BRD is None else torch.einsum("bc,crd->brd", samples_BB, self.prefix_BRD)
+        return Mixed(mixed_BDHW.flatten(2).transpose(1, 2), shares_BK, prefix)
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A micro-batch: normalised images (B, 3, S, S) or features (B, L, D), and the shares of classes."""
+
+    values: Tensor
+    shares_BK: Tensor
+    prefix_BRD: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +141,7 @@ class LiveViews:
     def load(self, segment: Segment, step: int) -> Labelled:
         rows = self.lessons.rows(segment, step, len(self.images))
         pixels = self.view(rows, segment.epoch(step))
-        return self.lessons.labelled(pixels, self.images.labels[rows], step)
+        return Labelled(pixels, torch.from_numpy(self.images.labels[rows]), step, self.lessons)
 
     def view(self, rows: np.ndarray, view: int) -> Tensor:
         """uint8 (B, 3, S, S)."""
@@ -151,7 +165,7 @@ class CachedPrefix:
     def load(self, segment: Segment, step: int) -> Labelled:
         rows = self.lessons.rows(segment, step, len(self.cache))
         batch = self.cache.read(rows, segment.epoch(step) % self.cache.manifest.views)
-        return self.lessons.labelled(batch.features_BLD, batch.labels_B, step)
+        return Labelled(batch.features_BLD, batch.labels_B, step, self.lessons)
 
     def mask(self, model: Classifier, inputs: Mixed) -> LabelledBatch:
         return LabelledBatch(inputs.values, inputs.shares_BK)
@@ -232,18 +246,37 @@ class HeadScore:
     top5: float | None
 
 
+@dataclass(frozen=True)
+class FinetuneResult:
+    """The score of every head, in the order of their blocks, and how many images were scored."""
+
+    heads: tuple[HeadScore, ...]
+    images: int
+
+    @property
+    def best(self) -> HeadScore:
+        """The head with the highest top-1; of equals the one behind most blocks."""
+        return max(reversed(self.heads), key=lambda head: head.top1)
+
+    def point(self) -> dict[str, float | None]:
+        """As a point of the curve keeps it: `top1` and `top5` are those of the head behind the last block."""
+        *others, last = self.heads
+        found: dict[str, float | None] = {"top1": last.top1, "top5": last.top5, "images": self.images}
+        return found | {f"top1_block{head.block}": head.top1 for head in others}
+
+
 @torch.inference_mode()
 def classify(
     model: Classifier, images: ImageList, limit: int, batch: int, image_size: int, precision: str
-) -> tuple[tuple[HeadScore, ...], int]:
-    """The score of every head, in the order of their blocks, on centre views, and how many images were scored."""
+) -> FinetuneResult:
+    """Score every head on centre views of images that all have labels; `limit` of them, evenly spread, 0 for all."""
     images = images.only(spread(len(images), limit))
     learning, device = model.training, next(model.parameters()).device
     model.eval()
     places = [_places(model, views, labels, precision, device) for views, labels in _centre(images, batch, image_size)]
     model.train(learning)
     by_head = zip(model.in_order, zip(*places, strict=True), strict=True)
-    return tuple(_head_score(head, torch.cat(found)) for head, found in by_head), len(images)
+    return FinetuneResult(tuple(_head_score(head, torch.cat(found)) for head, found in by_head), len(images))
 
 
 def _head_score(head: Head, places_N: Tensor) -> HeadScore:

@@ -36,6 +36,16 @@ class ProbeResult:
     effective_rank: float
     images: int
 
+    def point(self) -> dict[str, float | None]:
+        """As a point of the curve keeps it."""
+        return {
+            "knn_top1": self.knn_top1,
+            "linear_top1": self.linear_top1,
+            "feature_std": self.feature_std,
+            "effective_rank": self.effective_rank,
+            "probe_images": self.images,
+        }
+
 
 def evaluate(
     encoder: Encoder, data: Data, config: EvalConfig, image_size: int, device: str, precision: str

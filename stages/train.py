@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +31,6 @@ from stages.checkpoint import (
 from stages.config import TrainConfig
 from stages.device import autocast
 from stages.optim import Rates
-from stages.probe import ProbeResult
 from stages.segment import Segment
 from stages.sources import Inputs, Source
 
@@ -66,6 +65,8 @@ class Arm:
     start: Path | None
     inputs: str
     """Digest of what the arm was asked to do; a saved state of anything else is not gone on from."""
+    section: str = "train"
+    """Where the settings of `train` stand for the user: train, or finetune."""
     eval_every: int = 0
     """Epochs between evaluations; each segment's end is evaluated in any case."""
 
@@ -74,12 +75,20 @@ class Arm:
         return " ".join(str(part) for pair in self.tag.items() for part in pair)
 
 
+class Result(Protocol):
+    """What an evaluation came to."""
+
+    def point(self) -> dict[str, float | None]:
+        """Its numbers by name, as a point of the curve keeps them."""
+        ...
+
+
 @dataclass(frozen=True)
 class Hooks:
     """The rim: what the loop needs from outside."""
 
     log: Callable[[dict[str, Any]], None]
-    evaluate: Callable[[Any], ProbeResult]
+    evaluate: Callable[[Any], Result]
     """Scores the model that is trained."""
     stop: Callable[[], bool] = lambda: False
     now: Callable[[], float] = time.perf_counter
@@ -244,7 +253,7 @@ class Book:
             if not math.isfinite(loss):
                 raise Diverged(
                     f"{self.arm.label}: loss={loss} near step {self.progress.step}; "
-                    f"lower train.lr={self.arm.train.lr:g} or set train.clip=1"
+                    f"lower {self.arm.section}.lr={self.arm.train.lr:g} or set {self.arm.section}.clip=1"
                 )
             self.totals.loss_sum += loss
         self.totals.loss_steps += len(losses)
@@ -286,11 +295,7 @@ class Book:
         point = {
             "seconds": self.progress.train_seconds,
             "epoch": self.segment.first_epoch + self.progress.step / self.segment.steps_per_epoch,
-            "knn_top1": result.knn_top1,
-            "linear_top1": result.linear_top1,
-            "feature_std": result.feature_std,
-            "effective_rank": result.effective_rank,
-            "probe_images": result.images,
+            **result.point(),
         }
         self.progress.curve.append(point)
         self.hooks.log(self.arm.tag | {"probe": True} | point)

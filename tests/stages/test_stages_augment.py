@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import Mixup
 from timm.data.auto_augment import LEVEL_TO_ARG, AugmentOp, rand_augment_choices
 
 from stages import augment
-from stages.augment import LEVELS, Mixer, augmenter, rand_augment
+from stages.augment import LEVELS, Mixer, augmenter, rand_augment, smoothed
 from stages.config import FinetuneConfig
 
 
@@ -105,60 +106,69 @@ def test_augmentation_is_a_pure_function_in_any_thread(pixels: np.ndarray) -> No
 
 
 def mixer(**settings: float) -> Mixer:
-    plain = {"mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0}
-    return Mixer(FinetuneConfig(**(plain | settings)), classes=3, seed=5)  # type: ignore[arg-type]
+    return Mixer(FinetuneConfig(**({"mixup": 0.0, "cutmix": 0.0} | settings)), seed=5)  # type: ignore[arg-type]
 
 
 VALUES = torch.arange(4 * 2 * 6 * 6, dtype=torch.float32).reshape(4, 2, 6, 6)
-LABELS = torch.tensor([0, 1, 2, 1])
-ONE_HOT = torch.eye(3)[LABELS]
+EYE = torch.eye(4)
 
 
-def test_mixup_blends_a_batch_with_its_reverse_and_labels_alike() -> None:
-    """The share of an image is read off the labels; pixels must have been blended with the same."""
+def test_mixup_blends_a_batch_with_its_reverse() -> None:
+    """The share of an image is read off the first sample; pixels must have been blended with the same."""
     shares = []
     for step in range(8):
-        mixed, targets = mixer(mixup=0.8)(VALUES, LABELS, step)
-        share = float(targets[0, 0])  # label 0 belongs to the first image alone, its partner has label 1
+        mixed, samples = mixer(mixup=0.8)(VALUES, step)
+        share = float(samples[0, 0])
         torch.testing.assert_close(mixed, share * VALUES + (1 - share) * VALUES.flip(0))
-        torch.testing.assert_close(targets, share * ONE_HOT + (1 - share) * ONE_HOT.flip(0))
+        torch.testing.assert_close(samples, share * EYE + (1 - share) * EYE.flip(0))
         shares.append(share)
     assert len(set(shares)) == 8 and 0 < min(shares) < max(shares) < 1
 
 
-def test_cutmix_swaps_a_rectangle_and_labels_by_its_area() -> None:
+def test_cutmix_swaps_a_rectangle_and_shares_go_by_its_area() -> None:
     areas = set()
     for step in range(8):
-        mixed, targets = mixer(cutmix=1.0)(VALUES, LABELS, step)
+        mixed, samples = mixer(cutmix=1.0)(VALUES, step)
         swapped = mixed == VALUES.flip(0)
         assert bool((swapped | (mixed == VALUES)).all()) and torch.equal(swapped[0], swapped[3])
         area = swapped[0, 0]
         rows, columns = area.any(dim=1), area.any(dim=0)
         assert torch.equal(area, torch.outer(rows, columns)), "a rectangle"
-        torch.testing.assert_close(float(targets[0, 0]), 1 - float(area.float().mean()), rtol=1e-5, atol=1e-6)
+        share = 1 - float(area.float().mean())
+        torch.testing.assert_close(samples, share * EYE + (1 - share) * EYE.flip(0))
         areas.add(int(area.sum()))
     assert len(areas) > 3
 
 
+def test_labels_become_what_timm_makes_of_them() -> None:
+    labels = torch.tensor([0, 1, 2, 1])
+    both = mixer(mixup=0.8, cutmix=1.0)
+    for step in range(6):
+        mixed, samples = both(VALUES, step)
+        with augment.global_numpy_seed(augment.derive_seed(5, "mix", step)):
+            theirs = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=3)(VALUES.clone(), labels)
+        assert torch.equal(mixed, theirs[0])
+        torch.testing.assert_close(samples @ smoothed(labels, 3, 0.1), theirs[1])
+
+
 def test_without_mixing_images_stay_and_labels_are_smoothed() -> None:
-    mixed, targets = mixer(label_smoothing=0.3)(VALUES[:3], LABELS[:3], 0)
-    assert torch.equal(mixed, VALUES[:3])
-    torch.testing.assert_close(targets, 0.7 * ONE_HOT[:3] + 0.1)
+    mixed, samples = mixer()(VALUES[:3], 0)
+    assert torch.equal(mixed, VALUES[:3]) and torch.equal(samples, torch.eye(3))
+    want = torch.tensor([[0.1, 0.1, 0.8], [0.8, 0.1, 0.1]])
+    torch.testing.assert_close(smoothed(torch.tensor([2, 0]), 3, 0.3), want)
 
 
 def test_mixing_is_a_pure_function_of_seed_and_step_and_leaves_numpys_generator_alone() -> None:
-    both = mixer(mixup=0.8, cutmix=1.0, label_smoothing=0.1)
+    both = mixer(mixup=0.8, cutmix=1.0)
     np.random.seed(1)
     want = np.random.rand()
     np.random.seed(1)
-    first = [both(VALUES, LABELS, step) for step in range(6)]
-    assert np.random.rand() == want
     kept = VALUES.clone()
-    again = [both(VALUES, LABELS, step) for step in range(6)]
+    first = [both(VALUES, step) for step in range(6)]
+    assert np.random.rand() == want
     assert torch.equal(kept, VALUES), "the inputs are not changed in place"
+    again = [both(VALUES, step) for step in range(6)]
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, again, strict=True))
-    assert len({float(mixed.sum() + targets[0, 0]) for mixed, targets in first}) == 6
-    kinds = {bool(((m == VALUES) | (m == VALUES.flip(0))).all()) for m, _ in first}
+    assert len({float(samples[0, 0]) for _, samples in first}) == 6
+    kinds = {bool(((mixed == VALUES) | (mixed == VALUES.flip(0))).all()) for mixed, _ in first}
     assert kinds == {True, False}, "cutmix at some steps, mixup at others"
-    for _, targets in first:
-        torch.testing.assert_close(targets.sum(dim=1), torch.ones(4))
