@@ -81,7 +81,7 @@ gc: $(READY) ## remove caches that no current stage needs; asks first
 finetune: $(READY) ## supervised fine-tuning from a stage's encoder (not built yet)
 	@$(PERMAFROST) finetune $(FLAGS)
 
-export: $(READY) ## a checkpoint that timm loads (not built yet)
+export: $(READY) ## an encoder as a folder that timm loads: <run>/export
 	@$(PERMAFROST) export $(FLAGS)
 
 study: $(READY) ## a grid of overrides as one table (not built yet)

@@ -1,7 +1,7 @@
 """Classification on the encoder: a linear head behind the last block, and further ones behind earlier blocks if asked
 for. Blocks before the cut are frozen; the model takes tokens at the cut, wherever they come from.
 
-Shapes: B batch, L tokens, D width, K classes, H heads.
+Shapes: B batch, L tokens (the class and register tokens first, where the model has them), D width, K classes, H heads.
 """
 
 from __future__ import annotations
@@ -88,14 +88,13 @@ class Classifier(Learner):
         return [cast(Head, head) for head in self.heads]
 
     def pooled(self, tokens_BLD: Tensor) -> Tensor:
-        """(B, D): the class token, or the mean of the image's tokens."""
-        prefix = tokens_BLD.shape[1] - self.encoder.num_tokens
-        return tokens_BLD[:, 0] if self.pool == "token" else tokens_BLD[:, prefix:].mean(dim=1)
+        """(B, D): the class token, or the mean of the patch tokens."""
+        return tokens_BLD[:, 0] if self.pool == "token" else self.encoder.patches(tokens_BLD).mean(dim=1)
 
     def at_cut(self, images_BCHW: Tensor) -> Tensor:
         """(B, L, D): normalised images through the embedding and the frozen blocks."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.cut == 0):
-            return self.encoder.run(self.encoder.embed(images_BCHW), 0, self.cut)
+            return self.encoder.run(self.encoder.tokens(images_BCHW), 0, self.cut)
 
     def timm_state(self) -> dict[str, Tensor]:
         """Weights under timm's names: the encoder's, the last head's as `head` and `fc_norm` (or, reading the class
@@ -117,7 +116,7 @@ def build_classifier(
 
     With pool `token` the last head goes on with the encoder's own norm, which was trained to stand there.
     """
-    if pool == "token" and not encoder.vit.has_class_token:
+    if pool == "token" and encoder.vit.cls_token is None:
         raise ModelError("finetune.pool=token needs a class token, and this model has none; use finetune.pool=mean")
     places = sorted({*blocks, encoder.depth})
     if not max(cut, 1) <= places[0] or places[-1] > encoder.depth:

@@ -68,6 +68,7 @@ BOUNDS = {
     "model.width": "[0, inf)",
     "model.depth": "[0, inf)",
     "model.heads": "[0, inf)",
+    "model.registers": "[0, inf)",
     "mask.ratio": "(0, 1)",
     "mask.ratio_end": "[0, 1)",
     "mask.block": "[1, inf)",
@@ -142,10 +143,7 @@ def check(config: PipelineConfig) -> None:
     for (key, value), remedy in NOT_BUILT.items():
         if get(config, key) == value:
             raise ConfigError(f"{key} = {value} is not built yet in this version; {remedy}")
-    if config.model.weights:
-        raise ConfigError(f"model.weights = {config.model.weights} is not built yet in this version; leave it empty")
-    checks = (_model_problems, _mask_problems, _heads_problems, _data_problems, _schedule_problems)
-    for problems in (*checks, probe_problems, finetune_problems):
+    for problems in (*PROBLEMS, probe_problems, finetune_problems):
         for problem in problems(config):
             raise ConfigError(problem)
 
@@ -255,7 +253,28 @@ def _schedule_problems(config: PipelineConfig) -> Iterator[str]:
     cuts, epochs = list(schedule.cuts), list(schedule.epochs)
     if cuts[:1] != [0] or sorted(set(cuts)) != cuts:
         yield f"schedule.cuts = {cuts} does not start at 0 and rise; write for example schedule.cuts=[0,3,6,9]"
-    if not epochs or min(epochs) < 1:
+    if not epochs or min(epochs[0] + 1, *epochs[1:]) < 1:
         yield f"schedule.epochs = {epochs} has a stage of less than 1 epoch; raise it or drop the stage"
     if schedule.kind == "explicit" and len(cuts) != len(epochs):
         yield f"schedule.cuts = {cuts} and schedule.epochs = {epochs} differ in length; give every cut its epochs"
+
+
+def _start_problems(config: PipelineConfig) -> Iterator[str]:
+    """Stage 0 may train for no epoch only where a file has trained its encoder already and a later stage goes on."""
+    epochs = list(config.schedule.epochs)
+    if not epochs or epochs[0]:
+        return
+    if not config.model.weights:
+        yield (
+            f"schedule.epochs = {epochs} starts stage 1 from an encoder that nothing has trained; give a checkpoint "
+            "with model.weights=<file>, or stage 0 at least 1 epoch"
+        )
+    elif config.schedule.kind != "explicit" or not any(epochs):
+        yield (
+            f"schedule.epochs = {epochs} with schedule.kind = {config.schedule.kind} trains stage 0 for 0 epochs; that "
+            "needs explicit and a later stage that trains"
+        )
+
+
+PROBLEMS = (_model_problems, _mask_problems, _heads_problems, _data_problems, _schedule_problems, _start_problems)
+"""What does not go together, in the order in which it is looked for."""

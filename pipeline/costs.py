@@ -93,7 +93,7 @@ def totals(costs: list[StageCost]) -> dict[str, Any]:
 def stage_cost(wanted: Wanted, stage: int) -> StageCost:
     """Measure a stage's steps and its encoding on this machine, and scale them to the stage's length."""
     segment = wanted.segments[stage]
-    e2e = step_seconds(wanted, stage, "e2e") * segment.steps
+    e2e = step_seconds(wanted, stage, "e2e") * segment.steps if segment.steps else 0.0
     verdict = judge_stage(wanted, stage)
     epochs = segment.steps / segment.steps_per_epoch
     if not stage:
@@ -117,7 +117,7 @@ def step_seconds(wanted: Wanted, stage: int, arm: str) -> float:
     model, optimizer = fresh_model(wanted, segment.cut)
     train = wanted.config.train
     if arm == "cached":
-        source: Source = Imagined(sampling(wanted), model.encoder.width)
+        source: Source = Imagined(sampling(wanted), model.encoder.width, model.encoder.num_prefix)
     else:
         source = live_source(wanted, segment)
     inputs = source.load(segment, 0)
@@ -133,9 +133,11 @@ def encode_seconds(wanted: Wanted, stage: int) -> float:
         config.train.device
     )
 
+    prefix = model.encoder.prefix(len(tokens)).repeat(1, config.mask.groups, 1)
+
     def encode() -> None:
         with torch.inference_mode(), autocast(config.train.device, config.train.precision):
-            model.encoder.run_groups(tokens, config.mask.groups, start, segment.cut)
+            model.encoder.run_groups(tokens, prefix, config.mask.groups, start, segment.cut)
 
     return seconds_of(encode, config.train) / config.cache.encode_batch
 
@@ -159,6 +161,7 @@ class Imagined:
 
     sampling: Sampling
     width: int
+    prefix: int
 
     def load(self, segment: Segment, step: int) -> Inputs:
         how = self.sampling
@@ -167,7 +170,8 @@ class Imagined:
         side = how.model.image_size
         images = torch.randint(0, 256, (how.batch_size, 3, side, side), dtype=torch.uint8)
         inputs = how.inputs(segment, step, torch.randn(how.batch_size, size, self.width), how.group_tokens)
-        return replace(inputs, ids_BL=order[:, :size], images=images)
+        prefix = torch.randn(how.batch_size, size // how.group_tokens * self.prefix, self.width)
+        return replace(inputs, ids_BL=order[:, :size], images=images, prefix_BSD=prefix)
 
     def mask(self, model: MaskedModel, inputs: Inputs) -> MaskedBatch:
         return mask_features(model, self.sampling, inputs)

@@ -24,6 +24,7 @@ from stages.images import Data, open_data
 from stages.schedule import StagePlan, plan_stages
 from stages.segment import Segment, segments_of
 from stages.views import view_transform_id
+from stages.weights import weights_digest
 
 TRAINING_VERSION = 1
 """Bumped when training computes other numbers for a reason that no setting tells."""
@@ -65,6 +66,11 @@ class Wanted:
     @cached_property
     def identity(self) -> dict[str, Any]:
         return model_identity(self.config.model)
+
+    @cached_property
+    def weights(self) -> str:
+        """sha256 of the checkpoint file to start from: its content, wherever it lies."""
+        return weights_digest(self.config.model.weights, self.paths.index / "weights.json")
 
     @cached_property
     def steps_per_epoch(self) -> int:
@@ -120,7 +126,8 @@ class Wanted:
         config = self.config
         inputs: dict[str, Any] = {"seed": config.seed, "data": self.data.train.digest, "version": TRAINING_VERSION}
         inputs |= {"data.views": view_transform_id(config.data, config.model.image_size)}
-        inputs |= _named("model", config.model, {"attention"}) | _named("mask", config.mask, {"groups"})
+        inputs |= _named("model", config.model, {"attention", "weights"}) | _named("mask", config.mask, {"groups"})
+        inputs |= {"model.weights": self.weights} if config.model.weights else {}
         inputs |= _named("target", config.target) | _named("decoder", config.decoder) | _named("heads", config.heads)
         inputs |= _named("train", config.train, {name.removeprefix("train.") for name in NO_INFLUENCE})
         by_progress = config.mask.changes or ":" in config.heads.weights

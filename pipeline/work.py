@@ -31,6 +31,7 @@ from stages.probe import ProbeResult, evaluate
 from stages.segment import Segment, as_end_to_end
 from stages.sources import CachedFeatures, LiveFeatures, LiveImages, Sampling, Source
 from stages.train import Arm, Build, Diverged, Hooks, build_model, train_arm
+from stages.weights import load_weights
 
 
 def train_stage(desk: Desk, stage: int) -> None:
@@ -118,6 +119,7 @@ def train(
         start=start,
         inputs=record["fingerprint"],
         eval_every=config.eval.every,
+        begin=lambda model: begin_from_file(desk, model),
     )
     hooks = Hooks(
         log=desk.log, evaluate=lambda model: evaluate_encoder(wanted, model.encoder), stop=desk.job.stop.is_set
@@ -134,6 +136,13 @@ def train(
             "the same command goes on from there"
         )
     finish_record(paths, record, progress, model, segments)
+
+
+def begin_from_file(desk: Desk, model: Learner) -> None:
+    """Load the checkpoint file that the settings name, if any, and tell what of it was left out or changed."""
+    if path := desk.wanted.config.model.weights:
+        notes = load_weights(model.encoder, path)
+        desk.log.message(f"weights {path} ({desk.wanted.weights[:8]}): " + ("; ".join(notes) or "taken as they are"))
 
 
 def finish_record(
@@ -155,7 +164,7 @@ def finish_record(
             "train_seconds": seconds,
             "loader_wait_seconds": sum(part.loader_wait_seconds for part in totals),
             "evaluate_seconds": sum(part.evaluate_seconds for part in totals),
-            "images_per_second": images / seconds,
+            "images_per_second": images / seconds if seconds else 0.0,
             "first_loss": totals[0].first_loss,
             "final_loss": totals[-1].mean_loss,
             "knn_top1": last["knn_top1"],
@@ -167,7 +176,7 @@ def finish_record(
                     "epochs": part.steps / segment.steps_per_epoch,
                     "images": part.images,
                     "train_seconds": part.train_seconds,
-                    "images_per_second": part.images / part.train_seconds,
+                    "images_per_second": part.images / part.train_seconds if part.train_seconds else 0.0,
                 }
                 for segment, part in zip(segments, totals, strict=True)
             ],

@@ -23,14 +23,12 @@ from stages.config import DataConfig, FinetuneConfig, TrainConfig
 from stages.device import autocast
 from stages.errors import DataError
 from stages.images import Data, ImageList, spread
-from stages.optim import layer_of, learning_rate
+from stages.optim import PREFIX, layer_of, learning_rate
 from stages.segment import Segment
 from stages.views import centre_batch, image_batch
 
 MANY = 5
 """top-5 is told where there are more classes than this."""
-UNDECAYED = ("pos_embed", "cls_token", "reg_token")
-"""Parameters that are no biases or norms by their shape, and do not decay all the same."""
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------
@@ -165,10 +163,10 @@ class CachedPrefix:
     def load(self, segment: Segment, step: int) -> Labelled:
         rows = self.lessons.rows(segment, step, len(self.cache))
         batch = self.cache.read(rows, segment.epoch(step) % self.cache.manifest.views)
-        return Labelled(batch.features_BLD, batch.labels_B, step, self.lessons)
+        return Labelled(batch.features_BLD, batch.labels_B, step, self.lessons, prefix_BRD=batch.prefix_BSD)
 
     def mask(self, model: Classifier, inputs: Mixed) -> LabelledBatch:
-        return LabelledBatch(inputs.values, inputs.shares_BK)
+        return LabelledBatch(model.encoder.with_prefix(inputs.values, inputs.prefix_BRD), inputs.shares_BK)
 
 
 # --- how fast every layer learns --------------------------------------------------------------------------------------
@@ -185,7 +183,7 @@ def layer_decay_groups(model: Classifier, weight_decay: float, layer_decay: floa
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             layer = behind if name.startswith("heads.") else max(0, layer_of(name))
-            decays = parameter.ndim > 1 and not name.endswith(UNDECAYED)
+            decays = parameter.ndim > 1 and not name.endswith(PREFIX)
             group = groups.setdefault(
                 (layer, decays),
                 {

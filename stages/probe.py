@@ -78,8 +78,11 @@ def labelled(images: ImageList) -> ImageList:
 def pooled_features(
     encoder: Encoder, images: ImageList, batch: int, image_size: int, device: str, precision: str
 ) -> np.ndarray:
-    """(N, D) float32: centre views, all tokens visible, mean over tokens behind the last norm."""
-    found = [tokens.mean(dim=1) for tokens in encoded(encoder, images, batch, image_size, device, precision)]
+    """(N, D) float32: centre views, all tokens visible, mean over patch tokens behind the last norm."""
+    found = [
+        encoder.patches(tokens).mean(dim=1)
+        for tokens in encoded(encoder, images, batch, image_size, device, precision)
+    ]
     return torch.cat(found).cpu().numpy()
 
 
@@ -87,13 +90,13 @@ def pooled_features(
 def encoded(
     encoder: Encoder, images: ImageList, batch: int, image_size: int, device: str, precision: str
 ) -> Iterator[Tensor]:
-    """(B, L, D) float32, batch after batch: every token of the centre views behind the last norm."""
+    """(B, R + L, D) float32, batch after batch: every token of the centre views behind the last norm, prefix first."""
     learning = encoder.training
     encoder.eval()
     for start in range(0, len(images), batch):
         views = centre_batch(images, range(start, min(start + batch, len(images))), image_size)
         with autocast(device, precision):
-            tokens = encoder.embed(normalize_images(torch.from_numpy(views).to(device)))
+            tokens = encoder.tokens(normalize_images(torch.from_numpy(views).to(device)))
             tokens = encoder.norm(encoder.run(tokens, 0, encoder.depth))
         yield tokens.float()
     encoder.train(learning)

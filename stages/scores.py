@@ -59,7 +59,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Features:
-    """An encoder's view of some images: the mean over tokens, and, where a probe reads them, the tokens themselves."""
+    """What an encoder makes of some images: the mean over patch tokens and, where a probe reads them, all tokens."""
 
     pooled_ND: np.ndarray
     labels_N: np.ndarray
@@ -128,7 +128,7 @@ def features(
     """One pass over some images; the tokens are kept only where they are asked for."""
     pooled, kept = [], []
     for part in encoded(encoder, images, batch, image_size, device, precision):
-        pooled.append(part.mean(dim=1).cpu())
+        pooled.append(encoder.patches(part).mean(dim=1).cpu())
         if tokens:
             kept.append(part.half().cpu())
     return Features(torch.cat(pooled).numpy(), images.labels, torch.cat(kept) if tokens else None)
@@ -136,7 +136,7 @@ def features(
 
 def refuse_what_does_not_fit(encoder: Encoder, images: int) -> None:
     """Raise DataError when the tokens of so many images, kept as float16, do not fit the free memory."""
-    needed = 2 * images * encoder.num_tokens * encoder.width
+    needed = 2 * images * (encoder.num_prefix + encoder.num_tokens) * encoder.width
     free = psutil.virtual_memory().available
     if 2 * needed > free:  # torch.cat holds both the parts and the whole for a moment
         raise DataError(

@@ -31,7 +31,8 @@ class Inputs:
 
     `progress` is the share of the run that is done. `ids_BL` are the raster positions of the features' tokens in stored
     order, `images` the uint8 pixels behind features whose target needs them, `group` the token group that the step
-    trains on, `decode_noise` what chooses the hidden tokens that are decoded, None for all.
+    trains on, `decode_noise` what chooses the hidden tokens that are decoded, None for all, `prefix` the class and
+    register tokens beside cached features, of the groups read.
     """
 
     values: Tensor
@@ -41,6 +42,7 @@ class Inputs:
     images: Tensor | None = None
     group: int = 0
     decode_noise: Tensor | None = None
+    prefix_BSD: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Inputs:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -170,7 +172,7 @@ class CachedFeatures:
         batch = self.cache.read(rows, view, None if "features" in targets else group)
         images = self._images(batch, rows, view) if targets & set(IMAGE_TARGETS) else None
         inputs = how.inputs(segment, step, batch.features_BLD, how.group_tokens)
-        return replace(inputs, ids_BL=batch.ids_BL, images=images, group=group)
+        return replace(inputs, ids_BL=batch.ids_BL, images=images, group=group, prefix_BSD=batch.prefix_BSD)
 
     def _images(self, batch: FeatureBatch, rows: np.ndarray, view: int) -> Tensor:
         """uint8 (B, 3, S, S); numpy's copies, since torch would wake its pool of threads in the loader's."""
@@ -210,13 +212,13 @@ class LiveFeatures:
 
     def mask(self, model: MaskedModel, inputs: Inputs) -> MaskedBatch:
         assert inputs.ids_BL is not None
-        features = model.frozen_features(inputs.values, inputs.ids_BL, self.sampling.mask.groups)
-        return mask_features(model, self.sampling, replace(inputs, values=features))
+        features, prefix = model.frozen_features(inputs.values, inputs.ids_BL, self.sampling.mask.groups)
+        return mask_features(model, self.sampling, replace(inputs, values=features, prefix_BSD=prefix))
 
 
 def mask_features(model: MaskedModel, sampling: Sampling, inputs: Inputs) -> MaskedBatch:
     """Mask features in stored order: those of all groups (B, L, D), or of the step's group alone (B, G, D)."""
-    features, ids, noise = inputs.values, inputs.ids_BL, inputs.noise
+    features, ids, noise, prefix = inputs.values, inputs.ids_BL, inputs.noise, inputs.prefix_BSD
     assert ids is not None
     size = sampling.group_tokens
     targets: dict[TargetKey, Tensor] = {}
@@ -227,7 +229,9 @@ def mask_features(model: MaskedModel, sampling: Sampling, inputs: Inputs) -> Mas
     if features.shape[1] > size:
         own = slice(inputs.group * size, (inputs.group + 1) * size)
         features, ids = features[:, own], ids[:, own]
+        if prefix is not None:
+            prefix = prefix.unflatten(1, (sampling.mask.groups, -1))[:, inputs.group]
     if noise.shape[1] > size:  # block-wise noise is drawn over the whole grid
         noise = noise.gather(1, ids)
-    batch = model.from_features(features, ids, noise, sampling.keep(inputs.progress), targets)
+    batch = model.from_features(features, ids, noise, sampling.keep(inputs.progress), targets, prefix)
     return sampling.scored(batch, inputs)

@@ -69,6 +69,8 @@ class Arm:
     """Where the settings of `train` stand for the user: train, or finetune."""
     eval_every: int = 0
     """Epochs between evaluations; each segment's end is evaluated in any case."""
+    begin: Callable[[Learner], None] = lambda model: None
+    """What is done to a model that starts from no state, such as loading a checkpoint file."""
 
     @property
     def label(self) -> str:
@@ -154,7 +156,9 @@ def train_arm(arm: Arm, hooks: Hooks) -> tuple[Progress, Learner]:
         segment = arm.segments[min(progress.segment, len(arm.segments) - 1)]
         model = arm.make(segment.cut)
         optimizer = arm.optimizer(model)
-        if tensors is not None:
+        if tensors is None:
+            arm.begin(model)
+        else:
             apply_tensors(model, optimizer, tensors)
         if progress.segment == len(arm.segments):
             return progress, model
@@ -187,6 +191,9 @@ def train_segment(
         progress.totals.append(SegmentTotals())
     source = arm.source(segment)
     book = Book(arm, segment, progress, hooks, model.loss_names)
+    if not segment.steps:  # a checkpoint taken as it is
+        book.evaluate(model)
+        return
     steps = range(progress.step, segment.steps)
     with prefetch(
         lambda step: source.load(segment, step), steps, arm.train.loader_threads, arm.train.prefetch
