@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -110,7 +109,7 @@ class Classifier(Learner):
 
 
 def build_classifier(
-    encoder: Encoder, classes: int, blocks: tuple[int, ...], cut: int, pool: str, drop_path: float, seed: int
+    encoder: Encoder, classes: int, blocks: tuple[int, ...], cut: int, pool: str, seed: int
 ) -> Classifier:
     """Heads after `blocks` and after the last block, their weights a pure function of the seed. Raises ModelError.
 
@@ -130,16 +129,4 @@ def build_classifier(
         heads = [Head(block, encoder.width, classes) for block in places[:-1]]
     if pool == "token":
         last.norm.load_state_dict(encoder.vit.norm.state_dict())
-    set_drop_path(encoder, drop_path)
     return Classifier(encoder, [*heads, last], cut, pool)
-
-
-def set_drop_path(encoder: Encoder, last: float) -> None:
-    """Give every block its chance to be left out for an image in train mode: from 0 at the first to `last` at the last.
-
-    Source: "Deep networks with stochastic depth", arXiv 1603.09382, its linear rule. Frozen blocks stay in eval mode.
-    """
-    for index, block in enumerate(encoder.vit.blocks):
-        chance = last * index / max(1, encoder.depth - 1)
-        for name in ("drop_path1", "drop_path2"):
-            setattr(block, name, DropPath(chance) if chance else nn.Identity())
