@@ -74,6 +74,7 @@ def build_vit(config: ModelConfig) -> VisionTransformer:
         raise ModelError(f"model.name={config.name} cannot be built: {error or type(error).__name__}") from error
     if part := _odd_part(vit):
         raise ModelError(f"model.name={config.name} cannot be used: it is built on {part}; {REMEDY}")
+    assert isinstance(vit, VisionTransformer)
     return vit
 
 

@@ -46,12 +46,12 @@ class Encoder(nn.Module):
 
     def prefix(self, batch: int) -> Tensor:
         """(B, R, D): class token, then registers, with their positions; R is 0 where the model has neither."""
-        tokens = [token for token in (self.vit.cls_token, self.vit.reg_token) if token is not None]
-        if not tokens:
-            return self.vit.get_parameter("pos_embed").new_zeros(batch, 0, self.width)
-        prefix_1RD = torch.cat(tokens, dim=1)
+        positions_1RD = self.vit.get_parameter("pos_embed")[:, : self.num_prefix]
+        if not self.num_prefix:
+            return positions_1RD.expand(batch, -1, -1)
+        prefix_1RD = torch.cat(self._prefix_tokens, dim=1)
         if not self.vit.no_embed_class:
-            prefix_1RD = prefix_1RD + self.vit.get_parameter("pos_embed")[:, : self.num_prefix]
+            prefix_1RD = prefix_1RD + positions_1RD
         return self.vit.norm_pre(prefix_1RD).expand(batch, -1, -1)
 
     def run(self, tokens_BLD: Tensor, start: int, stop: int) -> Tensor:
@@ -101,9 +101,8 @@ class Encoder(nn.Module):
             part.requires_grad_(False)
         self.vit.get_parameter("pos_embed").requires_grad_(False)
         if cut:  # a class token that learned would draw the backward pass through all frozen blocks
-            for token in (self.vit.cls_token, self.vit.reg_token):
-                if token is not None:
-                    token.requires_grad_(False)
+            for token in self._prefix_tokens:
+                token.requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Encoder:
@@ -116,6 +115,10 @@ class Encoder(nn.Module):
     def set_attention(self, device: torch.device | str) -> None:
         """Choose every block's attention kernel for a device."""
         use_attention(self.vit.blocks, self.attention, device)
+
+    @property
+    def _prefix_tokens(self) -> list[Tensor]:
+        return [token for token in (self.vit.cls_token, self.vit.reg_token) if token is not None]
 
     def _frozen_parts(self) -> list[nn.Module]:
         return [self.vit.patch_embed, self.vit.norm_pre, *self.vit.blocks[: self.cut]] if self.cut else []

@@ -105,7 +105,7 @@ def _without_heads(state: State, beside: list[str], source: str, notes: list[str
             f"model.weights={source} has {strange[0]} beside the encoder, of no known kind; save the encoder alone"
         )
     for kind in LEFT_OUT:
-        names = [name for name in kinds if kinds[name] == kind]
+        names = sorted(name for name in kinds if kinds[name] == kind)
         if names:
             notes.append(f"{kind} left out ({names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)})")
     return {name: value for name, value in state.items() if name not in kinds}
@@ -170,7 +170,8 @@ def _positions(state: State, vit: VisionTransformer, source: str, notes: list[st
 
 def _folded(state: State, ahead_1RD: Tensor) -> State:
     """The prefix tokens with their positions added."""
-    found, start = {}, 0
+    found: State = {}
+    start = 0
     for name in ("cls_token", "reg_token"):
         if name in state and start < ahead_1RD.shape[1]:
             part = ahead_1RD[:, start : start + state[name].shape[1]]

@@ -92,8 +92,8 @@ def test_what_is_left_out_is_said_by_kind() -> None:
     notes = loaded({"model": theirs(num_classes=7) | extra}, ours())
     assert notes == [
         "taken from model",
-        "heads left out (head.weight and 2 more)",
-        "a decoder left out (decoder_embed.weight and 3 more)",
+        "heads left out (head.bias and 2 more)",
+        "a decoder left out (decoder_blocks.0.norm1.weight and 3 more)",
         "mask tokens left out (mask_token)",
     ]
 

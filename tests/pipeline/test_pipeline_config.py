@@ -109,7 +109,9 @@ def test_later_override_wins_and_data_is_short_for_the_source() -> None:
         ("cache.backend=webdataset", ["not built yet", "zarr"]),
         ("cache.codec=bfloat16", ["not built yet", "float16"]),
         ("cache.codec=int8", ["not built yet", "float16"]),
-        ("model.weights=x.pt", ["model.weights = x.pt is not built yet"]),
+        ("schedule.epochs=[0,1,1,3]", ["starts stage 1 from", "give a checkpoint with model.weights=<file>"]),
+        ("schedule.epochs=[1,0,1,3]", ["has a stage of less than 1 epoch"]),
+        ("model.registers=-1", ["model.registers = -1 is outside [0, inf)"]),
         ("cluster.workers=-1", ["cluster.workers = -1 is outside [0, inf)"]),
     ],
 )
