@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,6 +55,34 @@ class TargetConfig:
 
     kind: Literal["pixels", "features", "hog"] = "pixels"
     """pixels: per-patch normalised; features: the learning blocks' input, layer-normalised (pixels in stage 0)."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Self-distillation: whose features hidden tokens are predicted from, where target.kind is teacher."""
+
+    kind: Literal["frozen", "ema"] = "frozen"
+    """frozen: the encoder at the end of stage 0, computed once and cached (stage 0 predicts pixels).
+    ema: an exponential moving average of the encoder that learns, from the first step on."""
+    block: int = 0
+    """The target is the output of so many of the teacher's blocks; 0 takes all of them."""
+    pairs: Literal["last", "same", "earlier", "later"] = "last"
+    """What a head after block d predicts. last: the teacher's `block`; same: its block d; earlier, later: the block of
+    the head before, or after (transitive distillation; the first, or the last, head predicts its own)."""
+    momentum: float = 0.999
+    """ema: share of the average that an optimiser step keeps."""
+    ramp: int = 10
+    """ema: step t keeps at most (1 + t) / (ramp + t), so that the untrained start is soon forgotten; 1 has no ramp."""
+
+    def blocks(self, heads: Sequence[int], depth: int) -> tuple[int, ...]:
+        """The teacher's block whose output each head predicts; `heads` are the blocks they stand after, from 1."""
+        own = tuple(heads)
+        chosen = {"last": (self.block or depth,) * len(own), "same": own, "earlier": own[:1] + own[:-1]}
+        return chosen.get(self.pairs, own[1:] + own[-1:])
+
+    def momentum_at(self, step: int) -> float:
+        """The share of the average that is kept after optimiser step `step`, the first being 0."""
+        return min(self.momentum, (1 + step) / (self.ramp + step))
 
 
 @dataclass(frozen=True)
