@@ -72,6 +72,8 @@ BOUNDS = {
     "train.weight_decay": "[0, inf)",
     "train.beta2": "[0, 1)",
     "train.clip": "[0, inf)",
+    "train.drop_path": "[0, 1)",
+    "train.layer_drop": "[0, 1)",
     "train.threads": "[0, inf)",
     "train.loader_threads": "[1, inf)",
     "train.prefetch": "[1, inf)",

@@ -15,8 +15,10 @@ import torch
 from cache.manifest import atomic_write
 from cache.size import cache_bytes
 from models.mim import MaskedBatch, MaskedModel
-from pipeline.decide import Wanted, judge_stage
+from models.vit import build_encoder
+from pipeline.decide import Wanted, judge_stage, new_needs
 from pipeline.job import Job
+from pipeline.needs import Need
 from pipeline.rates import fresh_model
 from pipeline.runner import refuse_what_does_not_fit
 from pipeline.show import console, table
@@ -97,6 +99,7 @@ def stage_cost(wanted: Wanted, stage: int) -> StageCost:
     epochs = segment.steps / segment.steps_per_epoch
     if not stage:
         return StageCost(stage, 0, epochs, verdict.state, e2e, e2e, e2e, 0.0, 0)
+    needs, images = new_needs(wanted, stage), wanted.data.train
     return StageCost(
         stage=stage,
         cut=segment.cut,
@@ -105,8 +108,8 @@ def stage_cost(wanted: Wanted, stage: int) -> StageCost:
         e2e_seconds=e2e,
         freeze_seconds=step_seconds(wanted, stage, "freeze") * segment.steps,
         cached_seconds=step_seconds(wanted, stage, "cached") * segment.steps,
-        cache_seconds=encode_seconds(wanted, stage) * wanted.config.cache.views * len(wanted.data.train),
-        cache_bytes=cache_bytes(wanted.layout(stage)),
+        cache_seconds=sum(encode_seconds(wanted, need) for need in needs) * wanted.config.cache.views * len(images),
+        cache_bytes=sum(cache_bytes(wanted.layout(need)) for need in needs),
     )
 
 
@@ -123,18 +126,18 @@ def step_seconds(wanted: Wanted, stage: int, arm: str) -> float:
     return seconds_of(lambda: train_step(model, optimizer, source, inputs, train), train)
 
 
-def encode_seconds(wanted: Wanted, stage: int) -> float:
-    """Seconds that the frozen blocks between the cache before and this one take for one view of one image."""
-    config, segment = wanted.config, wanted.segments[stage]
-    model, _ = fresh_model(wanted, segment.cut)
-    start = wanted.segments[stage - 1].cut if stage > 1 else 0
-    tokens = torch.randn(config.cache.encode_batch, config.model.num_tokens, model.encoder.width).to(
+def encode_seconds(wanted: Wanted, need: Need) -> float:
+    """Seconds that the frozen blocks between a cache's parent and itself take for one view of one image."""
+    config, spec = wanted.config, need.draft
+    encoder = build_encoder(config.model, config.seed).to(config.train.device).eval()
+    encoder.set_attention(config.train.device)
+    tokens = torch.randn(config.cache.encode_batch, config.model.num_tokens, encoder.width).to(
         config.train.device
     )
 
     def encode() -> None:
         with torch.inference_mode(), autocast(config.train.device, config.train.precision):
-            model.encoder.run_groups(tokens, config.mask.groups, start, segment.cut)
+            encoder.run_groups(tokens, spec.groups, need.start, spec.cut)
 
     return seconds_of(encode, config.train) / config.cache.encode_batch
 

@@ -46,7 +46,11 @@ class Comparison:
 def run_equivalence(job: Job) -> None:
     """Compare every cache of the run that is there; RunFailed when one differs by more than its bound."""
     wanted = Wanted(job.config, job.paths)
-    stages = [stage for stage in range(1, len(wanted.segments)) if judge_cache(wanted, stage).current]
+    stages = [
+        stage
+        for stage in range(1, len(wanted.segments))
+        if all(judge_cache(wanted, need).current for need in wanted.needs(stage))
+    ]
     if not stages:
         raise ConfigError(
             f"{job.paths.root} has no current cache to compare; run `make stage-1` first, or see `make explain`"

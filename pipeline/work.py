@@ -20,10 +20,11 @@ from models.mim import MaskedModel
 from models.vit import Encoder, build_encoder, frozen_hash
 from pipeline.cluster import task_runner
 from pipeline.config import ConfigError, PipelineConfig
-from pipeline.decide import Wanted, inputs_digest
+from pipeline.decide import Wanted, inputs_digest, new_needs
 from pipeline.desk import Desk
 from pipeline.job import Interrupted, RunFailed
 from pipeline.layout import StagePaths
+from pipeline.needs import Need
 from pipeline.show import console, table
 from stages.checkpoint import CheckpointError, Progress
 from stages.encode import EncodeJob, build
@@ -43,7 +44,7 @@ def train_stage(desk: Desk, stage: int) -> None:
         assert spec is not None, "ensure_cache comes first"
         cache = open_cache(wanted.cache_folder(spec))
         source: Source = CachedFeatures(cache, how)
-        built = read_seconds(wanted.paths.stage(stage), spec.fingerprint)
+        built = built_seconds(wanted, stage)
     else:
         source, built, spec = LiveImages(wanted.data.train, how), 0.0, None
     train(
@@ -56,6 +57,12 @@ def train_stage(desk: Desk, stage: int) -> None:
         inputs=wanted.stage_inputs(stage),
         facts={"cut": wanted.segments[stage].cut, "cache": spec.fingerprint if spec else None, "cache_seconds": built},
     )
+
+
+def built_seconds(wanted: Wanted, stage: int) -> float:
+    """What the caches have cost that a stage was the first to read."""
+    specs = map(wanted.spec, new_needs(wanted, stage))
+    return sum(read_seconds(wanted.paths.stage(stage), spec.fingerprint) for spec in specs if spec)
 
 
 def train_baseline(desk: Desk, arm: str) -> None:
@@ -179,43 +186,44 @@ def finish_record(
     )
 
 
-def build_cache(desk: Desk, stage: int) -> None:
-    """Build what is missing of the cache that a stage reads, shard by shard on the cluster."""
-    wanted, config = desk.wanted, desk.wanted.config
-    spec = wanted.cache_spec(stage)
-    assert spec is not None, "ensure_cache trains the stage before it first"
-    parent = wanted.cache_spec(stage - 1) if stage > 1 else None
-    job = EncodeJob(
+def build_cache(desk: Desk, need: Need, paths: StagePaths) -> None:
+    """Build what is missing of a cache, shard by shard on the cluster; its seconds are kept in `paths`."""
+    wanted, job = desk.wanted, encode_job(desk.wanted, need)
+    spec = job.layout.spec
+    spent, started = read_seconds(paths, spec.fingerprint), time.perf_counter()
+    with task_runner(wanted.config.cluster) as run:
+        for done, total in build(job, wanted.data.train, run):
+            seconds = spent + time.perf_counter() - started
+            write_seconds(paths, spec.fingerprint, seconds)
+            desk.log({"stage": need.stage, "cut": spec.cut, "shard": done, "shards": total, "cache_seconds": seconds})
+            if desk.job.stop.is_set() and done < total:
+                raise Interrupted(
+                    f"interrupted: {need.name} has {done} of {total} shards; the same command goes on from there"
+                )
+    seconds = spent + time.perf_counter() - started
+    write_seconds(paths, spec.fingerprint, seconds)
+    desk.log.message(f"{need.name}: built in {seconds:.1f} s ({job.folder})")
+
+
+def encode_job(wanted: Wanted, need: Need) -> EncodeJob:
+    """What workers must know to make a cache. The stage that its weights come from, and its parent, are there."""
+    config, spec = wanted.config, wanted.spec(need)
+    parent = wanted.spec(need.parent) if need.parent else None
+    assert spec is not None, "the stage that the weights come from is trained first"
+    return EncodeJob(
         folder=str(wanted.cache_folder(spec)),
         layout=Layout(spec, len(wanted.data.train), config.cache.shard_rows),
-        weights=str(wanted.paths.stage(stage - 1).model.absolute()),
+        weights=str(wanted.paths.stage(need.after).model.absolute()),
         model=config.model,
         data=config.data,
         index_folder=str(wanted.paths.index.absolute()),
         parent=str(wanted.cache_folder(parent)) if parent else None,
-        parent_cut=parent.cut if parent else 0,
+        parent_cut=need.start,
         batch=config.cache.encode_batch,
         device=config.train.device,
         threads=config.cluster.threads or max(1, config.train.threads // max(1, config.cluster.workers)),
         loader_threads=config.train.loader_threads,
     )
-    paths, spent, started = (
-        wanted.paths.stage(stage),
-        read_seconds(wanted.paths.stage(stage), spec.fingerprint),
-        time.perf_counter(),
-    )
-    with task_runner(config.cluster) as run:
-        for done, total in build(job, wanted.data.train, run):
-            seconds = spent + time.perf_counter() - started
-            write_seconds(paths, spec.fingerprint, seconds)
-            desk.log({"stage": stage, "cut": spec.cut, "shard": done, "shards": total, "cache_seconds": seconds})
-            if desk.job.stop.is_set() and done < total:
-                raise Interrupted(
-                    f"interrupted: cache {stage} has {done} of {total} shards; the same command goes on from there"
-                )
-    seconds = spent + time.perf_counter() - started
-    write_seconds(paths, spec.fingerprint, seconds)
-    desk.log.message(f"cache {stage}: built in {seconds:.1f} s ({wanted.cache_folder(spec)})")
 
 
 def evaluate_encoder(wanted: Wanted, encoder: Encoder) -> ProbeResult:
@@ -265,15 +273,19 @@ def write_record(paths: StagePaths, record: dict[str, Any]) -> None:
 
 
 def read_seconds(paths: StagePaths, fingerprint: str) -> float:
-    """What the stage's cache has cost to build so far, in seconds, over all interruptions."""
-    file = paths.root / "cache.json"
-    record = json.loads(file.read_text()) if file.exists() else {}
-    return float(record["seconds"]) if record.get("fingerprint") == fingerprint else 0.0
+    """What a cache has cost to build so far, in seconds, over all interruptions."""
+    return spent_seconds(paths).get(fingerprint, 0.0)
 
 
 def write_seconds(paths: StagePaths, fingerprint: str, seconds: float) -> None:
     paths.root.mkdir(parents=True, exist_ok=True)
-    atomic_write(paths.root / "cache.json", json.dumps({"fingerprint": fingerprint, "seconds": seconds}).encode())
+    atomic_write(paths.root / "cache.json", json.dumps(spent_seconds(paths) | {fingerprint: seconds}).encode())
+
+
+def spent_seconds(paths: StagePaths) -> dict[str, float]:
+    """Seconds by fingerprint of every cache that was built for a stage."""
+    file = paths.root / "cache.json"
+    return dict(json.loads(file.read_text())) if file.exists() else {}
 
 
 def probe_again(wanted: Wanted, names: list[str]) -> None:
