@@ -15,6 +15,7 @@ from cache.errors import CacheError, MissingCache
 from cache.layout import Layout
 from cache.manifest import cache_folder_name, check_spec, read_manifest
 from cache.order import steps_per_epoch
+from models.config import IMAGE_TARGETS, HeadSpec, head_specs, learning_heads, without
 from models.identity import model_identity
 from models.spec import COMPUTATION_VERSION, FeatureSpec, digest
 from pipeline.config import PipelineConfig
@@ -80,6 +81,15 @@ class Wanted:
     def segments(self) -> tuple[Segment, ...]:
         return segments_of(self.plan, self.steps_per_epoch, self.config.train)
 
+    @cached_property
+    def heads(self) -> tuple[HeadSpec, ...]:
+        return head_specs(self.config.heads, self.config.target, self.identity["depth"], self.config.teacher)
+
+    def heads_of(self, stage: int) -> tuple[HeadSpec, ...]:
+        """The heads of a stage and of arms from it on: a frozen teacher is there only once stage 0 has ended."""
+        early = not stage and self.config.teacher.kind == "frozen"
+        return without(self.heads, "teacher") if early else self.heads
+
     @property
     def total_steps(self) -> int:
         return sum(segment.steps for segment in self.segments)
@@ -94,7 +104,7 @@ class Wanted:
 
     def stage_inputs(self, stage: int) -> dict[str, Any]:
         """Everything that can change the outcome of a stage, by the setting's name."""
-        inputs = self._common() | {"schedule.stage": asdict(self.segments[stage])}
+        inputs = self._common() | self._taught(stage) | {"schedule.stage": asdict(self.segments[stage])}
         if stage:
             parent = self.record(self.paths.stage(stage - 1)) or {}
             inputs |= {f"cache.{name}": getattr(self.config.cache, name) for name in ("views", "codec")}
@@ -103,19 +113,35 @@ class Wanted:
 
     def arm_inputs(self, arm: str) -> dict[str, Any]:
         """The same for a baseline arm, which goes on from stage 0."""
-        inputs = self._common() | {"arm": arm, "schedule.stages": [asdict(segment) for segment in self.segments[1:]]}
-        if arm == "freeze" and self.config.target.kind == "features":
+        inputs = self._common() | self._taught(1) | {"arm": arm}
+        inputs |= {"schedule.stages": [asdict(segment) for segment in self.segments[1:]]}
+        if arm == "freeze" and self.reads_features(self.segments[-1].cut):
             inputs |= {"mask.groups": self.config.mask.groups}
         return inputs | {"parent state": (self.record(self.paths.stage(0)) or {}).get("state")}
+
+    def reads_features(self, cut: int) -> bool:
+        """Whether a head behind the cut predicts the cut's own features, which exist only as a cache holds them."""
+        return any(head.target == "features" for head in learning_heads(self.heads, cut))
+
+    def _taught(self, stage: int) -> dict[str, Any]:
+        """What a stage's teacher depends on; nothing where no head has one."""
+        if not any(head.teacher for head in self.heads_of(stage)):
+            return {}
+        if self.config.teacher.kind == "ema":
+            return _named("teacher", self.config.teacher)
+        record = self.record(self.paths.stage(0)) or {}
+        weights = record.get("frozen_weights", {}).get(str(self.identity["depth"]))
+        return _named("teacher", self.config.teacher, {"momentum", "ramp"}) | {"teacher weights": weights}
 
     def _common(self) -> dict[str, Any]:
         config = self.config
         inputs: dict[str, Any] = {"seed": config.seed, "data": self.data.train.digest, "version": TRAINING_VERSION}
         inputs |= {"data.views": view_transform_id(config.data, config.model.image_size)}
         inputs |= _named("model", config.model, {"attention"}) | _named("mask", config.mask, {"groups"})
-        inputs |= _named("target", config.target) | _named("decoder", config.decoder)
+        inputs |= _named("target", config.target) | _named("decoder", config.decoder) | _named("heads", config.heads)
         inputs |= _named("train", config.train, {name.removeprefix("train.") for name in NO_INFLUENCE})
-        if config.train.lr_schedule == "cosine" or config.schedule.kind == "freezeout":
+        by_progress = config.mask.changes or ":" in config.heads.weights or config.train.layer_drop > 0
+        if config.train.lr_schedule == "cosine" or config.schedule.kind == "freezeout" or by_progress:
             inputs |= {"schedule.total_steps": self.total_steps}
         if config.schedule.kind == "freezeout":
             inputs |= {
@@ -139,12 +165,15 @@ class Wanted:
         """
         found: list[Need] = []
         for block in self.teacher_blocks(1):
-            draft = replace(self.draft_spec(1), cut=block, groups=1, mask_ratio=0.0, pixels=False)
+            draft = replace(self.draft_spec(1), cut=block, groups=1, mask_ratio=0.0, mask_block=1, pixels=False)
             found.append(Need(f"cache teacher-{block}", 0, draft, found[-1] if found else None))
         return tuple(need for need in found if need.draft.cut in self.teacher_blocks(stage))
 
     def teacher_blocks(self, stage: int) -> tuple[int, ...]:
-        return ()
+        """The blocks of a frozen teacher that a stage's heads predict, ascending."""
+        if self.config.teacher.kind != "frozen":
+            return ()
+        return tuple(sorted({head.teacher for head in learning_heads(self.heads, self.segments[stage].cut)} - {0}))
 
     def spec(self, need: Need) -> FeatureSpec | None:
         """The whole identity of a cache; None as long as the stage that its weights come from has not been trained."""
@@ -170,13 +199,14 @@ class Wanted:
             cut=self.segments[stage].cut,
             groups=config.mask.groups,
             mask_ratio=config.mask.ratio,
+            mask_block=config.mask.block if config.mask.groups > 1 else 1,
             views=config.cache.views,
             view_transform=view_transform_id(config.data, config.model.image_size),
             data=self.data.train.digest,
             seed=config.seed,
             dtype=config.train.precision,
             codec=config.cache.codec,
-            pixels=config.target.kind == "pixels",
+            pixels=config.cache.pixels == "stored" and any(head.target in IMAGE_TARGETS for head in self.heads),
             parent="",
             version=COMPUTATION_VERSION,
         )

@@ -7,18 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from cache import open_cache
-from cache.store import CacheReader
 from pipeline.config import ConfigError
 from pipeline.decide import Wanted, judge_cache
 from pipeline.job import Job, RunFailed
 from pipeline.show import console, table
-from pipeline.work import sampling, state_file
+from pipeline.work import cached_source, masked_build, optimizer_of, sampling, state_file
 from stages.checkpoint import apply_tensors, read_state
 from stages.device import autocast
-from stages.optim import build_adamw, parameter_groups
-from stages.sources import CachedFeatures, LiveFeatures, Source
-from stages.train import Build, build_model
+from stages.sources import LiveFeatures, Source
+from stages.train import build_model
 
 FEATURE_BOUND = {"float32": 1e-3, "bfloat16": 1e-2}
 """Largest relative RMSE of cached against live features. float16 alone rounds by 2^-12 of a value on average; under
@@ -76,26 +73,22 @@ def compare_stage(wanted: Wanted, stage: int) -> Comparison:
     """The first batch of a stage, read and recomputed, under the stage's starting weights."""
     config, segment = wanted.config, wanted.segments[stage]
     torch.set_num_threads(config.train.threads)
-    build = Build(config.seed, config.model, config.decoder, config.target)
-    model = build_model(build, segment.cut, config.train.device)
-    optimizer = build_adamw(parameter_groups(model, 0.0), config.train)
+    model = build_model(masked_build(wanted, stage, cached=False), segment.cut, config.train.device)
+    optimizer = optimizer_of(wanted, model)
     apply_tensors(model, optimizer, read_state(state_file(wanted.paths.stage(stage - 1)))[2])
-    spec = wanted.cache_spec(stage)
-    assert spec is not None
-    cache: CacheReader = open_cache(wanted.cache_folder(spec))
-    cached = CachedFeatures(cache, sampling(wanted))
+    cached = cached_source(wanted, stage)
     live = LiveFeatures(wanted.data.train, sampling(wanted), config.cache.views)
 
     def loss(source: Source) -> float:
         with torch.no_grad(), autocast(config.train.device, config.train.precision):
-            return float(model(source.mask(model, source.load(segment, 0).to(config.train.device))))
+            return float(model(source.mask(model, source.load(segment, 0).to(config.train.device))).sum())
 
     inputs = live.load(segment, 0).to(config.train.device)
     assert inputs.ids_BL is not None
     with autocast(config.train.device, config.train.precision):
         wants = model.frozen_features(inputs.values, inputs.ids_BL, config.mask.groups).float().cpu()
-    rows = live.sampling.rows(segment, 0, len(cache))
-    has = cache.read(rows, live.sampling.slot(segment, 0, config.cache.views)[0]).features_BLD
+    rows = live.sampling.rows(segment, 0, len(cached.cache))
+    has = cached.cache.read(rows, live.sampling.slot(segment, 0, config.cache.views)[0]).features_BLD
     difference = has - wants
     return Comparison(
         stage=stage,

@@ -3,10 +3,12 @@ it. A record says `done` only after everything it names is on disk."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from safetensors.torch import load_file, save
 from cache import open_cache
 from cache.layout import Layout
 from cache.manifest import atomic_write
-from models.mim import MaskedModel
+from models.drop import DepthDrop
+from models.learner import Learner
+from models.teacher import EmaTeacher, Teacher
 from models.vit import Encoder, build_encoder, frozen_hash
 from pipeline.cluster import task_runner
 from pipeline.config import ConfigError, PipelineConfig
@@ -27,31 +31,26 @@ from pipeline.layout import StagePaths
 from pipeline.needs import Need
 from pipeline.show import console, table
 from stages.checkpoint import CheckpointError, Progress
-from stages.encode import EncodeJob, build
-from stages.optim import Rates
+from stages.encode import EncodeJob, build, frozen_encoder
+from stages.optim import Rates, build_adamw, parameter_groups
 from stages.probe import ProbeResult, evaluate
 from stages.segment import Segment, as_end_to_end
 from stages.sources import CachedFeatures, LiveFeatures, LiveImages, Sampling, Source
-from stages.train import Arm, Build, Diverged, Hooks, train_arm
+from stages.train import Arm, Build, Diverged, Hooks, build_model, train_arm
 
 
 def train_stage(desk: Desk, stage: int) -> None:
     """Stage 0 trains everything from images; a later one the blocks behind its cut, from the cache."""
     wanted = desk.wanted
-    how = sampling(wanted)
-    if stage:
-        spec = wanted.cache_spec(stage)
-        assert spec is not None, "ensure_cache comes first"
-        cache = open_cache(wanted.cache_folder(spec))
-        source: Source = CachedFeatures(cache, how)
-        built = built_seconds(wanted, stage)
-    else:
-        source, built, spec = LiveImages(wanted.data.train, how), 0.0, None
+    source = cached_source(wanted, stage) if stage else LiveImages(wanted.data.train, sampling(wanted))
+    spec = wanted.cache_spec(stage) if stage else None
+    built = built_seconds(wanted, stage)
     train(
         desk,
         paths=wanted.paths.stage(stage),
         tag={"stage": stage},
         segments=wanted.segments[stage : stage + 1],
+        build=masked_build(wanted, stage, cached=True),
         source=lambda segment: source,
         start=state_file(wanted.paths.stage(stage - 1)) if stage else None,
         inputs=wanted.stage_inputs(stage),
@@ -65,6 +64,17 @@ def built_seconds(wanted: Wanted, stage: int) -> float:
     return sum(read_seconds(wanted.paths.stage(stage), spec.fingerprint) for spec in specs if spec)
 
 
+def cached_source(wanted: Wanted, stage: int) -> CachedFeatures:
+    """What a stage learns from: its features and, where they are cached, its teacher's."""
+    caches = []
+    for need in wanted.needs(stage):
+        spec = wanted.spec(need)
+        assert spec is not None, "ensure_cache comes first"
+        caches.append(open_cache(wanted.cache_folder(spec)))
+    teachers = dict(zip(wanted.teacher_blocks(stage), caches[1:], strict=True))
+    return CachedFeatures(caches[0], sampling(wanted), wanted.data.train, teachers)
+
+
 def train_baseline(desk: Desk, arm: str) -> None:
     """Both baselines go on from the end of stage 0 through all later epochs: e2e freezes nothing; freeze freezes as the
     stages do and runs the frozen blocks forward on every step."""
@@ -75,6 +85,7 @@ def train_baseline(desk: Desk, arm: str) -> None:
         paths=wanted.paths.arm(arm),
         tag={"arm": arm},
         segments=as_end_to_end(segments) if arm == "e2e" else segments,
+        build=masked_build(wanted, 1, cached=False),
         source=lambda segment: live_source(wanted, segment),
         start=state_file(wanted.paths.stage(0)),
         inputs=wanted.arm_inputs(arm),
@@ -84,7 +95,7 @@ def train_baseline(desk: Desk, arm: str) -> None:
 
 def live_source(wanted: Wanted, segment: Segment) -> Source:
     """Images masked before the first block, or, where the target is made of frozen features, those features live."""
-    if segment.cut and wanted.config.target.kind == "features":
+    if wanted.reads_features(segment.cut):
         fresh = wanted.plan[-1].first_epoch + wanted.plan[-1].epochs  # as many views as epochs: each is new
         return LiveFeatures(wanted.data.train, sampling(wanted), fresh)
     return LiveImages(wanted.data.train, sampling(wanted))
@@ -95,6 +106,7 @@ def train(
     paths: StagePaths,
     tag: dict[str, Any],
     segments: tuple[Segment, ...],
+    build: Build,
     source: Callable[[Segment], Source],
     start: Path | None,
     inputs: dict[str, Any],
@@ -117,7 +129,8 @@ def train(
     arm = Arm(
         tag=tag,
         segments=segments,
-        build=Build(config.seed, config.model, config.decoder, config.target),
+        make=lambda cut: build_model(build, cut, config.train.device),
+        optimizer=lambda model: optimizer_of(wanted, model),
         train=config.train,
         rates=rates(wanted),
         source=source,
@@ -144,7 +157,7 @@ def train(
 
 
 def finish_record(
-    paths: StagePaths, record: dict[str, Any], progress: Progress, model: MaskedModel, segments: tuple[Segment, ...]
+    paths: StagePaths, record: dict[str, Any], progress: Progress, model: Learner, segments: tuple[Segment, ...]
 ) -> None:
     """Write the encoder, then the record that says `done` and what came of it."""
     state = model.encoder.vit.state_dict()
@@ -235,7 +248,47 @@ def evaluate_encoder(wanted: Wanted, encoder: Encoder) -> ProbeResult:
 
 def sampling(wanted: Wanted) -> Sampling:
     config = wanted.config
-    return Sampling(config.seed, config.train.batch_size, config.data, config.model, config.mask, config.target.kind)
+    return Sampling(
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        data=config.data,
+        model=config.model,
+        mask=config.mask,
+        heads=wanted.heads,
+        share=config.decoder.share,
+        total_steps=wanted.total_steps,
+        averages=config.teacher.kind == "ema",
+    )
+
+
+def masked_build(wanted: Wanted, stage: int, cached: bool) -> Build:
+    """What makes the masked model of a stage, or of an arm that goes on from stage 0 as stage 1 does.
+
+    A frozen teacher's features are read by `cached` training, which therefore does not run it.
+    """
+    config = wanted.config
+    teacher: Callable[[Encoder], Teacher] | None = None
+    if config.teacher.kind == "ema":
+        teacher = partial(EmaTeacher, config=config.teacher)
+    elif stage and not cached:
+        teacher = partial(frozen_teacher, wanted)
+    drop = DepthDrop(config.seed, config.train.drop_path, config.train.layer_drop, wanted.total_steps)
+    return Build(config.seed, config.model, config.decoder, wanted.heads_of(stage), teacher, drop)
+
+
+def frozen_teacher(wanted: Wanted, student: Encoder) -> Teacher:
+    """The encoder that stage 0 ended with; an untrained one before that, whose speed is the same."""
+    config, paths, depth = wanted.config, wanted.paths.stage(0), student.depth
+    weights = (wanted.record(paths) or {}).get("frozen_weights", {}).get(str(depth))
+    if weights:
+        return Teacher(frozen_encoder(str(paths.model.absolute()), weights, depth, config.model, config.train.device))
+    return Teacher(copy.deepcopy(student))
+
+
+def optimizer_of(wanted: Wanted, model: Learner) -> torch.optim.Optimizer:
+    """The optimiser of what a model lets learn."""
+    train = wanted.config.train
+    return build_adamw(parameter_groups(model, train.weight_decay, rates(wanted).by_layer), train)
 
 
 def rates(wanted: Wanted) -> Rates:

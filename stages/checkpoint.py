@@ -14,9 +14,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cache.manifest import atomic_write
-from models.mim import MaskedModel
+from models.learner import Learner
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class CheckpointError(ValueError):
@@ -65,27 +65,29 @@ class Progress:
         return cls(**plain)
 
 
-def model_tensors(model: MaskedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights under `encoder/` and `decoder/`, the optimiser's moments under `optim/<parameter>/<moment>`."""
-    tensors = {f"encoder/{name}": value for name, value in model.encoder.vit.state_dict().items()}
-    tensors |= {f"decoder/{name}": value for name, value in model.decoder.state_dict().items()}
+def model_tensors(model: Learner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights under `<part>/`, such as `encoder/` and `decoder/`, moments under `optim/<parameter>/<moment>`."""
+    tensors = {
+        f"{part}/{name}": value for part, module in model.parts.items() for name, value in module.state_dict().items()
+    }
     for name, parameter in model.named_parameters():
         for moment, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optim/{name}/{moment}"] = value
     return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
 
-def apply_tensors(model: MaskedModel, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The reverse of `model_tensors`. Moments of parameters that no longer learn are left behind."""
+def apply_tensors(model: Learner, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The reverse of `model_tensors`. What a state holds of heads and moments that no longer learn is left behind."""
 
-    def part(prefix: str) -> dict[str, Tensor]:
+    def found(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
-    model.encoder.vit.load_state_dict(part("encoder/"))
-    model.decoder.load_state_dict(part("decoder/"))
+    for part, module in model.parts.items():
+        wanted = module.state_dict().keys()
+        module.load_state_dict({name: value for name, value in found(f"{part}/").items() if name in wanted})
     learning = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
-        if id(parameter) in learning and (moments := part(f"optim/{name}/")):
+        if id(parameter) in learning and (moments := found(f"optim/{name}/")):
             optimizer.state[parameter] = {
                 moment: value.to(parameter.device, copy=True) for moment, value in moments.items()
             }

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from models.mim import MaskedModel
+from models.learner import Learner
 from stages.config import ScheduleConfig, TrainConfig
 from stages.schedule import freezeout
 
 BETA1 = 0.9
 
 
-def parameter_groups(model: MaskedModel, weight_decay: float, by_layer: bool = False) -> list[dict[str, Any]]:
+def parameter_groups(model: Learner, weight_decay: float, by_layer: bool = False) -> list[dict[str, Any]]:
     """What learns, in groups: weights decay; biases, norms and tokens do not. A frozen parameter is in none.
 
     `by_layer` splits further by FreezeOut's layers, 0 the patch embedding, i the i-th block; what stands behind the
@@ -33,7 +33,7 @@ def parameter_groups(model: MaskedModel, weight_decay: float, by_layer: bool = F
 
 
 def layer_of(name: str) -> int:
-    """FreezeOut's layer of a parameter of the masked model."""
+    """FreezeOut's layer of a parameter of a learner."""
     if name.startswith("encoder.vit.blocks."):
         return int(name.split(".")[3]) + 1
     return 0 if name.startswith(("encoder.vit.patch_embed.", "encoder.vit.norm_pre.")) else -1

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from cache.loader import prefetch
-from models.config import DecoderConfig, ModelConfig, TargetConfig
-from models.decoder import build_decoder
+from models.config import DecoderConfig, HeadSpec, ModelConfig, learning_heads
+from models.drop import DepthDrop
+from models.learner import Learner
 from models.mim import MaskedModel
-from models.vit import build_encoder
+from models.multiscale import build_heads
+from models.teacher import Teacher
+from models.vit import Encoder, build_encoder
 from stages.checkpoint import (
     CheckpointError,
     Progress,
@@ -29,7 +32,7 @@ from stages.checkpoint import (
 )
 from stages.config import TrainConfig
 from stages.device import autocast
-from stages.optim import Rates, build_adamw, parameter_groups
+from stages.optim import Rates
 from stages.probe import ProbeResult
 from stages.segment import Segment
 from stages.sources import Inputs, Source
@@ -40,12 +43,15 @@ LOG_EVERY = 10
 
 @dataclass(frozen=True)
 class Build:
-    """Settings that make a model."""
+    """Settings that make a masked model."""
 
     seed: int
     model: ModelConfig
     decoder: DecoderConfig
-    target: TargetConfig
+    heads: tuple[HeadSpec, ...]
+    teacher: Callable[[Encoder], Teacher] | None = None
+    """Makes the teacher of a student that is on its device; None where no target is made live by one."""
+    drop: DepthDrop | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,9 @@ class Arm:
     tag: dict[str, Any]
     """{"stage": 1} or {"arm": "e2e"}: how events and messages name it."""
     segments: tuple[Segment, ...]
-    build: Build
+    make: Callable[[int], Learner]
+    """The model at a cut, on its device, its weights a pure function of the seed."""
+    optimizer: Callable[[Learner], torch.optim.Optimizer]
     train: TrainConfig
     rates: Rates
     source: Callable[[Segment], Source]
@@ -76,7 +84,8 @@ class Hooks:
     """The rim: what the loop needs from outside."""
 
     log: Callable[[dict[str, Any]], None]
-    evaluate: Callable[[MaskedModel], ProbeResult]
+    evaluate: Callable[[Any], ProbeResult]
+    """Scores the model that is trained."""
     stop: Callable[[], bool] = lambda: False
     now: Callable[[], float] = time.perf_counter
 
@@ -98,33 +107,49 @@ class Stopwatch:
 
 
 def build_model(build: Build, cut: int, device: str) -> MaskedModel:
-    """The masked model at a cut, its weights a pure function of the seed. Stage 0 always predicts pixels."""
+    """The masked model at a cut, its weights a pure function of the seed. Heads of frozen blocks are left out."""
     encoder = build_encoder(build.model, build.seed)
-    decoder = build_decoder(build.decoder, encoder, build.model.patch_values, build.seed)
-    encoder.set_attention(device)
-    decoder.set_attention(device)
-    return MaskedModel(encoder, decoder, cut, build.target.kind if cut else "pixels").to(device)
+    specs = learning_heads(build.heads, cut)
+    heads = build_heads(specs, build.decoder, encoder, build.model.patch_size, build.seed)
+    model = MaskedModel(encoder, heads, cut)
+    model.set_attention(build.model.attention, device)
+    model.to(device)
+    if build.teacher and model.taught:
+        model.teacher = build.teacher(encoder)  # before dropping is installed: an average drops nothing
+    if build.drop:
+        build.drop.install(encoder)
+        model.drop = build.drop
+    return model
 
 
 def train_step(
-    model: MaskedModel, optimizer: torch.optim.Optimizer, source: Source, inputs: Inputs, train: TrainConfig
+    model: Learner, optimizer: torch.optim.Optimizer, source: Source, inputs: Inputs, train: TrainConfig
 ) -> Tensor:
-    """One optimiser step; returns the loss. Micro-batches are equal: the mean of their losses is the batch's loss."""
+    """One optimiser step; returns (1 + H + W,): the weighted sum that is learned from, every loss, what is watched.
+
+    Micro-batches are equal: the mean of their losses is the batch's loss.
+    """
     device = next(model.parameters()).device
     optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=device)
-    for micro in inputs.to(device).split(train.accumulate):
-        with autocast(device, train.precision):
-            loss = model(source.mask(model, micro)) / train.accumulate
-        loss.backward()
-        total += loss.detach()
+    weights = torch.tensor(model.loss_weights(inputs.progress), device=device)
+    total = torch.zeros(1 + len(weights) + len(model.watch_names), device=device)
+    with model.dropping(inputs.step):
+        for micro in inputs.to(device).split(train.accumulate):
+            with autocast(device, train.precision):
+                batch = source.mask(model, micro)
+                losses = model(batch) / train.accumulate
+                loss = (losses * weights).sum()
+            loss.backward()
+            watched = model.watch(batch).to(device) / train.accumulate
+            total += torch.cat([loss.detach().reshape(1), losses.detach(), watched])
     if train.clip:
         torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], train.clip)
     optimizer.step()
+    model.after_step(inputs.step)
     return total
 
 
-def train_arm(arm: Arm, hooks: Hooks) -> tuple[Progress, MaskedModel]:
+def train_arm(arm: Arm, hooks: Hooks) -> tuple[Progress, Learner]:
     """Train what is left of the arm's segments. When `hooks.stop` asks, the state is saved and progress is unfinished.
 
     Raises CheckpointError when the state to start from, or to go on from, cannot be used.
@@ -133,8 +158,8 @@ def train_arm(arm: Arm, hooks: Hooks) -> tuple[Progress, MaskedModel]:
     progress, tensors = starting_point(arm)
     while True:
         segment = arm.segments[min(progress.segment, len(arm.segments) - 1)]
-        model = build_model(arm.build, segment.cut, arm.train.device)
-        optimizer = build_adamw(parameter_groups(model, arm.train.weight_decay, arm.rates.by_layer), arm.train)
+        model = arm.make(segment.cut)
+        optimizer = arm.optimizer(model)
         if tensors is not None:
             apply_tensors(model, optimizer, tensors)
         if progress.segment == len(arm.segments):
@@ -161,13 +186,13 @@ def starting_point(arm: Arm) -> tuple[Progress, dict[str, Tensor] | None]:
 
 
 def train_segment(
-    arm: Arm, segment: Segment, model: MaskedModel, optimizer: torch.optim.Optimizer, progress: Progress, hooks: Hooks
+    arm: Arm, segment: Segment, model: Learner, optimizer: torch.optim.Optimizer, progress: Progress, hooks: Hooks
 ) -> None:
     """Train a segment from `progress.step` on, until its end or until told to stop, with its time split into parts."""
     if len(progress.totals) == progress.segment:
         progress.totals.append(SegmentTotals())
     source = arm.source(segment)
-    book = Book(arm, segment, progress, hooks)
+    book = Book(arm, segment, progress, hooks, model)
     steps = range(progress.step, segment.steps)
     with prefetch(
         lambda step: source.load(segment, step), steps, arm.train.loader_threads, arm.train.prefetch
@@ -201,22 +226,23 @@ def evaluation_due(arm: Arm, segment: Segment, step: int) -> bool:
 class Book:
     """Keeps the accounts of a segment: losses, seconds by part, events, the probe curve."""
 
-    def __init__(self, arm: Arm, segment: Segment, progress: Progress, hooks: Hooks) -> None:
+    def __init__(self, arm: Arm, segment: Segment, progress: Progress, hooks: Hooks, model: Learner) -> None:
         self.arm, self.segment, self.progress, self.hooks = arm, segment, progress, hooks
+        self.loss_names, self.watch_names = model.loss_names, model.watch_names
         self.totals = progress.totals[progress.segment]
         self.watch = Stopwatch(hooks.now)
         self.pending: list[Tensor] = []
-        self.recent: list[float] = []
+        self.recent: list[list[float]] = []
         self.waited = 0.0
         self.rate = 0.0
         self.saved = hooks.now()
 
-    def step(self, loss: Tensor, rate: float) -> None:
-        """Count one optimiser step; its loss stays on the device until the next flush."""
+    def step(self, losses: Tensor, rate: float) -> None:
+        """Count one optimiser step; its losses, the total first, stay on the device until the next flush."""
         if self.progress.step % self.segment.steps_per_epoch == 0:
             self.settle()
             self.totals.loss_sum, self.totals.loss_steps = 0.0, 0
-        self.pending.append(loss)
+        self.pending.append(losses)
         self.progress.step += 1
         self.totals.steps += 1
         self.totals.images += self.arm.train.batch_size
@@ -227,8 +253,8 @@ class Book:
         losses = torch.stack(self.pending).tolist() if self.pending else []
         self.pending.clear()
         if losses and self.totals.first_loss is None:
-            self.totals.first_loss = losses[0]
-        for loss in losses:
+            self.totals.first_loss = losses[0][0]
+        for loss, *_ in losses:
             if not math.isfinite(loss):
                 raise Diverged(
                     f"{self.arm.label}: loss={loss} near step {self.progress.step}; "
@@ -254,14 +280,22 @@ class Book:
                     "steps": sum(segment.steps for segment in self.arm.segments),
                     "epoch": self.segment.first_epoch + self.progress.step / self.segment.steps_per_epoch,
                     "images": sum(totals.images for totals in self.progress.totals),
-                    "loss": sum(losses) / len(losses),
+                    **self.mean_losses(losses),
                     "lr": self.rate,
                     "images_per_second": len(losses) * self.arm.train.batch_size / seconds if seconds else 0.0,
                     "loader_wait_fraction": waited / seconds if seconds else 0.0,
                 }
             )
 
-    def evaluate(self, model: MaskedModel) -> None:
+    def mean_losses(self, losses: list[list[float]]) -> dict[str, float]:
+        """`loss`, what is learned from, where it is a sum of several each as `loss_<head>`, and what is watched."""
+        means = [sum(column) / len(losses) for column in zip(*losses, strict=True)]
+        count = 1 + len(self.loss_names)
+        heads = dict(zip((f"loss_{name}" for name in self.loss_names), means[1:count], strict=True))
+        watched = dict(zip(self.watch_names, means[count:], strict=True))
+        return {"loss": means[0]} | (heads if len(heads) > 1 else {}) | watched
+
+    def evaluate(self, model: Learner) -> None:
         """Add a point to the probe curve; its time is not training time."""
         result = self.hooks.evaluate(model)
         self.totals.evaluate_seconds += self.watch.lap()
