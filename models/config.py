@@ -188,7 +188,7 @@ def learning_heads(specs: Iterable[HeadSpec], cut: int) -> tuple[HeadSpec, ...]:
 
 def without(specs: Iterable[HeadSpec], target: str) -> tuple[HeadSpec, ...]:
     """The heads with pixels in place of a target that is not there."""
-    return tuple(replace(spec, target="pixels") if spec.target == target else spec for spec in specs)
+    return tuple(replace(spec, target="pixels", teacher=0) if spec.target == target else spec for spec in specs)
 
 
 def loss_weights(text: str, count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

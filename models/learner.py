@@ -62,3 +62,7 @@ class Learner(nn.Module, ABC):
     def watch(self, batch: Any) -> Tensor:
         """(W,): numbers about a batch that are logged beside its losses."""
         return torch.empty(0)
+
+    def warning(self, watched: Mapping[str, float]) -> str:
+        """What is wrong, judged by what is watched; empty where nothing is."""
+        return ""

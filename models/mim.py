@@ -20,6 +20,9 @@ from models.targets import Targets, feature_target, image_target, normalize_imag
 from models.teacher import EmaTeacher, Teacher
 from models.vit import Encoder, use_attention
 
+COLLAPSED = 0.1
+"""Standard deviation of a layer-normalised target over tokens below which it is of no use; data2vec's own bound."""
+
 
 class MaskedModel(Learner):
     """An encoder frozen before block `cut`, and the heads that train what lies behind, in the order of their blocks."""
@@ -91,6 +94,11 @@ class MaskedModel(Learner):
     def set_attention(self, kind: str, device: torch.device | str) -> None:
         """Choose the attention kernel of every block and decoder for a device."""
         use_attention(self, kind, device)
+
+    def warning(self, watched: Mapping[str, float]) -> str:
+        """Names the teacher's blocks whose features no longer tell tokens apart."""
+        flat = [name for name in self.taught.values() if watched[f"target_std_{name}"] < COLLAPSED]
+        return f"collapsed: {', '.join(flat)}" if flat else ""
 
     def from_images(self, images_BCHW: Tensor, noise_BL: Tensor, keep: int) -> MaskedBatch:
         """Masked before the first block: uint8 images, of which frozen blocks see the visible tokens only.

@@ -228,7 +228,7 @@ class Book:
 
     def __init__(self, arm: Arm, segment: Segment, progress: Progress, hooks: Hooks, model: Learner) -> None:
         self.arm, self.segment, self.progress, self.hooks = arm, segment, progress, hooks
-        self.loss_names, self.watch_names = model.loss_names, model.watch_names
+        self.model = model
         self.totals = progress.totals[progress.segment]
         self.watch = Stopwatch(hooks.now)
         self.pending: list[Tensor] = []
@@ -287,13 +287,15 @@ class Book:
                 }
             )
 
-    def mean_losses(self, losses: list[list[float]]) -> dict[str, float]:
+    def mean_losses(self, losses: list[list[float]]) -> dict[str, Any]:
         """`loss`, what is learned from, where it is a sum of several each as `loss_<head>`, and what is watched."""
         means = [sum(column) / len(losses) for column in zip(*losses, strict=True)]
-        count = 1 + len(self.loss_names)
-        heads = dict(zip((f"loss_{name}" for name in self.loss_names), means[1:count], strict=True))
-        watched = dict(zip(self.watch_names, means[count:], strict=True))
-        return {"loss": means[0]} | (heads if len(heads) > 1 else {}) | watched
+        count = 1 + len(self.model.loss_names)
+        heads = dict(zip((f"loss_{name}" for name in self.model.loss_names), means[1:count], strict=True))
+        watched = dict(zip(self.model.watch_names, means[count:], strict=True))
+        warning = self.model.warning(watched)
+        told = {"loss": means[0]} | (heads if len(heads) > 1 else {}) | watched
+        return told | ({"warning": warning} if warning else {})
 
     def evaluate(self, model: Learner) -> None:
         """Add a point to the probe curve; its time is not training time."""
