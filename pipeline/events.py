@@ -136,6 +136,8 @@ def progress_line(event: dict[str, Any]) -> str:
         parts.append(f"{rate:.0f} images/s")
     if event.get("loss") is not None:
         parts.append(f"loss {event['loss']:.3f}")
+    if event.get("warning"):
+        parts.append(event["warning"])
     if "loader_wait_fraction" in event:
         parts.append(f"waiting {100 * event['loader_wait_fraction']:.0f} %")
     if rate and step < steps and event.get("images"):

@@ -7,9 +7,10 @@ import shutil
 
 from cache.size import cache_bytes
 from pipeline.config import ConfigError
-from pipeline.decide import ARMS, Wanted, judge_arm, judge_cache, judge_stage
+from pipeline.decide import ARMS, Wanted, judge_arm, judge_cache, judge_stage, new_needs
 from pipeline.desk import Desk, at_work
 from pipeline.job import Job
+from pipeline.needs import Need
 
 
 def run_all(job: Job) -> None:
@@ -43,7 +44,7 @@ def run_stage(job: Job) -> None:
 
 
 def run_cache(job: Job) -> None:
-    """The cache that stage N reads, and first whatever before it is missing or stale."""
+    """The caches that stage N reads, and first whatever before it is missing or stale."""
     with at_work(job) as desk:
         stage = _stage(desk.wanted, job.target, first=1)
         look_before(desk, stage)
@@ -72,17 +73,23 @@ def ensure_stage(desk: Desk, stage: int) -> None:
 
 
 def ensure_cache(desk: Desk, stage: int) -> None:
-    """Build the cache that a stage reads unless it is current. Its parent is needed only when it has to be built."""
+    """Build the caches that a stage reads unless they are current."""
     ensure_trained(desk, stage - 1)
-    verdict = judge_cache(desk.wanted, stage)
+    for need in desk.wanted.needs(stage):
+        ensure_built(desk, need)
+
+
+def ensure_built(desk: Desk, need: Need) -> None:
+    """Build a cache unless it is current. Its parent is needed only when it has to be built."""
+    verdict = judge_cache(desk.wanted, need)
     desk.say(verdict)
     if verdict.current:
         return
-    if stage > 1:
-        ensure_cache(desk, stage - 1)
+    if need.parent:
+        ensure_built(desk, need.parent)
     from pipeline.work import build_cache
 
-    build_cache(desk, stage)
+    build_cache(desk, need, desk.wanted.paths.stage(need.stage))
 
 
 def ensure_trained(desk: Desk, stage: int) -> None:
@@ -121,15 +128,17 @@ def look_before(desk: Desk, last: int) -> None:
 
 def refuse_what_does_not_fit(wanted: Wanted, last: int) -> None:
     """Raise ConfigError before anything runs when the caches still to be built need more disk than is free."""
-    missing = [stage for stage in range(1, last + 1) if not judge_cache(wanted, stage).current]
-    needed = sum(cache_bytes(wanted.layout(stage)) for stage in missing)
+    needs = [need for stage in range(1, last + 1) for need in new_needs(wanted, stage)]
+    missing = [need for need in needs if not judge_cache(wanted, need).current]
+    needed = sum(cache_bytes(wanted.layout(need)) for need in missing)
     root = wanted.paths.cache_root.absolute()
     free = shutil.disk_usage(next(folder for folder in (root, *root.parents) if folder.exists())).free
     if needed > free:
         views = wanted.config.cache.views
         raise ConfigError(
-            f"caches of stages {missing[0]}-{missing[-1]} with cache.views={views} need {needed / 1e9:,.1f} GB, "
-            f"{root} has {free / 1e9:,.1f} GB free; lower cache.views or data.limit, or set CACHE_ROOT to a larger disk"
+            f"caches of stages {missing[0].stage}-{missing[-1].stage} with cache.views={views} need "
+            f"{needed / 1e9:,.1f} GB, {root} has {free / 1e9:,.1f} GB free; lower cache.views or data.limit, "
+            "or set CACHE_ROOT to a larger disk"
         )
 
 

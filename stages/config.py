@@ -68,6 +68,11 @@ class TrainConfig:
     """AdamW's second moment decay; the first is 0.9."""
     clip: float = 0.0
     """Largest gradient norm; 0 does not clip."""
+    drop_path: float = 0.0
+    """Stochastic depth of the learning blocks: the last block's rate, from 0 at the first block on rising linearly."""
+    layer_drop: float = 0.0
+    """Progressive layer dropping: the chance, all but reached after a twentieth of the run, with which the deepest
+    block would be skipped for a step; block i of L has i/L of it. The paper's limit of theta is 1 minus this."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast precision of all blocks, frozen or not; auto: bfloat16 where the hardware has it, else float32."""
     device: str = "auto"

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from cache.loader import prefetch
 from models.config import DecoderConfig, HeadSpec, ModelConfig, learning_heads
+from models.drop import DepthDrop
 from models.learner import Learner
 from models.mim import MaskedModel
 from models.multiscale import build_heads
-from models.vit import build_encoder
+from models.teacher import Teacher
+from models.vit import Encoder, build_encoder
 from stages.checkpoint import (
     CheckpointError,
     Progress,
@@ -46,6 +48,9 @@ class Build:
     model: ModelConfig
     decoder: DecoderConfig
     heads: tuple[HeadSpec, ...]
+    teacher: Callable[[Encoder], Teacher] | None = None
+    """Makes the teacher of a student that is on its device; None where no target is made live by one."""
+    drop: DepthDrop | None = None
 
 
 @dataclass(frozen=True)
@@ -119,29 +124,39 @@ def build_model(build: Build, cut: int, device: str) -> MaskedModel:
     heads = build_heads(specs, build.decoder, encoder, build.model.patch_size, build.seed)
     model = MaskedModel(encoder, heads, cut)
     model.set_attention(build.model.attention, device)
-    return model.to(device)
+    model.to(device)
+    if build.teacher and model.taught:
+        model.teacher = build.teacher(encoder)  # before dropping is installed: an average drops nothing
+    if build.drop:
+        build.drop.install(encoder)
+        model.drop = build.drop
+    return model
 
 
 def train_step(
     model: Learner, optimizer: torch.optim.Optimizer, source: Source, inputs: Inputs, train: TrainConfig
 ) -> Tensor:
-    """One optimiser step; returns (1 + H,): the weighted sum that is learned from, then every loss.
+    """One optimiser step; returns (1 + H + W,): the weighted sum that is learned from, every loss, what is watched.
 
     Micro-batches are equal: the mean of their losses is the batch's loss.
     """
     device = next(model.parameters()).device
     optimizer.zero_grad(set_to_none=True)
     weights = torch.tensor(model.loss_weights(inputs.progress), device=device)
-    total = torch.zeros(1 + len(weights), device=device)
-    for micro in inputs.to(device).split(train.accumulate):
-        with autocast(device, train.precision):
-            losses = model(source.mask(model, micro)) / train.accumulate
-            loss = (losses * weights).sum()
-        loss.backward()
-        total += torch.cat([loss.detach().reshape(1), losses.detach()])
+    total = torch.zeros(1 + len(weights) + len(model.watch_names), device=device)
+    with model.dropping(inputs.step):
+        for micro in inputs.to(device).split(train.accumulate):
+            with autocast(device, train.precision):
+                batch = source.mask(model, micro)
+                losses = model(batch) / train.accumulate
+                loss = (losses * weights).sum()
+            loss.backward()
+            watched = model.watch(batch).to(device) / train.accumulate
+            total += torch.cat([loss.detach().reshape(1), losses.detach(), watched])
     if train.clip:
         torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], train.clip)
     optimizer.step()
+    model.after_step(inputs.step)
     return total
 
 
@@ -190,7 +205,7 @@ def train_segment(
     if len(progress.totals) == progress.segment:
         progress.totals.append(SegmentTotals())
     source = arm.source(segment)
-    book = Book(arm, segment, progress, hooks, model.loss_names)
+    book = Book(arm, segment, progress, hooks, model)
     if not segment.steps:  # a checkpoint taken as it is
         book.evaluate(model)
         return
@@ -227,10 +242,9 @@ def evaluation_due(arm: Arm, segment: Segment, step: int) -> bool:
 class Book:
     """Keeps the accounts of a segment: losses, seconds by part, events, the probe curve."""
 
-    def __init__(
-        self, arm: Arm, segment: Segment, progress: Progress, hooks: Hooks, loss_names: tuple[str, ...]
-    ) -> None:
-        self.arm, self.segment, self.progress, self.hooks, self.loss_names = arm, segment, progress, hooks, loss_names
+    def __init__(self, arm: Arm, segment: Segment, progress: Progress, hooks: Hooks, model: Learner) -> None:
+        self.arm, self.segment, self.progress, self.hooks = arm, segment, progress, hooks
+        self.model = model
         self.totals = progress.totals[progress.segment]
         self.watch = Stopwatch(hooks.now)
         self.pending: list[Tensor] = []
@@ -289,10 +303,15 @@ class Book:
                 }
             )
 
-    def mean_losses(self, losses: list[list[float]]) -> dict[str, float]:
-        """`loss`, what is learned from, and each head's as `loss_<head>`: comparable over stages with other heads."""
+    def mean_losses(self, losses: list[list[float]]) -> dict[str, Any]:
+        """`loss`, what is learned from, each head's as `loss_<head>`, comparable over stages, and what is watched."""
         means = [sum(column) / len(losses) for column in zip(*losses, strict=True)]
-        return {"loss": means[0]} | dict(zip((f"loss_{name}" for name in self.loss_names), means[1:], strict=True))
+        count = 1 + len(self.model.loss_names)
+        heads = dict(zip((f"loss_{name}" for name in self.model.loss_names), means[1:count], strict=True))
+        watched = dict(zip(self.model.watch_names, means[count:], strict=True))
+        warning = self.model.warning(watched)
+        told = {"loss": means[0]} | heads | watched
+        return told | ({"warning": warning} if warning else {})
 
     def evaluate(self, model: Learner) -> None:
         """Add a point to the probe curve; its time is not training time."""
