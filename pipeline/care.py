@@ -13,7 +13,8 @@ from pipeline.decide import Wanted, new_needs
 from pipeline.desk import Desk, at_work
 from pipeline.job import Job, RunFailed
 from pipeline.needs import Need
-from pipeline.runner import ensure_built, ensure_trained
+from pipeline.runner import ensure_built, ensure_maker
+from pipeline.tuned import last_tuning
 
 
 def run_verify(job: Job) -> None:
@@ -51,8 +52,10 @@ def run_repair(job: Job) -> None:
 
 
 def all_needs(wanted: Wanted) -> list[Need]:
-    """The caches that the stages of a run read, parents first."""
-    return [need for stage in range(1, len(wanted.segments)) for need in new_needs(wanted, stage)]
+    """The caches that the stages and the fine-tuning of a run read, parents first."""
+    tuning = last_tuning(wanted)
+    tuned = [tuning.need] if tuning and tuning.need else []
+    return [need for stage in range(1, len(wanted.segments)) for need in new_needs(wanted, stage)] + tuned
 
 
 def repair(desk: Desk, need: Need) -> None:
@@ -65,12 +68,12 @@ def repair(desk: Desk, need: Need) -> None:
     desk.log.message(f"{folder}: {len(damages)} damaged files")
     if damages:
         drop_damaged(folder, damages)
-        ensure_trained(desk, need.after)
+        ensure_maker(desk, need.maker)
         ensure_built(desk, need)
 
 
 def run_gc(job: Job) -> None:
-    """Remove the caches that no stage of the run, as it is now configured, needs."""
+    """Remove the caches that neither a stage of the run, as it is now configured, nor its fine-tuning needs."""
     with at_work(job) as desk:
         wanted = desk.wanted
         specs = map(wanted.spec, all_needs(wanted))

@@ -97,6 +97,16 @@ class RunPaths:
         """A baseline arm, e2e or freeze, laid out like a stage."""
         return StagePaths(self.root / "arms" / name)
 
+    @property
+    def finetune(self) -> StagePaths:
+        """Supervised fine-tuning, laid out like a stage."""
+        return StagePaths(self.root / "finetune")
+
+    def encoder(self, name: str) -> StagePaths:
+        """The files of `stage <N>` or `arm <name>`, whose encoder something starts from."""
+        kind, _, which = name.partition(" ")
+        return self.stage(int(which)) if kind == "stage" else self.arm(which)
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Holds the run for this process; the kernel lets go when the process ends, however it ends. Not re-entrant.

@@ -24,7 +24,7 @@ HEADS = {"knn": "kNN", "logistic": "linear", "sgd": "linear, SGD", "lars": "line
 def probe_again(wanted: Wanted, names: list[str]) -> None:
     """Print the scores of the encoders that are there, by name, and write them. Raises ConfigError when none is."""
     config = wanted.config
-    there = {name: paths for name in names if (paths := paths_of(wanted, name)).model.exists()}
+    there = {name: paths for name in names if (paths := wanted.paths.encoder(name)).model.exists()}
     if not there:
         raise ConfigError(
             f"{wanted.paths.root} has no trained {' or '.join(names)}; run `make all` or `make stage-0` first"
@@ -63,15 +63,9 @@ def merged(wanted: Wanted, written: dict[str, Any]) -> dict[str, Any]:
     kept = {
         name: scores
         for name, scores in before.items()
-        if (file := paths_of(wanted, name).model).exists() and file_checksum(file) == scores["weights"]
+        if (file := wanted.paths.encoder(name).model).exists() and file_checksum(file) == scores["weights"]
     }
     return dict(sorted((kept | written).items()))
-
-
-def paths_of(wanted: Wanted, name: str) -> StagePaths:
-    """The files of `stage <N>` or `arm <name>`."""
-    kind, _, which = name.partition(" ")
-    return wanted.paths.stage(int(which)) if kind == "stage" else wanted.paths.arm(which)
 
 
 def said(one: Score) -> str:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save
+from torch import Tensor
 
 from cache import open_cache
 from cache.layout import Layout
@@ -38,7 +40,7 @@ from stages.pictures import reconstructions
 from stages.probe import ProbeResult, evaluate
 from stages.segment import Segment, as_end_to_end
 from stages.sources import CachedFeatures, LiveFeatures, LiveImages, Sampling, Source
-from stages.train import Arm, Build, Diverged, Hooks, build_model, train_arm
+from stages.train import Arm, Build, Diverged, Hooks, Result, build_model, train_arm
 from stages.weights import load_weights
 
 
@@ -119,18 +121,6 @@ def train(
 ) -> None:
     """Train an arm to its end and write its record, model and final state. Raises Interrupted with the state saved."""
     wanted, config = desk.wanted, desk.wanted.config
-    record = (
-        tag
-        | facts
-        | {
-            "status": "running",
-            "fingerprint": inputs_digest(inputs),
-            "parent": parent_of(wanted, start),
-            "epochs": sum(segment.epochs for segment in segments),
-            "inputs": inputs,
-        }
-    )
-    write_record(paths, record)
     arm = Arm(
         tag=tag,
         segments=segments,
@@ -141,13 +131,38 @@ def train(
         source=source,
         state=state_file(paths),
         start=start,
-        inputs=record["fingerprint"],
+        inputs=inputs_digest(inputs),
         eval_every=config.eval.every,
         begin=lambda model: begin_from_file(desk, model),
     )
-    hooks = Hooks(
-        log=desk.log, evaluate=lambda model: evaluate_encoder(wanted, model.encoder), stop=desk.job.stop.is_set
-    )
+    record = facts | {"parent": parent_of(wanted, start), "inputs": inputs}
+    done = carry_out(desk, paths, arm, record, lambda model: evaluate_encoder(wanted, model.encoder))
+    last = done.progress.curve[-1]
+    scores = {name: last[name] for name in ("knn_top1", "linear_top1")}
+    finish_record(paths, done, done.model.encoder.vit.state_dict(), scores)
+    if isinstance(done.model, MaskedModel):
+        show_reconstructions(desk, done.model, paths, arm.label)
+
+
+@dataclass(frozen=True)
+class Done:
+    """An arm that has been trained to its end, and its record so far."""
+
+    arm: Arm
+    record: dict[str, Any]
+    progress: Progress
+    model: Learner
+
+
+def carry_out(
+    desk: Desk, paths: StagePaths, arm: Arm, facts: dict[str, Any], evaluate: Callable[[Any], Result]
+) -> Done:
+    """Train an arm, its record saying so from the start. Raises Interrupted with the state saved, or RunFailed."""
+    segments = arm.segments
+    record = arm.tag | facts | {"status": "running", "fingerprint": arm.inputs}
+    record |= {"epochs": sum(segment.epochs for segment in segments)}
+    write_record(paths, record)
+    hooks = Hooks(log=desk.log, evaluate=evaluate, stop=desk.job.stop.is_set)
     try:
         progress, model = train_arm(arm, hooks)
     except Diverged as error:
@@ -159,9 +174,7 @@ def train(
             f"interrupted: {arm.label} is saved at step {done} of {sum(s.steps for s in segments)}; "
             "the same command goes on from there"
         )
-    finish_record(paths, record, progress, model, segments)
-    if isinstance(model, MaskedModel):
-        show_reconstructions(desk, model, paths, arm.label)
+    return Done(arm, record, progress, model)
 
 
 def show_reconstructions(desk: Desk, model: MaskedModel, paths: StagePaths, label: str) -> None:
@@ -183,18 +196,16 @@ def begin_from_file(desk: Desk, model: Learner) -> None:
         desk.log.message(f"weights {path} ({desk.wanted.weights[:8]}): " + ("; ".join(notes) or "taken as they are"))
 
 
-def finish_record(
-    paths: StagePaths, record: dict[str, Any], progress: Progress, model: Learner, segments: tuple[Segment, ...]
-) -> None:
-    """Write the encoder, then the record that says `done` and what came of it."""
-    state = model.encoder.vit.state_dict()
+def finish_record(paths: StagePaths, done: Done, state: dict[str, Tensor], scores: dict[str, Any]) -> None:
+    """Write the weights, then the record that says `done` and what came of it."""
+    progress, depth = done.progress, done.model.encoder.depth
     atomic_write(paths.model, save({name: value.cpu().contiguous() for name, value in state.items()}))
-    totals, last = progress.totals, progress.curve[-1]
+    totals = progress.totals
     seconds, images = progress.train_seconds, sum(part.images for part in totals)
     files = (paths.model, state_file(paths))
     write_record(
         paths,
-        record
+        done.record
         | {
             "status": "done",
             "steps": sum(part.steps for part in totals),
@@ -205,8 +216,7 @@ def finish_record(
             "images_per_second": images / seconds if seconds else 0.0,
             "first_loss": totals[0].first_loss,
             "final_loss": totals[-1].mean_loss,
-            "knn_top1": last["knn_top1"],
-            "linear_top1": last["linear_top1"],
+            **scores,
             "curve": progress.curve,
             "segments": [
                 {
@@ -216,11 +226,11 @@ def finish_record(
                     "train_seconds": part.train_seconds,
                     "images_per_second": part.images / part.train_seconds if part.train_seconds else 0.0,
                 }
-                for segment, part in zip(segments, totals, strict=True)
+                for segment, part in zip(done.arm.segments, totals, strict=True)
             ],
             "state": file_checksum(state_file(paths)),
             "weights": file_checksum(paths.model),
-            "frozen_weights": {str(cut): frozen_hash(state, cut) for cut in range(1, model.encoder.depth + 1)},
+            "frozen_weights": {str(cut): frozen_hash(state, cut) for cut in range(1, depth + 1)},
             "files": {str(file.relative_to(paths.root)): file.stat().st_size for file in files},
         },
     )
@@ -235,7 +245,7 @@ def build_cache(desk: Desk, need: Need, paths: StagePaths) -> None:
         for done, total in build(job, wanted.data.train, run):
             seconds = spent + time.perf_counter() - started
             write_seconds(paths, spec.fingerprint, seconds)
-            desk.log({"stage": need.stage, "cut": spec.cut, "shard": done, "shards": total, "cache_seconds": seconds})
+            desk.log(need.tag | {"cut": spec.cut, "shard": done, "shards": total, "cache_seconds": seconds})
             if desk.job.stop.is_set() and done < total:
                 raise Interrupted(
                     f"interrupted: {need.name} has {done} of {total} shards; the same command goes on from there"
@@ -253,7 +263,7 @@ def encode_job(wanted: Wanted, need: Need) -> EncodeJob:
     return EncodeJob(
         folder=str(wanted.cache_folder(spec)),
         layout=Layout(spec, len(wanted.data.train), config.cache.shard_rows),
-        weights=str(wanted.paths.stage(need.after).model.absolute()),
+        weights=str(wanted.paths.encoder(need.maker).model.absolute()),
         model=config.model,
         data=config.data,
         index_folder=str(wanted.paths.index.absolute()),
@@ -263,6 +273,7 @@ def encode_job(wanted: Wanted, need: Need) -> EncodeJob:
         device=config.train.device,
         threads=config.cluster.threads or max(1, config.train.threads // max(1, config.cluster.workers)),
         loader_threads=config.train.loader_threads,
+        rand_augment=need.rand_augment,
     )
 
 

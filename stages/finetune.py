@@ -21,36 +21,13 @@ from models.targets import normalize_images
 from stages.augment import Mixer, augmenter, smoothed
 from stages.config import DataConfig, FinetuneConfig, TrainConfig
 from stages.device import autocast
-from stages.errors import DataError
-from stages.images import Data, ImageList, spread
+from stages.images import ImageList, spread
 from stages.optim import PREFIX, layer_of, learning_rate
 from stages.segment import Segment
 from stages.views import centre_batch, image_batch
 
 MANY = 5
 """top-5 is told where there are more classes than this."""
-
-
-# --- labels -----------------------------------------------------------------------------------------------------------
-
-
-def require_labels(data: Data) -> None:
-    """Raise DataError when an image that is trained or evaluated on has no label."""
-    for what, images in (("training", data.train), ("evaluation", data.val)):
-        without = np.flatnonzero(images.labels < 0)
-        if len(without):
-            raise DataError(
-                f"{len(without)} of {len(images)} {what} images have no label, first {images.keys[without[0]]}, and "
-                "fine-tuning needs one for each; put images into a folder for each class, or give tars <key>.cls files"
-            )
-
-
-def num_classes(data: Data) -> int:
-    """Classes that the training images tell apart. Raises DataError when there is only one."""
-    classes = max(len(data.train.classes), int(data.train.labels.max()) + 1)
-    if classes < 2:
-        raise DataError("all training images have the same label; fine-tuning needs at least 2 classes")
-    return classes
 
 
 # --- what a step reads ------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ runs in the training step and makes what the masked model reads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -63,12 +63,26 @@ class Inputs:
         return replace(self, teachers={block: change(value) for block, value in self.teachers.items()}, **changed)
 
 
+class StepInputs(Protocol):
+    """What the training loop must know of a step's inputs, whatever is learned."""
+
+    @property
+    def progress(self) -> float: ...
+
+    @property
+    def step(self) -> int: ...
+
+    def to(self, device: torch.device | str) -> Any: ...
+
+    def split(self, parts: int) -> Sequence[Any]: ...
+
+
 class Source(Protocol):
-    """What feeds the training loop."""
+    """What feeds the training loop: `load` makes a step's inputs, `mask` what the model learns from of each part."""
 
-    def load(self, segment: Segment, step: int) -> Inputs: ...
+    def load(self, segment: Segment, step: int) -> StepInputs: ...
 
-    def mask(self, model: Any, inputs: Inputs) -> Any: ...
+    def mask(self, model: Any, inputs: Any) -> Any: ...
 
 
 @dataclass(frozen=True)

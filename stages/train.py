@@ -32,9 +32,8 @@ from stages.checkpoint import (
 )
 from stages.config import TrainConfig
 from stages.device import autocast
-from stages.optim import Rates
 from stages.segment import Segment
-from stages.sources import Inputs, Source
+from stages.sources import Source, StepInputs
 
 LOG_EVERY = 10
 """Optimiser steps between two logged events; the loss is fetched from the device no more often."""
@@ -53,6 +52,22 @@ class Build:
     drop: DepthDrop | None = None
 
 
+class Pace(Protocol):
+    """How fast everything learns at every step of the plan."""
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """Set the rates of a step; returns the one that is told."""
+        ...
+
+
+class Result(Protocol):
+    """What an evaluation came to."""
+
+    def point(self) -> dict[str, float | None]:
+        """Its numbers by name, as a point of the curve keeps them."""
+        ...
+
+
 @dataclass(frozen=True)
 class Arm:
     """What to train: the segments in turn, from a state on disk or from scratch, into a folder."""
@@ -64,7 +79,7 @@ class Arm:
     """The model at a cut, on its device, its weights a pure function of the seed."""
     optimizer: Callable[[Learner], torch.optim.Optimizer]
     train: TrainConfig
-    rates: Rates
+    rates: Pace
     source: Callable[[Segment], Source]
     state: Path
     start: Path | None
@@ -80,14 +95,6 @@ class Arm:
     @property
     def label(self) -> str:
         return " ".join(str(part) for pair in self.tag.items() for part in pair)
-
-
-class Result(Protocol):
-    """What an evaluation came to."""
-
-    def point(self) -> dict[str, float | None]:
-        """Its numbers by name, as a point of the curve keeps them."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,7 @@ def build_model(build: Build, cut: int, device: str) -> MaskedModel:
 
 
 def train_step(
-    model: Learner, optimizer: torch.optim.Optimizer, source: Source, inputs: Inputs, train: TrainConfig
+    model: Learner, optimizer: torch.optim.Optimizer, source: Source, inputs: StepInputs, train: TrainConfig
 ) -> Tensor:
     """One optimiser step; returns (1 + H + W,): the weighted sum that is learned from, every loss, what is watched.
 

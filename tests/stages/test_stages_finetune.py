@@ -36,10 +36,9 @@ from stages.finetune import (
     classify,
     layer_decay_groups,
     loop_settings,
-    num_classes,
-    require_labels,
 )
 from stages.images import Data, ImageList, open_data
+from stages.labels import num_classes, require_labels
 from stages.optim import build_adamw
 from stages.segment import Segment
 from stages.train import train_step
