@@ -20,5 +20,5 @@ def open_cache(path: str | os.PathLike[str], verify: bool = False) -> CacheReade
     """
     if "://" in str(path):
         raise CacheError(f"{path}: caches behind URLs are not built yet; give a local path")
-    refuse_unbuilt(backend=read_manifest(path).backend)
+    refuse_unbuilt(read_manifest(path).backend)
     return ZarrCache(Path(path), verify=verify)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from cache.codecs import codec_fields, parse_filter
+
+Codec = Literal["float16", "bfloat16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -12,8 +16,17 @@ class CacheConfig:
 
     backend: Literal["zarr", "webdataset"] = "zarr"
     """Format on disk."""
-    codec: Literal["float16", "bfloat16", "int8"] = "float16"
-    """How a feature is stored."""
+    codec: Codec = "float16"
+    """How a feature is stored: 2 bytes, 2 bytes with the range of float32, or 1 byte and a scale per block."""
+    block: int = 32
+    """Channels of a token that share one scale; with codec int8 only."""
+    filter: str = "none"
+    """After the codec: `lz4` or `zstd` (lossless), `bitround-<bits>` (fewer mantissa bits of a float codec, so that
+    compression finds more), or `bitround-<bits>+zstd`."""
+    later_codec: Literal["", "float16", "bfloat16", "int8"] = ""
+    """Codec of the second cut's cache and of all later ones; empty means that of the first."""
+    max_error: float = 0.05
+    """A cache whose measured relative RMSE, with that of the caches it continues added, is larger is refused."""
     views: int = 2
     """Augmented views kept of every image; epoch e reads view e mod views."""
     pixels: Literal["stored", "recut"] = "stored"
@@ -25,3 +38,12 @@ class CacheConfig:
     """Samples in one shard file; a shard is the unit of building, resuming and repair."""
     encode_batch: int = 64
     """Samples that pass the frozen blocks at once while a cache is built."""
+
+    def stored(self, later: bool = False) -> dict[str, Any]:
+        """The fields of a FeatureSpec that say how the first cut's features are stored, or those of later ones."""
+        codec = (self.later_codec if later else "") or self.codec
+        return codec_fields(codec, self.block, parse_filter(self.filter).keepbits)
+
+    def inputs(self, later: bool = False) -> dict[str, Any]:
+        """The same as inputs of what is trained on them, without what has no say."""
+        return {f"cache.{name}": value for name, value in self.stored(later).items() if value}

@@ -22,3 +22,7 @@ class DamagedCache(CacheError):
 
 class Unrepresentable(CacheError):
     """A feature is not finite, or too large for the codec."""
+
+
+class TooCoarse(CacheError):
+    """A cache, with the caches before it, loses more than is allowed."""

@@ -11,20 +11,21 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cache.codecs import CODECS, COMPRESSIONS, codec_problem
 from cache.errors import CacheError
 from models.spec import FeatureSpec
 
 STORE = "data.zarr"
 CRC_BYTES = 4
 INDEX_ENTRY_BYTES = 16
+BLOSC_BYTES = 16
+"""What Blosc adds to a chunk that it cannot make smaller."""
 
 
-def refuse_unbuilt(backend: str = "zarr", codec: str = "float16") -> None:
+def refuse_unbuilt(backend: str) -> None:
     """CacheError for settings that parse but are not built yet."""
     if backend != "zarr":
         raise CacheError(f"cache.backend={backend} is not built yet; use cache.backend=zarr")
-    if codec != "float16":
-        raise CacheError(f"cache.codec={codec} is not built yet; use cache.codec=float16")
 
 
 class Shard(NamedTuple):
@@ -43,14 +44,21 @@ class RowArray:
     row_shape: tuple[int, ...]
     dtype: str
     splits: int = 1
+    compression: str = ""
+    """lz4 or zstd, by Blosc, chunk by chunk; empty where chunks lie there as they are."""
 
     @property
     def chunk_shape(self) -> tuple[int, ...]:
         return (1, self.row_shape[0] // self.splits, *self.row_shape[1:])
 
+    @property
+    def chunk_bytes(self) -> int:
+        """Size of an inner chunk, uncompressed."""
+        return math.prod(self.chunk_shape) * np.dtype(self.dtype).itemsize
+
     def shard_bytes(self, rows: int, shard_rows: int) -> int:
-        """Size of a shard file that holds `rows` of its `shard_rows` rows."""
-        chunk = math.prod(self.chunk_shape) * np.dtype(self.dtype).itemsize + CRC_BYTES
+        """Size of a shard file that holds `rows` of its `shard_rows` rows; at most, where it is compressed."""
+        chunk = self.chunk_bytes + (BLOSC_BYTES if self.compression else 0) + CRC_BYTES
         return self.splits * (rows * chunk + shard_rows * INDEX_ENTRY_BYTES) + CRC_BYTES
 
 
@@ -61,9 +69,15 @@ class Layout:
     spec: FeatureSpec
     num_samples: int
     shard_rows: int
+    backend: str = "zarr"
+    compression: str = ""
+    """lz4 or zstd; like the sizes of shards no part of the spec, since no number depends on it."""
 
     def __post_init__(self) -> None:
-        refuse_unbuilt(codec=self.spec.codec)
+        refuse_unbuilt(self.backend)
+        assert self.compression in ("", *COMPRESSIONS)
+        if problem := codec_problem(self.spec.codec, self.spec.width, self.spec.block, self.spec.keepbits):
+            raise CacheError(problem)
         if self.num_samples < 1:
             raise CacheError(f"a cache of {self.num_samples} samples cannot be built; it needs at least 1")
         if self.shard_rows < 1:
@@ -76,18 +90,19 @@ class Layout:
 
     @cached_property
     def arrays(self) -> tuple[RowArray, ...]:
-        """The row arrays of a view."""
-        spec, tokens = self.spec, self.spec.num_tokens
-        arrays = [
-            RowArray("features", (tokens, spec.width), "<f2", spec.groups),
-            RowArray("crop", (5,), "<f4"),
-        ]
+        """The row arrays of a view, features first."""
+        spec, tokens, codec, pack = self.spec, self.spec.num_tokens, CODECS[self.spec.codec], self.compression
+        arrays = [RowArray("features", (tokens, spec.width), codec.dtype, spec.groups, pack)]
+        if spec.block:
+            arrays.append(RowArray("scale", (tokens, spec.width // spec.block), "<f2", spec.groups, pack))
+        arrays.append(RowArray("crop", (5,), "<f4"))
         if spec.groups > 1:
             arrays.append(RowArray("token_ids", (tokens,), "|u1" if tokens <= 256 else "<u2", spec.groups))
         if spec.pixels:
-            arrays.append(RowArray("pixels", (tokens, 3 * spec.patch_size**2), "|u1"))
+            arrays.append(RowArray("pixels", (tokens, 3 * spec.patch_size**2), "|u1", compression=pack))
         if spec.prefix:  # every group has run behind a prefix of its own
-            arrays.append(RowArray("prefix", (spec.groups * spec.prefix, spec.width), "<f2", spec.groups))
+            shape = (spec.groups * spec.prefix, spec.width)
+            arrays.append(RowArray("prefix", shape, codec.prefix_dtype, spec.groups, pack))
         return tuple(arrays)
 
     @cached_property

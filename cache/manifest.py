@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import CacheError, DamagedCache, MissingCache, StaleCache
+from cache.layout import Layout
 from models.spec import FeatureSpec
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 
@@ -29,8 +30,9 @@ class ShardEntry:
     bytes: int
     checksum: str
     """sha256 of the file, hex."""
-    moments: tuple[float, float, float] | None = None
-    """Sum, sum of squares and largest magnitude of a shard of features."""
+    moments: tuple[float, ...] | None = None
+    """Of a shard of features: sum, sum of squares and largest magnitude of what is stored, sum of squares of its
+    difference to what the frozen blocks gave, sum of squares of that, largest difference."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,16 @@ class ViewStats:
 
 
 @dataclass(frozen=True)
+class ViewError:
+    """What storing has lost of one view's features, measured on all of them as they were written."""
+
+    relative_rmse: float
+    """Root of the mean squared difference over that of the features that the frozen blocks gave."""
+    max_abs: float
+    """Largest difference of one value."""
+
+
+@dataclass(frozen=True)
 class CacheManifest:
     """A finished cache."""
 
@@ -51,9 +63,18 @@ class CacheManifest:
     shard_rows: int
     shards: tuple[ShardEntry, ...]
     stats: tuple[ViewStats, ...]
+    errors: tuple[ViewError, ...]
+    accumulated_error: float
+    """The largest relative RMSE of a view, plus that of every cache that this one continues."""
     backend: str = "zarr"
+    compression: str = ""
     format: int = FORMAT
     complete: bool = True
+
+    @property
+    def layout(self) -> Layout:
+        """What lies where in it."""
+        return Layout(self.spec, self.num_samples, self.shard_rows, self.backend, self.compression)
 
     @property
     def fingerprint(self) -> str:
@@ -87,8 +108,11 @@ class CacheManifest:
             "width": self.width,
             "views": self.views,
             "backend": self.backend,
+            "compression": self.compression,
             "shard_rows": self.shard_rows,
             "stats": [asdict(stats) for stats in self.stats],
+            "errors": [asdict(error) for error in self.errors],
+            "accumulated_error": self.accumulated_error,
             "shards": [asdict(entry) for entry in self.shards],
             "complete": self.complete,
         }
@@ -101,7 +125,10 @@ class CacheManifest:
             shard_rows=values["shard_rows"],
             shards=entries_from_dicts(values["shards"]),
             stats=tuple(ViewStats(**stats) for stats in values["stats"]),
+            errors=tuple(ViewError(**error) for error in values["errors"]),
+            accumulated_error=values["accumulated_error"],
             backend=values["backend"],
+            compression=values["compression"],
             format=values["format"],
             complete=values["complete"],
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.layout import Layout, Shard
-from cache.manifest import ShardEntry, atomic_write, entries_from_dicts, seal, unseal
+from cache.manifest import FORMAT, ShardEntry, atomic_write, entries_from_dicts, seal, unseal
 
 RECEIPTS = "receipts"
 STORE_RECEIPT = "store"
@@ -36,4 +36,12 @@ def read_receipt(folder: Path, layout: Layout, name: str) -> tuple[ShardEntry, .
 
 
 def _identity(layout: Layout) -> dict[str, Any]:
-    return {"fingerprint": layout.spec.fingerprint, "num_samples": layout.num_samples, "shard_rows": layout.shard_rows}
+    """What a receipt is good for: another shard size, backend or compression makes other files of the same numbers."""
+    return {
+        "format": FORMAT,
+        "fingerprint": layout.spec.fingerprint,
+        "num_samples": layout.num_samples,
+        "shard_rows": layout.shard_rows,
+        "backend": layout.backend,
+        "compression": layout.compression,
+    }

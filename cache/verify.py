@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache.errors import DamagedCache, MissingCache
-from cache.layout import STORE, Layout
+from cache.layout import STORE
 from cache.manifest import MANIFEST, find_damage, read_manifest, sync_folder
 from cache.receipts import RECEIPTS, STORE_RECEIPT, receipt_name, write_receipt
 
@@ -34,7 +34,7 @@ def verify_cache(folder: Path) -> list[Damage]:
         manifest = read_manifest(folder)
     except DamagedCache:
         return [Damage(MANIFEST, "is altered or cut short: no shard can be trusted without it")]
-    layout = Layout(manifest.spec, manifest.num_samples, manifest.shard_rows)
+    layout = manifest.layout
     shard_of = {name: shard for shard in layout.shards for name in layout.files(shard)}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         findings = pool.map(lambda entry: find_damage(folder, entry), manifest.shards)
@@ -58,7 +58,7 @@ def drop_damaged(folder: Path, damages: Iterable[Damage]) -> None:
         return
     if MANIFEST not in bad:
         manifest = read_manifest(folder)
-        layout = Layout(manifest.spec, manifest.num_samples, manifest.shard_rows)
+        layout = manifest.layout
         entries = {entry.name: entry for entry in manifest.shards}
         parts = {receipt_name(shard): layout.files(shard) for shard in layout.shards}
         parts[STORE_RECEIPT] = [entry.name for entry in manifest.shards if not entry.rows]

@@ -11,6 +11,8 @@ from typing import Any
 COMPUTATION_VERSION = 1
 """Bumped when the frozen forward gives other numbers for a reason that no field of FeatureSpec tells."""
 
+LATER_FIELDS = frozenset({"prefix", "block", "keepbits"})
+
 
 def canonical_json(value: Any) -> str:
     """One text for one value: sorted keys, no spaces. NaN and infinity have none and are refused."""
@@ -64,7 +66,11 @@ class FeatureSpec:
     """Fingerprint of the cache that this one was built from; empty when built from images."""
     version: int
     prefix: int = 0
-    """Class and register tokens of the model, stored once for every group; left out of the record where it is 0."""
+    """Class and register tokens of the model, stored once for every group."""
+    block: int = 0
+    """Channels that share a scale; with codec int8 only."""
+    keepbits: int = 0
+    """Mantissa bits that bit rounding left; 0 where features were not rounded further than the codec does."""
 
     @property
     def num_tokens(self) -> int:
@@ -81,7 +87,8 @@ class FeatureSpec:
         return [(name, mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]]
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name != "prefix" or value}
+        """The record; fields that came later are left out where they are 0, as in every cache before them."""
+        return {name: value for name, value in asdict(self).items() if name not in LATER_FIELDS or value}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FeatureSpec:
@@ -89,6 +96,6 @@ class FeatureSpec:
         names = {field.name for field in fields(cls)}
         if unknown := sorted(values.keys() - names):
             raise ValueError(f"feature spec has unknown field {unknown[0]}; it was written by another version")
-        if missing := sorted(names - values.keys() - {"prefix"}):
+        if missing := sorted(names - values.keys() - LATER_FIELDS):
             raise ValueError(f"feature spec lacks field {missing[0]}; it was written by another version")
         return cls(**values)

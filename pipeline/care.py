@@ -36,12 +36,14 @@ def run_verify(job: Job) -> None:
 
 
 def size(folder: Path) -> str:
-    """The bytes of a finished cache, and those of its features over two for each value."""
+    """The bytes of a finished cache, those of its features over two for each value, and what its codec has lost."""
     manifest = read_manifest(folder)
     total = sum(entry.bytes for entry in manifest.shards)
-    features = sum(entry.bytes for entry in manifest.shards if "/features/" in entry.name)
+    features = sum(entry.bytes for entry in manifest.shards if {"features", "scale"} & set(entry.name.split("/")))
     values = manifest.num_samples * manifest.views * manifest.num_tokens * manifest.width
-    return f"{total / 1e6:,.1f} MB; features {features / 1e6:,.1f} MB, {features / (2 * values):.4f} of 2 bytes a value"
+    lost = f"{manifest.spec.codec} has lost {max(error.relative_rmse for error in manifest.errors):.1e} (relative RMSE)"
+    share = f"{features / 1e6:,.1f} MB, {features / (2 * values):.4f} of 2 bytes a value"
+    return f"{total / 1e6:,.1f} MB; features {share}; {lost}"
 
 
 def run_repair(job: Job) -> None:

@@ -1,15 +1,33 @@
-"""Combinations of settings of probes and fine-tuning that make no sense, told in one line each. `config.check` refuses
-a run whose settings have any; the checks of pre-training are beside it. Free of torch."""
+"""Combinations of settings of caches, probes and fine-tuning that make no sense, told in one line each. `config.check`
+refuses a run whose settings have any; the checks of pre-training are beside it. Free of torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from cache.codecs import codec_problem, parse_filter
+from cache.errors import CacheError
 from models.config import SIZES
 
 if TYPE_CHECKING:
     from pipeline.config import PipelineConfig
+
+
+def cache_problems(config: PipelineConfig) -> Iterator[str]:
+    cache, width = config.cache, config.model.width or SIZES.get(config.model.name, (0,))[0]
+    try:
+        keepbits = parse_filter(cache.filter).keepbits
+    except CacheError as error:
+        yield str(error)
+        return
+    for name in ("codec", "later_codec"):
+        codec = getattr(cache, name)
+        if codec and (problem := codec_problem(codec, width, cache.block, keepbits)):
+            yield problem.replace("cache.codec", f"cache.{name}")
+    if cache.later_codec and len(config.schedule.cuts) < 3 and config.schedule.kind == "explicit":
+        cuts = list(config.schedule.cuts)
+        yield f"cache.later_codec = {cache.later_codec} is for a second cut, but schedule.cuts = {cuts}; leave it empty"
 
 
 def probe_problems(config: PipelineConfig) -> Iterator[str]:

@@ -20,7 +20,7 @@ from models.config import (
     TeacherConfig,
     loss_weights,
 )
-from pipeline.checks import finetune_problems, probe_problems
+from pipeline.checks import cache_problems, finetune_problems, probe_problems
 from stages.config import DataConfig, EvalConfig, FinetuneConfig, ScheduleConfig, TrainConfig
 
 
@@ -85,6 +85,8 @@ BOUNDS = {
     "decoder.share": "(0, 1]",
     "schedule.t0": "(0, 1]",
     "cache.views": "[1, inf)",
+    "cache.block": "[1, inf)",
+    "cache.max_error": "(0, inf)",
     "cache.shard_rows": "[1, inf)",
     "cache.encode_batch": "[1, inf)",
     "train.batch_size": "[1, inf)",
@@ -137,8 +139,6 @@ BOUNDS = {
 NOT_BUILT = {
     ("schedule.kind", "adaptive"): "use explicit or freezeout",
     ("cache.backend", "webdataset"): "use zarr",
-    ("cache.codec", "bfloat16"): "use float16",
-    ("cache.codec", "int8"): "use float16",
 }
 
 
@@ -150,7 +150,7 @@ def check(config: PipelineConfig) -> None:
     for (key, value), remedy in NOT_BUILT.items():
         if get(config, key) == value:
             raise ConfigError(f"{key} = {value} is not built yet in this version; {remedy}")
-    for problems in (*PROBLEMS, probe_problems, finetune_problems):
+    for problems in (*PROBLEMS, cache_problems, probe_problems, finetune_problems):
         for problem in problems(config):
             raise ConfigError(problem)
 

@@ -7,12 +7,15 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
+from cache.config import Codec
+from cache.errors import CacheError
 from cache.manifest import atomic_write
 from cache.size import cache_bytes
 from models.batch import MaskedBatch
@@ -94,6 +97,7 @@ def choices(wanted: Wanted) -> dict[str, Any]:
         for share in SHARES:
             other = Wanted(replace(config, decoder=replace(config.decoder, share=share)), wanted.paths)
             found["decoder_share"][str(share)] = step_seconds(other, last, "cached")
+    found["codecs"] = codec_bytes(wanted)
     if sampling(wanted).targets(wanted.segments[last].cut) & set(IMAGE_TARGETS):
         values = config.model.num_tokens * config.model.patch_values
         rows = np.arange(min(RECUT_IMAGES, len(wanted.data.train)))
@@ -111,6 +115,19 @@ def choices(wanted: Wanted) -> dict[str, Any]:
 RECUT_IMAGES = 64
 
 
+def codec_bytes(wanted: Wanted) -> dict[str, int]:
+    """Bytes of all caches of the stages by the codec of all of them, without a filter; exact but for metadata. A codec
+    that does not fit the model is left out."""
+    found, cache = {}, wanted.config.cache
+    for codec in get_args(Codec):
+        other = replace(cache, codec=codec, later_codec="", filter="none")
+        with suppress(CacheError):
+            run = Wanted(replace(wanted.config, cache=other), wanted.paths)
+            needs = [need for stage in range(1, len(run.segments)) for need in new_needs(run, stage)]
+            found[codec] = sum(cache_bytes(run.layout(need)) for need in needs)
+    return found
+
+
 def price_lines(prices: dict[str, Any]) -> Iterator[str]:
     """The choices as people read them."""
     if shares := prices.get("decoder_share"):
@@ -118,6 +135,9 @@ def price_lines(prices: dict[str, Any]) -> Iterator[str]:
             f"{share} {1e3 * seconds:.0f} ms ({shares['1.0'] / seconds:.2f}×)" for share, seconds in shares.items()
         )
         yield f"a cached step at the last cut by decoder.share: {steps}"
+    if codecs := prices.get("codecs"):
+        sizes = ", ".join(f"{codec} {size / 1e6:,.0f} MB" for codec, size in codecs.items())
+        yield f"caches by cache.codec: {sizes}; cache.filter = lz4 or zstd: at most that, how much less the data decide"
     if pixels := prices.get("pixels"):
         yield (
             f"image targets: cache.pixels=stored adds {pixels['stored_bytes'] / 1e6:,.0f} MB; "

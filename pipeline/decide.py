@@ -114,7 +114,7 @@ class Wanted:
         inputs = self._common() | self._taught(stage) | {"schedule.stage": asdict(self.segments[stage])}
         if stage:
             parent = self.record(self.paths.stage(stage - 1)) or {}
-            inputs |= {f"cache.{name}": getattr(self.config.cache, name) for name in ("views", "codec")}
+            inputs |= {"cache.views": self.config.cache.views} | self.config.cache.inputs(stage > 1)
             inputs |= {"mask.groups": self.config.mask.groups, "parent state": parent.get("state")}
         return inputs
 
@@ -213,7 +213,7 @@ class Wanted:
             data=self.data.train.digest,
             seed=config.seed,
             dtype=config.train.precision,
-            codec=config.cache.codec,
+            **config.cache.stored(later=stage > 1),
             pixels=config.cache.pixels == "stored" and any(head.target in IMAGE_TARGETS for head in self.heads),
             parent="",
             version=COMPUTATION_VERSION,
@@ -221,7 +221,7 @@ class Wanted:
 
     def layout(self, need: Need) -> Layout:
         """How a cache lies on disk, known before it is built."""
-        return need.layout(len(self.data.train), self.config.cache.shard_rows)
+        return need.layout(len(self.data.train), self.config.cache)
 
     def cache_folder(self, spec: FeatureSpec) -> Path:
         return self.paths.cache_root / cache_folder_name(spec)

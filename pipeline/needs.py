@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cache.codecs import parse_filter
+from cache.config import CacheConfig
 from cache.layout import Layout
 from models.spec import FeatureSpec
 
@@ -49,6 +51,8 @@ class Need:
         """The block from which it is computed."""
         return self.parent.draft.cut if self.parent else 0
 
-    def layout(self, num_samples: int, shard_rows: int) -> Layout:
+    def layout(self, num_samples: int, cache: CacheConfig) -> Layout:
         """How it lies on disk."""
-        return Layout(self.draft, num_samples, shard_rows)
+        return Layout(
+            self.draft, num_samples, cache.shard_rows, cache.backend, parse_filter(cache.filter).compression
+        )

@@ -90,7 +90,7 @@ class Tuning:
         inputs |= {f"finetune.{k}": v for k, v in asdict(config.finetune).items() if k not in BY_STEPS}
         inputs |= {"finetune.steps": asdict(self.segment), "train.precision": config.train.precision}
         if config.finetune.freeze:
-            inputs |= {"finetune.views": config.finetune.views, "cache.codec": config.cache.codec}
+            inputs |= {"finetune.views": config.finetune.views} | config.cache.inputs()
         return inputs
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cache import open_cache
-from cache.layout import Layout
 from cache.manifest import atomic_write
+from cache.writer import ErrorLimit
 from models.drop import DepthDrop
 from models.learner import Learner
 from models.mim import MaskedModel
@@ -262,7 +262,7 @@ def encode_job(wanted: Wanted, need: Need) -> EncodeJob:
     assert spec is not None, "the stage that the weights come from is trained first"
     return EncodeJob(
         folder=str(wanted.cache_folder(spec)),
-        layout=Layout(spec, len(wanted.data.train), config.cache.shard_rows),
+        layout=replace(wanted.layout(need), spec=spec),
         weights=str(wanted.paths.encoder(need.maker).model.absolute()),
         model=config.model,
         data=config.data,
@@ -274,6 +274,7 @@ def encode_job(wanted: Wanted, need: Need) -> EncodeJob:
         threads=config.cluster.threads or max(1, config.train.threads // max(1, config.cluster.workers)),
         loader_threads=config.train.loader_threads,
         rand_augment=need.rand_augment,
+        limit=ErrorLimit(largest=config.cache.max_error),
     )
 
 

@@ -4,7 +4,7 @@ shard of one view, wherever it runs, and leaves a receipt; a build goes on at th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from cache import open_cache
 from cache.errors import StaleCache
 from cache.layout import Layout, Shard
 from cache.loader import prefetch
+from cache.manifest import read_manifest
 from cache.size import check_space
-from cache.zarr_writer import RowBlock, create_store, finish, missing_shards, write_rows
+from cache.writer import NO_LIMIT, ErrorLimit, RowBlock, create_store, finish, missing_shards, write_rows
 from models.config import ModelConfig
 from models.masking import take_tokens
 from models.targets import normalize_images, patchify
@@ -51,6 +52,8 @@ class EncodeJob:
     loader_threads: int
     rand_augment: float = 0.0
     """Magnitude of RandAugment on every view; the spec's view transform names it."""
+    limit: ErrorLimit = NO_LIMIT
+    """What the cache may lose; `build` adds what its parent has lost."""
 
 
 RunTasks = Callable[[Callable[[Any], Shard], Sequence[Any]], Iterator[Shard]]
@@ -62,12 +65,15 @@ def build(job: EncodeJob, images: ImageList, run: RunTasks) -> Iterator[tuple[in
     `run` maps `encode_shard` over tasks anywhere and yields as they are done. What is made stays when the caller stops.
     """
     folder = Path(job.folder)
+    if job.parent:
+        job = replace(job, limit=replace(job.limit, inherited=read_manifest(job.parent).accumulated_error))
+        job.limit.check(0.0, job.layout.spec)
     check_space(folder, job.layout)
     create_store(folder, job.layout, images.labels, images.keys)
     missing, total = missing_shards(folder, job.layout), len(job.layout.shards)
     for count, _ in enumerate(run(encode_shard, [(job, shard) for shard in missing]), start=1):
         yield total - len(missing) + count, total
-    finish(folder, job.layout)
+    finish(folder, job.layout, job.limit)
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,7 @@ def encode_shard(task: tuple[EncodeJob, Shard]) -> Shard:
             with autocast(job.device, spec.dtype):
                 features, prefix = frozen_forward(encoder, job, part)
             blocks.append(part.block(features, prefix))
-    write_rows(Path(job.folder), job.layout, shard.view, shard.first_row, RowBlock.join(blocks))
+    write_rows(Path(job.folder), job.layout, shard.view, shard.first_row, RowBlock.join(blocks), job.limit)
     return shard
 
 

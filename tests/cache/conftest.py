@@ -12,7 +12,7 @@ import pytest
 
 from cache.layout import Layout, Shard
 from cache.manifest import CacheManifest
-from cache.zarr_writer import RowBlock, create_store, finish, missing_shards, write_rows
+from cache.writer import RowBlock, create_store, finish, missing_shards, write_rows
 from models.spec import FeatureSpec
 
 SPEC = FeatureSpec(

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_deciding_needs_neither_torch_nor_zarr() -> None:
-    modules = "cache.manifest, cache.size, cache.layout, cache.order, cache.verify, cache.config, cache.loader"
+    modules = "cache.codecs, cache.manifest, cache.size, cache.layout, cache.order, cache.verify, cache.config"
     code = f"import sys, {modules}; print(sorted({{'torch', 'zarr'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -44,6 +44,7 @@ def test_says_what_the_contract_lists(tmp_path: Path, example) -> None:
     assert set(values) >= {"backend", "shards", "stats", "complete"}
     assert set(values["shards"][0]) >= {"name", "first_row", "rows", "bytes", "checksum"}
     assert set(values["stats"][0]) == {"mean", "std", "max_abs"}
+    assert set(values["errors"][0]) == {"relative_rmse", "max_abs"} and values["accumulated_error"] >= 0
     assert values["parent"] == values["spec"]["parent"] == "ab" * 32
 
 
@@ -72,8 +73,8 @@ def test_another_spec_is_refused_by_the_field(tmp_path: Path, example, changes: 
 
 def test_another_version_is_stale_not_damaged(tmp_path: Path, example) -> None:
     manifest, _ = example().build(tmp_path)
-    write_manifest(tmp_path, replace(manifest, format=2))
-    with pytest.raises(StaleCache, match=f"{tmp_path}/manifest.json has format 2, this version reads 1"):
+    write_manifest(tmp_path, replace(manifest, format=1))
+    with pytest.raises(StaleCache, match=f"{tmp_path}/manifest.json has format 1, this version reads 2"):
         read_manifest(tmp_path)
     values = manifest.to_dict()
     values["spec"]["colour"] = "blue"

@@ -19,7 +19,7 @@ from cache.manifest import check_spec, read_manifest
 from cache.shard import ShardReader
 from cache.size import array_bytes, cache_bytes
 from cache.verify import drop_damaged, verify_cache
-from cache.zarr_writer import create_store, write_rows
+from cache.writer import create_store, write_rows
 
 PREFIX = 2
 
@@ -103,6 +103,6 @@ def test_a_prefix_that_float16_cannot_hold_is_named(tmp_path: Path, example, val
     wanted = example(prefix=PREFIX)
     wanted.prefix_VNSD[1, 4, 3, 2] = value
     create_store(tmp_path, wanted.layout, wanted.labels_N, wanted.keys)
-    message = f"sample 'sämple/4' view 1 prefix token 1 of group 1: feature {value:g} at cut 3"
+    message = f"sample 'sämple/4' view 1 prefix token 1 of group 1 channel 2: feature {value:g} at cut 3"
     with pytest.raises(Unrepresentable, match=re.escape(message) + f".*{remedy}"):
         write_rows(tmp_path, wanted.layout, 1, 3, wanted.block(Shard(1, 3, 3)))

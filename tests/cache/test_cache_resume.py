@@ -9,7 +9,7 @@ import pytest
 from cache import open_cache
 from cache.errors import CacheError, MissingCache, StaleCache, Unrepresentable
 from cache.layout import Shard
-from cache.zarr_writer import create_store, finish, missing_shards, write_rows
+from cache.writer import create_store, finish, missing_shards, write_rows
 
 
 def test_the_order_of_writing_does_not_matter(tmp_path: Path, example, tree) -> None:
@@ -128,7 +128,7 @@ def test_what_float16_cannot_hold_is_refused(tmp_path: Path, example, value: flo
     wanted.features_VNLD[1, 4, 9, 2] = value
     token = wanted.token_ids_VNL[1, 4, 9]
     create_store(tmp_path, wanted.layout, wanted.labels_N, wanted.keys)
-    message = f"sample 'sämple/4' view 1 token {token}: feature {shown} at cut 3 .*at most 65504\\); {remedy}"
+    message = f"sample 'sämple/4' view 1 token {token} channel 2: feature {shown} at cut 3 .*at most 65504\\); {remedy}"
     with pytest.raises(Unrepresentable, match=message) as caught:
         write_rows(tmp_path, wanted.layout, shard.view, shard.first_row, wanted.block(shard))
     assert "\n" not in str(caught.value)

@@ -12,7 +12,7 @@ from cache import open_cache
 from cache.errors import CacheError, DamagedCache, MissingCache
 from cache.layout import Shard
 from cache.verify import Damage, drop_damaged, remove_cache, verify_cache
-from cache.zarr_writer import create_store, missing_shards
+from cache.writer import create_store, missing_shards
 
 
 @pytest.fixture(scope="module")

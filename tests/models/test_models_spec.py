@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from models.spec import FeatureSpec, canonical_json, derive_seed, digest
+from models.spec import LATER_FIELDS, FeatureSpec, canonical_json, derive_seed, digest
 
 REPOSITORY = Path(__file__).parents[2]
 SPEC = FeatureSpec(
@@ -37,6 +37,8 @@ SPEC = FeatureSpec(
     parent="",
     version=1,
     prefix=1,
+    block=32,
+    keepbits=5,
 )
 
 
@@ -51,15 +53,16 @@ def test_survives_a_trip_through_json() -> None:
     assert list(SPEC.to_dict()) == [field.name for field in fields(FeatureSpec)]
 
 
-def test_a_model_without_prefix_tokens_is_recorded_as_before_there_were_any() -> None:
-    plain = replace(SPEC, prefix=0)
-    assert "prefix" not in plain.to_dict() and FeatureSpec.from_dict(plain.to_dict()) == plain
-    assert plain.differences(SPEC) == [("prefix", 0, 1)] and SPEC.differences(plain) == [("prefix", 1, 0)]
+@pytest.mark.parametrize("field", ["prefix", "block", "keepbits"])
+def test_a_cache_without_a_later_field_is_recorded_as_before_there_was_any(field: str) -> None:
+    plain, value = replace(SPEC, **{field: 0}), getattr(SPEC, field)
+    assert field not in plain.to_dict() and FeatureSpec.from_dict(plain.to_dict()) == plain
+    assert plain.differences(SPEC) == [(field, 0, value)] and SPEC.differences(plain) == [(field, value, 0)]
 
 
 def test_holds_every_setting_that_can_change_a_number() -> None:
     names = """model image_size patch_size width depth heads weights cut groups mask_ratio mask_block views
-        view_transform data seed dtype codec pixels parent version prefix"""
+        view_transform data seed dtype codec pixels parent version prefix block keepbits"""
     assert {field.name for field in fields(FeatureSpec)} == set(names.split())
 
 
@@ -71,7 +74,7 @@ def test_each_field_changes_the_fingerprint_and_is_named(name: str) -> None:
     assert SPEC.differences(changed) == [(name, mine, other(mine))]
 
 
-@pytest.mark.parametrize("name", SPEC.to_dict().keys() - {"prefix"})
+@pytest.mark.parametrize("name", SPEC.to_dict().keys() - LATER_FIELDS)
 def test_a_missing_field_is_named(name: str) -> None:
     values = SPEC.to_dict()
     del values[name]

@@ -1,0 +1,143 @@
+"""The arithmetic of the codecs: float32 features to the numbers on disk and back, and what is lost on the way. The
+writer rounds whole shards, readers restore batches; both stay clear of memory for copies of a whole shard in float64.
+
+Shapes: N samples, L tokens, D channels, K blocks of channels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from cache.codecs import CODECS, INT8_STEPS
+
+# torch's grain size: an element-wise operation on no more values stays in the calling thread.
+SERIAL_VALUES = 32768
+
+
+class Rounded(NamedTuple):
+    """Features as they are stored."""
+
+    values_NLD: np.ndarray
+    """float16, uint16 that stand for bfloat16, or int8."""
+    scale_NLK: np.ndarray | None
+    """float16 step of every block of channels; with int8 only."""
+
+
+class Unfit(NamedTuple):
+    """The first value that a codec cannot hold."""
+
+    sample: int
+    token: int
+    channel: int
+    value: float
+
+
+def round_features(values_NLD: np.ndarray, codec: str, block: int = 0, keepbits: int = 0) -> Rounded | Unfit:
+    """float32 features as a codec stores them: to nearest, ties to even; or the first that it cannot hold."""
+    if codec == "int8":
+        return _to_int8(values_NLD, block)
+    half = torch.bfloat16 if codec == "bfloat16" else torch.float16
+    rounded = torch.from_numpy(values_NLD).to(half)  # numpy takes twenty times as long
+    stored = rounded.view(torch.int16).numpy().view(np.uint16)
+    fits = torch.isfinite(rounded)
+    if keepbits:
+        stored = _bit_round(stored, CODECS[codec].mantissa - keepbits)
+        fits &= torch.isfinite(torch.from_numpy(stored.view(np.int16)).view(half))
+    if not fits.all():
+        sample, token, channel = (int(i) for i in (~fits).nonzero()[0])
+        return Unfit(sample, token, channel, float(values_NLD[sample, token, channel]))
+    return Rounded(stored.view(CODECS[codec].dtype), None)
+
+
+def restore(values: np.ndarray, codec: str, scale: np.ndarray | None = None) -> torch.Tensor:
+    """Stored values as float32, converted in pieces too small for torch to wake its thread pool.
+
+    A pool of the loader's own threads spins after each use and takes the cores from the training step: on two cores
+    that cost 12-18 % of a step. With int8, the last axis of `scale` is that of `values` over the block's size.
+    """
+    stored = torch.from_numpy((values.view(np.int16) if codec == "bfloat16" else values).reshape(-1))
+    if codec == "bfloat16":
+        stored = stored.view(torch.bfloat16)
+    found = torch.empty(stored.shape, dtype=torch.float32)
+    if scale is None:
+        for start in range(0, len(stored), SERIAL_VALUES):
+            found[start : start + SERIAL_VALUES].copy_(stored[start : start + SERIAL_VALUES])
+        return found.reshape(values.shape)
+    steps = torch.from_numpy(scale.reshape(-1, 1))
+    block = len(stored) // len(steps)
+    many = max(1, SERIAL_VALUES // block)
+    blocks, out = stored.reshape(-1, block), found.reshape(-1, block)
+    for start in range(0, len(steps), many):
+        piece = slice(start, start + many)
+        out[piece].copy_(blocks[piece]).mul_(steps[piece].float())
+    return found.reshape(values.shape)
+
+
+class Moments(NamedTuple):
+    """Sums over the features of a shard, from which the statistics of a view are made."""
+
+    total: float
+    squares: float
+    peak: float
+    """Largest magnitude stored."""
+    error_squares: float
+    """Of stored minus given."""
+    given_squares: float
+    error_peak: float
+
+
+def moments(given_NLD: np.ndarray, rounded: Rounded, codec: str) -> Moments:
+    """What was stored and how far it is from what was given; sample by sample."""
+    sums, peaks = np.zeros(4), np.zeros(2)
+    for sample, given_LD in enumerate(given_NLD):
+        scale = None if rounded.scale_NLK is None else rounded.scale_NLK[sample]
+        stored = restore(rounded.values_NLD[sample], codec, scale).numpy().astype(np.float64)
+        given = given_LD.astype(np.float64)
+        error = stored - given
+        sums += stored.sum(), np.square(stored).sum(), np.square(error).sum(), np.square(given).sum()
+        peaks = np.maximum(peaks, (np.abs(stored).max(), np.abs(error).max()))
+    total, squares, error_squares, given_squares = sums.tolist()
+    return Moments(total, squares, float(peaks[0]), error_squares, given_squares, float(peaks[1]))
+
+
+def relative_rmse(error_squares: float, given_squares: float) -> float:
+    """Root of the mean squared error over that of the values; 0 where all values are 0 and kept."""
+    return math.sqrt(error_squares / given_squares) if given_squares else 0.0
+
+
+def _to_int8(values_NLD: np.ndarray, block: int) -> Rounded | Unfit:
+    """Each block of a token's channels over its own scale, the largest magnitude over 127 rounded *up* to float16: were
+    it rounded down, 127 steps would not reach that magnitude, by half of it where the scale is subnormal."""
+    samples, tokens, width = values_NLD.shape
+    stored_NLD = np.empty(values_NLD.shape, np.int8)
+    scale_NLK = np.empty((samples, tokens, width // block), np.float16)
+    for sample in range(samples):
+        blocks = torch.from_numpy(values_NLD[sample]).reshape(tokens, -1, block)
+        peaks = blocks.abs().amax(-1).numpy()
+        with np.errstate(over="ignore", invalid="ignore"):
+            scale = (peaks / np.float32(INT8_STEPS)).astype(np.float16)
+            low = scale.astype(np.float32) * INT8_STEPS < peaks  # exact: 11 bits times 7
+            scale = np.where(low, np.nextafter(scale, np.float16(np.inf)), scale)
+        if not np.isfinite(scale).all():
+            token, which = (int(i) for i in np.argwhere(~np.isfinite(scale))[0])
+            own = blocks[token, which].abs().numpy()
+            channel = int(np.argmax(np.where(np.isfinite(own), own, np.inf)))
+            return Unfit(sample, token, which * block + channel, float(blocks[token, which, channel]))
+        steps = torch.from_numpy(np.where(scale == 0, np.float16(1), scale).astype(np.float32))
+        stored_NLD[sample] = (blocks / steps[..., None]).round_().to(torch.int8).reshape(tokens, width).numpy()
+        scale_NLK[sample] = scale
+    return Rounded(stored_NLD, scale_NLK)
+
+
+def _bit_round(stored: np.ndarray, dropped: int) -> np.ndarray:
+    """Floats, as uint16, without the last `dropped` bits of their mantissa: to nearest, ties to even. The same as
+    numcodecs' BitRound, which does not know bfloat16."""
+    if not dropped:
+        return stored
+    half_less = np.uint16((1 << (dropped - 1)) - 1)
+    rounded = stored + (half_less + ((stored >> dropped) & np.uint16(1)))
+    return rounded & np.uint16(0xFFFF ^ ((1 << dropped) - 1))

@@ -1,0 +1,258 @@
+"""Builds a cache: `create_store` once, `write_rows` once per shard in any order and from any process, `finish` last. A
+shard that is durably written leaves a receipt, so that a build that was stopped anywhere goes on at the first shard
+without one. What the files of a backend are is cache.zarr_writer's business.
+
+Shapes: N the samples of a shard, L tokens, S prefix tokens of all groups, D width, P values of a pixel patch.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from cache.codecs import CODECS, describe
+from cache.errors import CacheError, MissingCache, StaleCache, TooCoarse, Unrepresentable
+from cache.layout import STORE, Layout, Shard
+from cache.manifest import (
+    MANIFEST,
+    CacheManifest,
+    ShardEntry,
+    ViewError,
+    ViewStats,
+    atomic_write,
+    check_spec,
+    checksum,
+    find_damage,
+    read_manifest,
+    write_manifest,
+)
+from cache.receipts import RECEIPTS, STORE_RECEIPT, read_receipt, receipt_name, write_receipt
+from cache.rounding import Moments, Rounded, Unfit, moments, relative_rmse, round_features
+from cache.zarr_writer import shard_files, static_files
+from models.spec import FeatureSpec
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """All that one shard of a view holds."""
+
+    features_NLD: np.ndarray
+    """float32, tokens in stored order: group after group."""
+    crop_N5: np.ndarray
+    """Top, left, height, width, flip."""
+    keys: tuple[str, ...]
+    token_ids_NL: np.ndarray | None = None
+    """Raster position of each stored token; with more than one group only."""
+    pixels_NLP: np.ndarray | None = None
+    """uint8 patches in raster order; where the spec stores pixels only."""
+    prefix_NSD: np.ndarray | None = None
+    """float32, the prefix of every group, group after group; where the model has one only."""
+
+    @classmethod
+    def join(cls, blocks: Sequence[RowBlock]) -> RowBlock:
+        """One block of all rows, in order."""
+
+        def stack(name: str) -> np.ndarray | None:
+            parts = [getattr(block, name) for block in blocks]
+            return None if parts[0] is None else np.concatenate(parts)
+
+        keys = tuple(chain.from_iterable(block.keys for block in blocks))
+        features, crops = stack("features_NLD"), stack("crop_N5")
+        assert features is not None and crops is not None
+        return cls(features, crops, keys, stack("token_ids_NL"), stack("pixels_NLP"), stack("prefix_NSD"))
+
+
+@dataclass(frozen=True)
+class ErrorLimit:
+    """How much of its features a cache may lose, as relative RMSE."""
+
+    inherited: float = 0.0
+    """The accumulated error of the cache that this one continues."""
+    largest: float = math.inf
+    """cache.max_error"""
+
+    def check(self, own: float, spec: FeatureSpec) -> None:
+        """TooCoarse, with the numbers, when a part of a cache loses so much."""
+        if own + self.inherited > self.largest:
+            before = f" after {self.inherited:.4f} in the caches before it" if self.inherited else ""
+            raise TooCoarse(
+                f"{describe(spec)} loses {own:.4f} (relative RMSE) at cut {spec.cut}{before}, in all more than "
+                f"cache.max_error = {self.largest:g}; use cache.codec=float16 or a smaller cache.block, or raise it"
+            )
+
+
+NO_LIMIT = ErrorLimit()
+
+
+def create_store(folder: Path, layout: Layout, labels: np.ndarray, keys: Sequence[str]) -> None:
+    """Writes metadata, labels and keys. Does nothing to what is there already and as it should be."""
+    if _finished(folder, layout):
+        return
+    assert len(labels) == len(keys) == layout.num_samples
+    entries = []
+    for name, content in static_files(layout, labels, keys).items():
+        entry = ShardEntry(name, 0, 0, len(content), checksum(content))
+        if find_damage(folder, entry):
+            atomic_write(folder / entry.name, content)
+        entries.append(entry)
+    write_receipt(folder, layout, STORE_RECEIPT, entries)
+
+
+def missing_shards(folder: Path, layout: Layout) -> list[Shard]:
+    """Shards still to be written: no receipt of this very layout, or files that, hashed afresh, differ from it."""
+    if _finished(folder, layout):
+        return []
+
+    def is_whole(shard: Shard) -> bool:
+        entries = read_receipt(folder, layout, receipt_name(shard))
+        return entries is not None and not any(find_damage(folder, entry) for entry in entries)
+
+    return [shard for shard in layout.shards if not is_whole(shard)]
+
+
+def write_rows(
+    folder: Path, layout: Layout, view: int, first_row: int, block: RowBlock, limit: ErrorLimit = NO_LIMIT
+) -> list[ShardEntry]:
+    """Writes one shard of every array of a view, then its receipt.
+
+    Unrepresentable, naming the value; TooCoarse when the shard alone is above the limit, and CacheError on a full disk.
+    """
+    shard = Shard(view, first_row, len(block.keys))
+    assert shard in layout.shards, f"{shard} is no shard of the layout: one writer per shard"
+    rounded, prefix_NSD = _round(block, layout, view), _round_prefix(block, layout, view)
+    found = moments(block.features_NLD, rounded, layout.spec.codec)
+    limit.check(relative_rmse(found.error_squares, found.given_squares), layout.spec)
+    given = {
+        "features": rounded.values_NLD,
+        "scale": rounded.scale_NLK,
+        "crop": block.crop_N5,
+        "token_ids": block.token_ids_NL,
+        "pixels": block.pixels_NLP,
+        "prefix": prefix_NSD,
+    }
+    rows = {}
+    for array in layout.arrays:
+        values = given[array.name]
+        assert values is not None and values.shape == (shard.rows, *array.row_shape), f"{array} in a block of the spec"
+        rows[array.name] = values
+    entries: list[ShardEntry] = []
+    for name, content in shard_files(layout, shard, rows).items():
+        entry = ShardEntry(
+            name, first_row, shard.rows, len(content), checksum(content), None if entries else tuple(found)
+        )
+        atomic_write(folder / name, content)
+        entries.append(entry)
+    write_receipt(folder, layout, receipt_name(shard), entries)
+    return entries
+
+
+def finish(folder: Path, layout: Layout, limit: ErrorLimit = NO_LIMIT) -> CacheManifest:
+    """Declares the cache finished. CacheError when a shard is still missing, TooCoarse when it lost more than it may;
+    a second call changes nothing."""
+    manifest = _finished(folder, layout)
+    if manifest is None:
+        names = [STORE_RECEIPT, *(receipt_name(shard) for shard in layout.shards)]
+        receipts = {name: read_receipt(folder, layout, name) for name in names}
+        missing = [name for name, entries in receipts.items() if entries is None]
+        if missing:
+            raise CacheError(
+                f"the cache at {folder} lacks {len(missing)} of {len(names)} parts, first {missing[0]}; "
+                f"run again, it resumes there"
+            )
+        entries = tuple(chain.from_iterable(entries for entries in receipts.values() if entries))
+        stats, errors = _view_stats(entries, layout)
+        worst = max(error.relative_rmse for error in errors)
+        limit.check(worst, layout.spec)
+        manifest = CacheManifest(
+            spec=layout.spec,
+            num_samples=layout.num_samples,
+            shard_rows=layout.shard_rows,
+            shards=entries,
+            stats=stats,
+            errors=errors,
+            accumulated_error=limit.inherited + worst,
+            backend=layout.backend,
+            compression=layout.compression,
+        )
+        write_manifest(folder, manifest)
+    _sweep(folder, {entry.name for entry in manifest.shards})
+    return manifest
+
+
+def _finished(folder: Path, layout: Layout) -> CacheManifest | None:
+    try:
+        manifest = read_manifest(folder)
+    except (MissingCache, StaleCache):  # stale: another version's, and built anew over it
+        return None
+    check_spec(manifest, layout.spec)
+    return manifest
+
+
+def _round(block: RowBlock, layout: Layout, view: int) -> Rounded:
+    spec = layout.spec
+    rounded = round_features(block.features_NLD, spec.codec, spec.block, spec.keepbits)
+    if isinstance(rounded, Unfit):
+        ids = block.token_ids_NL
+        token = rounded.token if ids is None else ids[rounded.sample, rounded.token]
+        raise _unrepresentable(rounded, block, layout, view, f"token {token}", spec.codec)
+    return rounded
+
+
+def _round_prefix(block: RowBlock, layout: Layout, view: int) -> np.ndarray | None:
+    if block.prefix_NSD is None:
+        return None
+    codec = "float16" if layout.spec.codec == "int8" else layout.spec.codec
+    rounded = round_features(block.prefix_NSD, codec)
+    if isinstance(rounded, Unfit):
+        group, place = divmod(rounded.token, layout.spec.prefix)
+        raise _unrepresentable(rounded, block, layout, view, f"prefix token {place} of group {group}", codec)
+    return rounded.values_NLD
+
+
+def _unrepresentable(
+    unfit: Unfit, block: RowBlock, layout: Layout, view: int, token: str, codec: str
+) -> Unrepresentable:
+    remedy = "the encoder has diverged: lower train.lr and train again"
+    if math.isfinite(unfit.value):
+        remedy = "cut earlier" + ("" if codec == "bfloat16" else " or use cache.codec=bfloat16")
+    spec, place = layout.spec, f"channel {unfit.channel}"
+    if codec == "int8":
+        place += f" (block {unfit.channel // spec.block} of {spec.width // spec.block})"
+    return Unrepresentable(
+        f"sample {block.keys[unfit.sample]!r} view {view} {token} {place}: feature {unfit.value:g} at cut {spec.cut} "
+        f"does not fit {codec} (finite, magnitude at most {CODECS[codec].largest:.7g}); {remedy}"
+    )
+
+
+def _view_stats(
+    entries: Iterable[ShardEntry], layout: Layout
+) -> tuple[tuple[ViewStats, ...], tuple[ViewError, ...]]:
+    found = [Moments(*entry.moments) for entry in entries if entry.moments]
+    shards = len(found) // layout.spec.views
+    count = layout.num_samples * layout.spec.num_tokens * layout.spec.width
+    stats, errors = [], []
+    for view in range(layout.spec.views):
+        own = found[view * shards : (view + 1) * shards]
+        sums = np.array(own).sum(0)
+        total = Moments(*sums.tolist())
+        mean = total.total / count
+        variance = total.squares / count - mean**2
+        stats.append(ViewStats(mean, math.sqrt(max(variance, 0.0)), max(part.peak for part in own)))
+        relative = relative_rmse(total.error_squares, total.given_squares)
+        errors.append(ViewError(relative, max(part.error_peak for part in own)))
+    return tuple(stats), tuple(errors)
+
+
+def _sweep(folder: Path, named: set[str]) -> None:
+    """Removes receipts, half-written files, and shards of a build with another shard size."""
+    shutil.rmtree(folder / RECEIPTS, ignore_errors=True)
+    store = [path for path in (folder / STORE).rglob("*") if path.is_file()]
+    for path in [*store, *folder.glob(f".{MANIFEST}.*.tmp")]:
+        if path.relative_to(folder).as_posix() not in named:
+            path.unlink()

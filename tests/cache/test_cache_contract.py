@@ -1,0 +1,235 @@
+"""One contract for every way of keeping features: what one guarantees the others guarantee."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import tensorstore
+import torch
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache import open_cache
+from cache.errors import CacheError, DamagedCache, MissingCache, StaleCache, TooCoarse, Unrepresentable
+from cache.layout import Shard
+from cache.manifest import check_spec, read_manifest
+from cache.size import array_bytes
+from cache.verify import drop_damaged, verify_cache
+from cache.writer import ErrorLimit, create_store, finish, missing_shards, write_rows
+
+
+class Kept(NamedTuple):
+    codec: str
+    block: int
+    keepbits: int
+    compression: str
+
+
+KINDS = [
+    Kept("float16", 0, 0, ""),
+    Kept("float16", 0, 4, ""),
+    Kept("float16", 0, 0, "zstd"),
+    Kept("bfloat16", 0, 0, ""),
+    Kept("bfloat16", 0, 3, "lz4"),
+    Kept("int8", 4, 0, ""),
+    Kept("int8", 8, 0, "zstd"),
+]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kept: "-".join(str(part) for part in kept if part))
+def wanted(request, example):
+    kept = request.param
+    made = example(width=8, prefix=2, codec=kept.codec, block=kept.block, keepbits=kept.keepbits)
+    return replace(made, layout=replace(made.layout, compression=kept.compression))
+
+
+@pytest.fixture(scope="module")
+def whole(wanted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    wanted.build(folder)
+    return folder
+
+
+def slow_rounding(values: np.ndarray, spec) -> np.ndarray:
+    """What shall be read back, value by value in float64."""
+    if spec.codec == "int8":
+        blocks = values.astype(np.float64).reshape(*values.shape[:-1], -1, spec.block)
+        peaks = np.abs(blocks).max(-1, keepdims=True) / 127
+        scale = peaks.astype(np.float16)
+        scale = np.where(scale.astype(np.float64) < peaks, np.nextafter(scale, np.float16(np.inf)), scale)
+        return (np.round(blocks / scale.astype(np.float64)) * scale.astype(np.float64)).reshape(values.shape)
+    bits = {"float16": 10, "bfloat16": 7}[spec.codec]
+    for kept in (bits, spec.keepbits or bits):
+        step = 2.0 ** (np.floor(np.log2(np.abs(values, dtype=np.float64))) - kept)
+        values = np.round(values / step) * step
+    return values
+
+
+def test_round_trip_in_any_order(whole: Path, wanted) -> None:
+    reader, rows, spec = open_cache(whole, verify=True), [6, 0, 3, 3], wanted.layout.spec
+    for view in range(2):
+        read = slow_rounding(wanted.features_VNLD[view], spec)
+        for group in (None, 0, 3):
+            tokens = slice(None) if group is None else slice(group * 4, group * 4 + 4)
+            prefix = slice(None) if group is None else slice(group * 2, group * 2 + 2)
+            batch = reader.read(rows, view, group)
+            assert batch.features_BLD.dtype == batch.prefix_BSD.dtype == torch.float32
+            np.testing.assert_allclose(batch.features_BLD, read[rows, tokens], rtol=1e-6)
+            np.testing.assert_allclose(batch.prefix_BSD, wanted.prefix_VNSD[view, rows, prefix], rtol=2**-8, atol=1e-6)
+            np.testing.assert_array_equal(batch.ids_BL, wanted.token_ids_VNL[view, rows, tokens])
+            np.testing.assert_array_equal(batch.pixels_BLP, wanted.pixels_VNLP[view, rows])
+            np.testing.assert_array_equal(batch.labels_B, wanted.labels_N[rows])
+            assert batch.keys == tuple(wanted.keys[row] for row in rows)
+        np.testing.assert_array_equal(reader.crops(rows, view), wanted.crop_VN5[view, rows])
+
+
+def test_the_manifest_states_the_measured_error(whole: Path, wanted) -> None:
+    manifest, reader = read_manifest(whole), open_cache(whole)
+    assert len(manifest.errors) == 2
+    for view, error in enumerate(manifest.errors):
+        given_ = wanted.features_VNLD[view].astype(np.float64)
+        difference = reader.read(range(7), view).features_BLD.numpy() - given_
+        assert error.relative_rmse == pytest.approx(np.sqrt((difference**2).sum() / (given_**2).sum()), rel=1e-9)
+        assert error.max_abs == pytest.approx(np.abs(difference).max(), rel=1e-9) and error.max_abs > 0
+    assert manifest.accumulated_error == max(error.relative_rmse for error in manifest.errors)
+
+
+def test_errors_add_up_along_a_chain_and_are_refused_above_the_bound(tmp_path: Path, whole: Path, wanted) -> None:
+    own = read_manifest(whole).accumulated_error
+    layout, shards = wanted.layout, wanted.layout.shards
+    create_store(tmp_path, layout, wanted.labels_N, wanted.keys)
+    for shard in shards:
+        write_rows(tmp_path, layout, shard.view, shard.first_row, wanted.block(shard), ErrorLimit(0.25, 0.5))
+    with pytest.raises(TooCoarse, match=rf"loses {own:.4f} .* at cut 3 after 0.2500 .* cache.max_error = 0.25"):
+        finish(tmp_path, layout, ErrorLimit(0.25, 0.25))
+    assert finish(tmp_path, layout, ErrorLimit(0.25, 0.5)).accumulated_error == 0.25 + own
+    with pytest.raises(TooCoarse, match=r"cache.max_error = 1e-09"):
+        write_rows(tmp_path / "b", layout, 0, 0, wanted.block(shards[0]), ErrorLimit(0.0, 1e-9))
+    assert not (tmp_path / "b").exists()
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), place=st.integers(0, 2**20), mask=st.integers(1, 255))
+def test_any_altered_byte_is_found(whole: Path, data: st.DataObject, place: int, mask: int) -> None:
+    path = data.draw(st.sampled_from(sorted(path for path in whole.rglob("*") if path.is_file())))
+    content = path.read_bytes()
+    altered = bytearray(content)
+    altered[place % len(content)] ^= mask
+    path.write_bytes(altered)
+    try:
+        assert [damage.file for damage in verify_cache(whole)] == [path.relative_to(whole).as_posix()]
+        with pytest.raises(DamagedCache, match=f"{re.escape(str(path))} .*; run `make repair`"):
+            reader = open_cache(whole)
+            for view in range(2):
+                reader.read(range(7), view)
+                reader.crops(range(7), view)
+    finally:
+        path.write_bytes(content)
+
+
+def test_a_missing_or_truncated_file_is_named_and_repaired_to_the_bit(
+    tmp_path: Path, whole: Path, wanted, tree
+) -> None:
+    folder = shutil.copytree(whole, tmp_path / "cache")
+    for number, name in enumerate(wanted.layout.files(Shard(1, 3, 3))):
+        if number % 2:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_bytes((folder / name).read_bytes()[:-1])
+    damages = verify_cache(folder)
+    assert {damage.file for damage in damages} == set(wanted.layout.files(Shard(1, 3, 3)))
+    assert {(damage.rows, damage.view) for damage in damages} == {(range(3, 6), 1)}
+    reader = open_cache(folder)
+    reader.read([0, 1, 2, 6], view=1)
+    with pytest.raises(DamagedCache, match="run `make repair`"):
+        reader.read([4], view=1)
+    drop_damaged(folder, damages)
+    with pytest.raises(MissingCache, match="is unfinished"):
+        open_cache(folder)
+    _, built = wanted.build(folder)
+    assert built == [Shard(1, 3, 3)] and tree(folder) == tree(whole)
+
+
+def test_a_build_goes_on_at_the_first_missing_shard(tmp_path: Path, whole: Path, wanted, tree) -> None:
+    create_store(tmp_path, wanted.layout, wanted.labels_N, wanted.keys)
+    for shard in wanted.layout.shards[:4]:
+        write_rows(tmp_path, wanted.layout, shard.view, shard.first_row, wanted.block(shard))
+    with pytest.raises(CacheError, match="lacks 2 of 7 parts, first view_1-000000003"):
+        finish(tmp_path, wanted.layout)
+    other = replace(wanted.layout, compression="" if wanted.layout.compression else "lz4")
+    if wanted.layout.backend == "zarr":
+        assert missing_shards(tmp_path, other) == list(other.shards)
+    _, built = wanted.build(tmp_path)
+    assert built == list(wanted.layout.shards[4:]) and tree(tmp_path) == tree(whole)
+
+
+def test_another_fingerprint_is_refused_by_the_field(whole: Path, wanted) -> None:
+    for field, value in {"codec": "other", "block": 2, "keepbits": 9, "seed": 5}.items():
+        spec = replace(wanted.layout.spec, **{field: value})
+        assert spec.fingerprint != wanted.layout.spec.fingerprint
+        with pytest.raises(StaleCache, match=f"cache holds {field}=.*, wanted {field}={value}; run `make explain`"):
+            check_spec(read_manifest(whole), spec)
+
+
+def test_another_versions_manifest_is_stale_and_built_over(tmp_path: Path, whole: Path, wanted, tree) -> None:
+    from cache.manifest import atomic_write, seal
+
+    folder = shutil.copytree(whole, tmp_path / "cache")
+    atomic_write(folder / "manifest.json", seal({**read_manifest(folder).to_dict(), "format": 1}))
+    with pytest.raises(StaleCache, match="has format 1, this version reads 2"):
+        open_cache(folder)
+    _, built = wanted.build(folder)
+    assert built == list(wanted.layout.shards) and tree(folder) == tree(whole)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 3.4e38])
+def test_what_cannot_be_held_is_named(tmp_path: Path, wanted, value: float) -> None:
+    if wanted.layout.spec.codec == "bfloat16" and np.isfinite(value):
+        value = float(np.float32(3.4028e38))
+    shard = wanted.layout.shards[4]
+    block = wanted.block(shard)
+    features = block.features_NLD.copy()
+    features[1, 9, 6] = value
+    place = f"token {wanted.token_ids_VNL[1, 4, 9]} channel 6"
+    if size := wanted.layout.spec.block:
+        place += rf" \(block {6 // size} of {8 // size}\)"
+    create_store(tmp_path, wanted.layout, wanted.labels_N, wanted.keys)
+    with pytest.raises(Unrepresentable, match=f"sample 'sämple/4' view 1 {place}: feature .* at cut 3 does not fit"):
+        write_rows(tmp_path, wanted.layout, 1, 3, replace(block, features_NLD=features))
+    assert shard in missing_shards(tmp_path, wanted.layout)
+
+
+def test_zarr_python_and_tensorstore_read_the_stored_values(whole: Path, wanted) -> None:
+    if wanted.layout.backend != "zarr":
+        return
+    spec, reader = wanted.layout.spec, open_cache(whole)
+    for view in range(2):
+        arrays = zarr.open_group(whole / "data.zarr", mode="r")[f"view_{view}"]
+        assert set(arrays) == {array.name for array in wanted.layout.arrays}
+        for array in wanted.layout.arrays:
+            store = {"driver": "file", "path": str(whole / f"data.zarr/view_{view}/{array.name}")}
+            opened = tensorstore.open({"driver": "zarr3", "kvstore": store}).result()
+            np.testing.assert_array_equal(opened.read().result(), arrays[array.name][:])
+        values = arrays["features"][:]
+        assert values.dtype == {"float16": np.float16, "bfloat16": np.uint16, "int8": np.int8}[spec.codec]
+        if spec.codec == "bfloat16":
+            assert arrays["features"].attrs["dtype"] == "bfloat16"
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        if spec.codec == "int8":
+            assert arrays["features"].attrs["block"] == spec.block
+            values = values * arrays["scale"][:].astype(np.float32).repeat(spec.block, -1)
+        np.testing.assert_array_equal(values.astype(np.float32), reader.read(range(7), view).features_BLD)
+
+
+def test_sizes_are_predicted(whole: Path, wanted) -> None:
+    for array in wanted.layout.arrays:
+        files = [whole / wanted.layout.file(array, shard.view, shard.first_row) for shard in wanted.layout.shards]
+        found, predicted = sum(path.stat().st_size for path in files), array_bytes(wanted.layout, array)
+        assert found <= predicted if array.compression else found == predicted
