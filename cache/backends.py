@@ -1,24 +1,56 @@
-"""`open_cache`, the one place that picks a backend."""
+"""The one place that picks a backend: `open_cache` for reading, `files_of` for building."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
+
+import numpy as np
 
 from cache.errors import CacheError
-from cache.layout import refuse_unbuilt
+from cache.layout import Layout, Shard
 from cache.manifest import read_manifest
+from cache.reader import RowReader
 from cache.store import CacheReader
+from cache.wds_reader import TarCache
 from cache.zarr_reader import ZarrCache
+
+READERS: dict[str, type[RowReader]] = {"zarr": ZarrCache, "webdataset": TarCache}
+
+
+class Files(Protocol):
+    """What a backend's writer makes of a cache; cache.writer puts it on disk, safely."""
+
+    def static_files(self, layout: Layout, labels: np.ndarray, keys: Sequence[str]) -> dict[str, bytes]:
+        """Content of the files that hold no rows of a view, by name."""
+        ...
+
+    def shard_files(
+        self, folder: Path, layout: Layout, shard: Shard, rows: Mapping[str, np.ndarray], keys: Sequence[str]
+    ) -> dict[str, bytes]:
+        """Content of a shard's files, by name, in the order of `Layout.files`."""
+        ...
+
+
+def files_of(backend: str) -> Files:
+    """The writer of a backend."""
+    if backend == "webdataset":
+        from cache import wds_writer
+
+        return wds_writer
+    from cache import zarr_writer  # imports zarr, which readers do without
+
+    return zarr_writer
 
 
 def open_cache(path: str | os.PathLike[str], verify: bool = False) -> CacheReader:
     """Reader of the finished cache at `path`; with `verify` every file is hashed first.
 
     Raises MissingCache (nothing there, or unfinished), DamagedCache, StaleCache (another version's format), CacheError
-    (a URL or a backend that is not built yet).
+    (a URL, which is not built yet).
     """
     if "://" in str(path):
         raise CacheError(f"{path}: caches behind URLs are not built yet; give a local path")
-    refuse_unbuilt(read_manifest(path).backend)
-    return ZarrCache(Path(path), verify=verify)
+    return READERS[read_manifest(path).backend](Path(path), verify=verify)

@@ -1,4 +1,4 @@
-"""What lies where in a Zarr cache: its arrays, their shards and inner chunks, the name and size of every shard file.
+"""What lies where in a cache: its arrays, their shards and inner chunks, the name and size of every shard file.
 The writer, the reader, verification and the prediction of disk space all go by this one table. Free of torch and
 zarr."""
 
@@ -16,16 +16,14 @@ from cache.errors import CacheError
 from models.spec import FeatureSpec
 
 STORE = "data.zarr"
+TARS = "shards"
+INDEX = "index"
+"""Beside the tars: where their chunks lie, labels and keys."""
+LABELS, KEYS = f"{INDEX}/labels.npy", f"{INDEX}/keys.json"
 CRC_BYTES = 4
 INDEX_ENTRY_BYTES = 16
 BLOSC_BYTES = 16
 """What Blosc adds to a chunk that it cannot make smaller."""
-
-
-def refuse_unbuilt(backend: str) -> None:
-    """CacheError for settings that parse but are not built yet."""
-    if backend != "zarr":
-        raise CacheError(f"cache.backend={backend} is not built yet; use cache.backend=zarr")
 
 
 class Shard(NamedTuple):
@@ -74,7 +72,10 @@ class Layout:
     """lz4 or zstd; like the sizes of shards no part of the spec, since no number depends on it."""
 
     def __post_init__(self) -> None:
-        refuse_unbuilt(self.backend)
+        if self.backend == "webdataset" and self.compression:
+            raise CacheError(
+                f"cache.filter = {self.compression} compresses no member of a tar; use cache.backend=zarr or none"
+            )
         assert self.compression in ("", *COMPRESSIONS)
         if problem := codec_problem(self.spec.codec, self.spec.width, self.spec.block, self.spec.keepbits):
             raise CacheError(problem)
@@ -115,9 +116,12 @@ class Layout:
         )
 
     def file(self, array: RowArray, view: int, row: int) -> str:
-        """Name, relative to the cache's folder, of the file that holds a row of an array."""
+        """Name, relative to the cache's folder, of the file that holds a row of an array of a Zarr cache."""
         return f"{STORE}/view_{view}/{array.name}/c/{row // self.shard_rows}" + "/0" * len(array.row_shape)
 
     def files(self, shard: Shard) -> list[str]:
-        """Names of the files that a shard consists of, one per array."""
+        """Names of the files that a shard consists of, that of the features first: one per array, or tar and index."""
+        if self.backend == "webdataset":
+            name = f"view_{shard.view}-{shard.first_row // self.shard_rows:06d}"
+            return [f"{TARS}/{name}.tar", f"{INDEX}/{name}.npy"]
         return [self.file(array, shard.view, shard.first_row) for array in self.arrays]

@@ -6,19 +6,25 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 from cache.errors import CacheError
 from cache.layout import Layout, RowArray
+from cache.tar import COLUMNS, END, npy_header, padding
 
 # Measured on caches written here; only their order of magnitude matters beside the arrays.
 METADATA_BYTES = 1200
 MANIFEST_ENTRY_BYTES = 300
 KEY_BYTES = 16
+BLOCK = tarfile.BLOCKSIZE
 
 
 def array_bytes(layout: Layout, array: RowArray) -> int:
-    """Bytes of the shard files of an array, all views, exactly: values, checksums and indexes."""
+    """Bytes of an array in the shard files, all views, exactly: values, checksums and indexes, or members of tars."""
+    if layout.backend == "webdataset":
+        size = len(npy_header(array)) + array.splits * array.chunk_bytes
+        return layout.spec.views * layout.num_samples * (BLOCK + size + len(padding(size)))
     whole, rest = divmod(layout.num_samples, layout.shard_rows)
     view = whole * array.shard_bytes(layout.shard_rows, layout.shard_rows)
     view += array.shard_bytes(rest, layout.shard_rows) if rest else 0
@@ -31,8 +37,13 @@ def feature_bytes(layout: Layout) -> int:
 
 
 def cache_bytes(layout: Layout) -> int:
-    """Bytes of the whole cache: shards exactly; metadata, labels and keys (of unknown length) about."""
+    """Bytes of the whole cache: arrays exactly (at most, where they are compressed); metadata, labels and keys (of
+    unknown length) about."""
     arrays = sum(array_bytes(layout, array) for array in layout.arrays)
+    samples = layout.spec.views * layout.num_samples
+    if layout.backend == "webdataset":
+        arrays += samples * (2 * BLOCK + sum(array.splits for array in layout.arrays) * COLUMNS * 8)
+        arrays += layout.spec.views * math.ceil(layout.num_samples / layout.shard_rows) * (len(END) + 128)
     files = len(layout.arrays) * layout.spec.views * math.ceil(layout.num_samples / layout.shard_rows)
     metadata = METADATA_BYTES * len(layout.arrays) * layout.spec.views
     return arrays + metadata + files * MANIFEST_ENTRY_BYTES + layout.num_samples * (8 + KEY_BYTES)

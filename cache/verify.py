@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache.errors import DamagedCache, MissingCache
-from cache.layout import STORE
+from cache.layout import STORE, TARS
 from cache.manifest import MANIFEST, find_damage, read_manifest, sync_folder
 from cache.receipts import RECEIPTS, STORE_RECEIPT, receipt_name, write_receipt
 
@@ -70,7 +70,7 @@ def drop_damaged(folder: Path, damages: Iterable[Damage]) -> None:
 
 def remove_cache(folder: Path) -> None:
     """Deletes a cache, finished or not; the manifest first, so that a kill leaves no cache that looks finished."""
-    if not any((folder / part).exists() for part in (MANIFEST, STORE, RECEIPTS)):
+    if not any((folder / part).exists() for part in (MANIFEST, STORE, TARS, RECEIPTS)):
         raise MissingCache(f"{folder} is no cache; nothing was removed")
     _remove_manifest(folder)
     shutil.rmtree(folder)

@@ -1,6 +1,6 @@
 """Builds a cache: `create_store` once, `write_rows` once per shard in any order and from any process, `finish` last. A
 shard that is durably written leaves a receipt, so that a build that was stopped anywhere goes on at the first shard
-without one. What the files of a backend are is cache.zarr_writer's business.
+without one. What the files of a backend are, cache.backends knows.
 
 Shapes: N the samples of a shard, L tokens, S prefix tokens of all groups, D width, P values of a pixel patch.
 """
@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from cache.backends import files_of
 from cache.codecs import CODECS, describe
 from cache.errors import CacheError, MissingCache, StaleCache, TooCoarse, Unrepresentable
-from cache.layout import STORE, Layout, Shard
+from cache.layout import INDEX, STORE, TARS, Layout, Shard
 from cache.manifest import (
     MANIFEST,
     CacheManifest,
@@ -34,7 +35,6 @@ from cache.manifest import (
 )
 from cache.receipts import RECEIPTS, STORE_RECEIPT, read_receipt, receipt_name, write_receipt
 from cache.rounding import Moments, Rounded, Unfit, moments, relative_rmse, round_features
-from cache.zarr_writer import shard_files, static_files
 from models.spec import FeatureSpec
 
 
@@ -96,7 +96,7 @@ def create_store(folder: Path, layout: Layout, labels: np.ndarray, keys: Sequenc
         return
     assert len(labels) == len(keys) == layout.num_samples
     entries = []
-    for name, content in static_files(layout, labels, keys).items():
+    for name, content in files_of(layout.backend).static_files(layout, labels, keys).items():
         entry = ShardEntry(name, 0, 0, len(content), checksum(content))
         if find_damage(folder, entry):
             atomic_write(folder / entry.name, content)
@@ -141,8 +141,9 @@ def write_rows(
         values = given[array.name]
         assert values is not None and values.shape == (shard.rows, *array.row_shape), f"{array} in a block of the spec"
         rows[array.name] = values
+    files = files_of(layout.backend).shard_files(folder, layout, shard, rows, block.keys)
     entries: list[ShardEntry] = []
-    for name, content in shard_files(layout, shard, rows).items():
+    for name, content in files.items():
         entry = ShardEntry(
             name, first_row, shard.rows, len(content), checksum(content), None if entries else tuple(found)
         )
@@ -250,9 +251,12 @@ def _view_stats(
 
 
 def _sweep(folder: Path, named: set[str]) -> None:
-    """Removes receipts, half-written files, and shards of a build with another shard size."""
+    """Removes receipts, half-written files, and shards of a build with another shard size or backend."""
     shutil.rmtree(folder / RECEIPTS, ignore_errors=True)
-    store = [path for path in (folder / STORE).rglob("*") if path.is_file()]
-    for path in [*store, *folder.glob(f".{MANIFEST}.*.tmp")]:
+    for place in (STORE, TARS, INDEX):
+        if not any(name.startswith(f"{place}/") for name in named):
+            shutil.rmtree(folder / place, ignore_errors=True)
+    kept = [path for place in (STORE, TARS, INDEX) for path in (folder / place).rglob("*") if path.is_file()]
+    for path in [*kept, *folder.glob(f".{MANIFEST}.*.tmp")]:
         if path.relative_to(folder).as_posix() not in named:
             path.unlink()

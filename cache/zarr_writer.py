@@ -4,6 +4,7 @@ Zarr: any reader opens it. The steps of a build are in cache.writer."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,9 @@ def static_files(layout: Layout, labels: np.ndarray, keys: Sequence[str]) -> dic
     return {f"{STORE}/{name}": content.to_bytes() for name, content in sorted(files.items())}
 
 
-def shard_files(layout: Layout, shard: Shard, rows: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+def shard_files(
+    folder: Path, layout: Layout, shard: Shard, rows: Mapping[str, np.ndarray], keys: Sequence[str]
+) -> dict[str, bytes]:
     """The files of a shard, features first: its rows of every array, by name."""
     return {
         layout.file(array, shard.view, shard.first_row): _encode(rows[array.name], array, layout)

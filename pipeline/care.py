@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cache.errors import CacheError
+from cache.layout import TARS
 from cache.manifest import MANIFEST, read_manifest
 from cache.receipts import RECEIPTS
 from cache.verify import Damage, drop_damaged, remove_cache, verify_cache
@@ -39,7 +40,8 @@ def size(folder: Path) -> str:
     """The bytes of a finished cache, those of its features over two for each value, and what its codec has lost."""
     manifest = read_manifest(folder)
     total = sum(entry.bytes for entry in manifest.shards)
-    features = sum(entry.bytes for entry in manifest.shards if {"features", "scale"} & set(entry.name.split("/")))
+    parts = {"features", "scale", TARS}  # tars hold all arrays
+    features = sum(entry.bytes for entry in manifest.shards if parts & set(entry.name.split("/")))
     values = manifest.num_samples * manifest.views * manifest.num_tokens * manifest.width
     lost = f"{manifest.spec.codec} has lost {max(error.relative_rmse for error in manifest.errors):.1e} (relative RMSE)"
     share = f"{features / 1e6:,.1f} MB, {features / (2 * values):.4f} of 2 bytes a value"

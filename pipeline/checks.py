@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 def cache_problems(config: PipelineConfig) -> Iterator[str]:
     cache, width = config.cache, config.model.width or SIZES.get(config.model.name, (0,))[0]
     try:
-        keepbits = parse_filter(cache.filter).keepbits
+        keepbits, compression = parse_filter(cache.filter)
     except CacheError as error:
         yield str(error)
         return
+    if cache.backend == "webdataset" and compression:
+        yield f"cache.filter = {cache.filter} compresses no member of a tar; use cache.backend=zarr or none"
     for name in ("codec", "later_codec"):
         codec = getattr(cache, name)
         if codec and (problem := codec_problem(codec, width, cache.block, keepbits)):

@@ -138,7 +138,6 @@ BOUNDS = {
 
 NOT_BUILT = {
     ("schedule.kind", "adaptive"): "use explicit or freezeout",
-    ("cache.backend", "webdataset"): "use zarr",
 }
 
 

@@ -4,7 +4,6 @@ import math
 import pickle
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import zarr
 
 from cache import open_cache
 from cache.errors import CacheError, DamagedCache, MissingCache
-from cache.manifest import read_manifest, write_manifest
+from cache.manifest import read_manifest
 from cache.shard import ShardReader
 from cache.store import CacheReader
 
@@ -161,10 +160,6 @@ def test_a_deleted_or_shortened_shard_is_never_zeros(tmp_path: Path, example) ->
 def test_what_is_not_built_yet_is_refused(tmp_path: Path, example) -> None:
     with pytest.raises(CacheError, match="s3://bucket/cache: caches behind URLs are not built yet"):
         open_cache("s3://bucket/cache")
-    manifest, _ = example().build(tmp_path)
-    write_manifest(tmp_path, replace(manifest, backend="webdataset"))
-    with pytest.raises(CacheError, match=r"cache.backend=webdataset is not built yet; use cache.backend=zarr"):
-        open_cache(tmp_path)
 
 
 def test_tokens_must_split_into_groups(example) -> None:

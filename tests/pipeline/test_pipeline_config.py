@@ -106,7 +106,7 @@ def test_later_override_wins_and_data_is_short_for_the_source() -> None:
         ("heads.blocks=[2,4]", ["heads.blocks = [2, 4] must rise from 1 or more to 12"]),
         ("heads.blocks=[4,2,12]", ["must rise"]),
         ("schedule.kind=adaptive", ["not built yet", "explicit or freezeout"]),
-        ("cache.backend=webdataset", ["not built yet", "zarr"]),
+        ("cache.backend=webdataset cache.filter=zstd", ["compresses no member of a tar; use cache.backend=zarr"]),
         ("cache.block=0", ["cache.block = 0 is outside [1, inf)"]),
         ("cache.max_error=0", ["cache.max_error = 0.0 is outside (0, inf)"]),
         ("cache.codec=int8 cache.block=20", ["cache.block = 20 does not divide the 192 channels", "cache.block=16"]),

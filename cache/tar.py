@@ -1,0 +1,120 @@
+"""One shard of a WebDataset cache: a plain tar, and beside it an index (a plain .npy) of where every chunk lies, and
+its crc32c, so that rows are read at random without scanning the tar. A chunk is one token group of an array of one
+sample. Its checksum also covers what stands before it (headers, labels) and the padding behind it: together the chunks
+cover every byte of the tar. Free of torch."""
+
+from __future__ import annotations
+
+import io
+import mmap
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+import google_crc32c
+import numpy as np
+
+from cache.errors import DamagedCache
+from cache.layout import RowArray
+from cache.shard import crc32c
+
+COLUMNS = 4
+"""Of an index: where the bytes under a checksum begin and end, where the chunk itself begins, the crc32c."""
+END = bytes(tarfile.BLOCKSIZE * 2)
+
+
+def escape_key(key: str) -> str:
+    """A key as the name of a tar's member. WebDataset cuts names at the first dot behind the last slash and skips
+    names that begin with two underscores; tar readers may join, drop or follow odd slashes and dots."""
+    name = quote(key, safe="/").replace(".", "%2E").replace("//", "/%2F")
+    if name.startswith(("/", "__")):
+        name = f"%{ord(name[0]):02X}{name[1:]}"
+    return (name[:-1] + "%2F" if name.endswith("/") else name) or "%"
+
+
+def unescape_key(name: str) -> str:
+    """The reverse of `escape_key`."""
+    return "" if name == "%" else unquote(name)
+
+
+def npy_header(array: RowArray) -> bytes:
+    """What stands before an array's values in its .npy member."""
+    out = io.BytesIO()
+    header = {"descr": np.dtype(array.dtype).str, "fortran_order": False, "shape": array.row_shape}
+    np.lib.format.write_array_header_1_0(out, header)
+    return out.getvalue()
+
+
+def member_header(name: str, size: int) -> bytes:
+    """A member's header block, the same on every machine and day; longer for names of more than 100 bytes."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, 0o644
+    return info.tobuf(tarfile.PAX_FORMAT)
+
+
+def padding(size: int) -> bytes:
+    return bytes(-size % tarfile.BLOCKSIZE)
+
+
+def encode_tar(
+    arrays: Sequence[RowArray], rows: Mapping[str, np.ndarray], keys: Sequence[str], labels: np.ndarray
+) -> tuple[bytes, bytes]:
+    """The tar of a shard and its index. Members of a sample: `<key>.cls`, then `<key>.<array>.npy` of every array."""
+    parts: list[bytes] = []
+    index: list[tuple[int, int, int, int]] = []
+    offset = begin = 0
+    crc = google_crc32c.Checksum()
+
+    def put(content: bytes) -> None:
+        nonlocal offset
+        parts.append(content)
+        crc.update(content)
+        offset += len(content)
+
+    last = (len(keys) - 1, arrays[-1])
+    for row, (key, label) in enumerate(zip(keys, labels.tolist(), strict=True)):
+        text = str(label).encode()
+        put(member_header(f"{escape_key(key)}.cls", len(text)) + text + padding(len(text)))
+        for array in arrays:
+            header, size = npy_header(array), array.splits * array.chunk_bytes
+            put(member_header(f"{escape_key(key)}.{array.name}.npy", len(header) + size) + header)
+            values = np.ascontiguousarray(rows[array.name][row], array.dtype).reshape(array.splits, -1)
+            for split in range(array.splits):
+                data = offset
+                put(values[split].tobytes())
+                if split == array.splits - 1:
+                    put(padding(len(header) + size) + (END if (row, array) == last else b""))
+                index.append((begin, offset, data, int.from_bytes(crc.digest(), "big")))
+                begin, crc = offset, google_crc32c.Checksum()
+    return b"".join(parts), _npy(np.array(index, "<u8").reshape(len(keys), -1, COLUMNS))
+
+
+def _npy(values: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, values, allow_pickle=False)
+    return out.getvalue()
+
+
+class TarShard:
+    """Memory map of a tar; a chunk's crc32c is checked when it is read. `sizes`: bytes of a sample's chunks, in order.
+    DamagedCache when a file is not whole."""
+
+    def __init__(self, path: Path, index: np.ndarray, sizes: Sequence[int]) -> None:
+        self.path, self._sizes = path, tuple(sizes)
+        try:
+            with path.open("rb") as file:
+                self._content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except FileNotFoundError:
+            raise DamagedCache(f"{path} is missing; run `make repair`") from None
+        except ValueError:  # an empty file cannot be mapped
+            raise DamagedCache(f"{path} is empty; run `make repair`") from None
+        self.size = len(self._content)
+        self._index = index.reshape(-1, COLUMNS)
+
+    def chunk(self, number: int) -> memoryview:
+        """Content of a chunk, counted from the shard's first; valid as long as it is referred to."""
+        begin, end, data, crc = self._index[number].tolist()
+        if crc32c(self._content[begin:end]) != crc.to_bytes(4, "little"):
+            raise DamagedCache(f"{self.path} is altered in chunk {number}; run `make repair`")
+        return self._content[data : data + self._sizes[number % len(self._sizes)]]

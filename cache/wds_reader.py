@@ -1,0 +1,53 @@
+"""The reader of a WebDataset cache: rows at random, by the index beside every tar."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from cache import reader
+from cache.errors import DamagedCache
+from cache.layout import KEYS, LABELS, RowArray, Shard
+from cache.manifest import checksum
+from cache.reader import Chunks, RowReader
+from cache.tar import TarShard
+
+
+class TarCache(RowReader):
+    """The CacheReader of a WebDataset cache. Raises MissingCache, DamagedCache or StaleCache when it does not open."""
+
+    def __init__(self, folder: Path, verify: bool = False) -> None:
+        super().__init__(folder, verify)
+        arrays = self._layout.arrays
+        self._sizes = [array.chunk_bytes for array in arrays for _ in range(array.splits)]
+        starts = accumulate((array.splits for array in arrays), initial=0)
+        self._first = dict(zip((array.name for array in arrays), starts, strict=False))
+        self._shard: Callable[[int, int], TarShard] = lru_cache(reader.OPEN_SHARDS)(self._open_shard)
+
+    def _labels_and_keys(self) -> tuple[np.ndarray, np.ndarray]:
+        keys = json.loads((self.folder / KEYS).read_text(encoding="utf-8"))
+        return np.load(self.folder / LABELS), np.array(keys, object)
+
+    def _locate(self, array: RowArray, view: int, row: int) -> tuple[Chunks, int]:
+        number, place = divmod(row, self._layout.shard_rows)
+        return self._shard(view, number), place * len(self._sizes) + self._first[array.name]
+
+    def _open_shard(self, view: int, number: int) -> TarShard:
+        tar, index = self._layout.files(Shard(view, number * self._layout.shard_rows, 0))
+        path = self.folder / index
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            raise DamagedCache(f"{path} is missing; run `make repair`") from None
+        if checksum(content) != self._entries[index].checksum:
+            raise DamagedCache(f"{path} is altered; run `make repair`")
+        shard = TarShard(self.folder / tar, np.load(io.BytesIO(content)), self._sizes)
+        if shard.size != (size := self._entries[tar].bytes):
+            raise DamagedCache(f"{shard.path} has {shard.size} bytes instead of {size}; run `make repair`")
+        return shard

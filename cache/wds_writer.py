@@ -1,0 +1,29 @@
+"""What a WebDataset cache consists of: tars that `tarfile` and `webdataset` read, and in a folder beside them their
+indexes, the labels and the keys, which no reader but ours needs. The steps of a build are in cache.writer."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cache.layout import KEYS, LABELS, Layout, Shard
+from cache.tar import encode_tar
+
+
+def static_files(layout: Layout, labels: np.ndarray, keys: Sequence[str]) -> dict[str, bytes]:
+    """Files that hold no rows of a view: labels and keys, by name."""
+    out = io.BytesIO()
+    np.save(out, np.asarray(labels, "<i8"), allow_pickle=False)
+    return {LABELS: out.getvalue(), KEYS: json.dumps(list(keys), ensure_ascii=False).encode()}
+
+
+def shard_files(
+    folder: Path, layout: Layout, shard: Shard, rows: Mapping[str, np.ndarray], keys: Sequence[str]
+) -> dict[str, bytes]:
+    """The files of a shard, the tar first: its rows of every array, by name."""
+    labels = np.load(folder / LABELS, mmap_mode="r")[shard.first_row : shard.first_row + shard.rows]
+    return dict(zip(layout.files(shard), encode_tar(layout.arrays, rows, keys, labels), strict=True))
