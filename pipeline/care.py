@@ -9,7 +9,7 @@ from cache.manifest import MANIFEST, read_manifest
 from cache.receipts import RECEIPTS
 from cache.verify import Damage, drop_damaged, remove_cache, verify_cache
 from pipeline.config import ConfigError
-from pipeline.decide import Wanted, new_needs
+from pipeline.decide import all_needs
 from pipeline.desk import Desk, at_work
 from pipeline.job import Job, RunFailed
 from pipeline.needs import Need
@@ -48,11 +48,6 @@ def run_repair(job: Job) -> None:
     with at_work(job) as desk:
         for need in all_needs(desk.wanted):
             repair(desk, need)
-
-
-def all_needs(wanted: Wanted) -> list[Need]:
-    """The caches that the stages of a run read, parents first."""
-    return [need for stage in range(1, len(wanted.segments)) for need in new_needs(wanted, stage)]
 
 
 def repair(desk: Desk, need: Need) -> None:

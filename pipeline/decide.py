@@ -279,6 +279,11 @@ def new_needs(wanted: Wanted, stage: int) -> tuple[Need, ...]:
     return tuple(need for need in wanted.needs(stage) if need.stage == stage) if stage else ()
 
 
+def all_needs(wanted: Wanted) -> list[Need]:
+    """The caches that the stages of a run read, parents first."""
+    return [need for stage in range(1, len(wanted.segments)) for need in new_needs(wanted, stage)]
+
+
 def _cache_verdict(verdict: Verdict, stage: int, needed: bool) -> Verdict:
     if verdict.current or needed:
         return verdict
@@ -326,11 +331,14 @@ def _named(prefix: str, settings: Any, without: frozenset[str] | set[str] = froz
 
 
 def _nearest_cache(wanted: Wanted, spec: FeatureSpec) -> str | None:
-    """Why the caches of the same cut that lie there will not do: the one that differs least speaks for all."""
-    found = []
+    """Why the caches of the same cut that lie there will not do: the one that differs least speaks for all.
+
+    Those that the run needs for something else are not asked.
+    """
+    others, found = [wanted.spec(need) for need in all_needs(wanted)], []
     for folder in wanted.paths.cache_root.glob(f"cut-{spec.cut}-*"):
         with suppress(CacheError):
-            found.append(read_manifest(folder))
+            found += [manifest] if (manifest := read_manifest(folder)).spec not in others else []
     if not found:
         return None
     try:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
@@ -20,6 +21,7 @@ from cache.layout import Layout
 from cache.manifest import atomic_write
 from models.drop import DepthDrop
 from models.learner import Learner
+from models.mim import MaskedModel
 from models.teacher import EmaTeacher, Teacher
 from models.vit import Encoder, build_encoder, frozen_hash
 from pipeline.cluster import task_runner
@@ -33,6 +35,7 @@ from pipeline.show import console, table
 from stages.checkpoint import CheckpointError, Progress
 from stages.encode import EncodeJob, build, frozen_encoder
 from stages.optim import Rates, build_adamw, parameter_groups
+from stages.pictures import reconstructions
 from stages.probe import ProbeResult, evaluate
 from stages.segment import Segment, as_end_to_end
 from stages.sources import CachedFeatures, LiveFeatures, LiveImages, Sampling, Source
@@ -45,6 +48,8 @@ def train_stage(desk: Desk, stage: int) -> None:
     source = cached_source(wanted, stage) if stage else LiveImages(wanted.data.train, sampling(wanted))
     spec = wanted.cache_spec(stage) if stage else None
     built = built_seconds(wanted, stage)
+    if gone := [head.name for head in wanted.heads if head.block <= wanted.segments[stage].cut]:
+        desk.log.message(f"stage {stage}: {', '.join(gone)} read frozen blocks and are gone, with their losses")
     train(
         desk,
         paths=wanted.paths.stage(stage),
@@ -154,6 +159,20 @@ def train(
             "the same command goes on from there"
         )
     finish_record(paths, record, progress, model, segments)
+    if isinstance(model, MaskedModel):
+        show_reconstructions(desk, model, paths, arm.label)
+
+
+def show_reconstructions(desk: Desk, model: MaskedModel, paths: StagePaths, label: str) -> None:
+    """A figure of what the decoder fills in, where it predicts pixels; also in TensorBoard."""
+    from pipeline.figures import reconstructions as draw
+
+    config = desk.wanted.config
+    rows = reconstructions(model, desk.wanted.data.val, sampling(desk.wanted), config.train.precision)
+    if rows is not None:
+        place = paths.root.name
+        draw(rows, label, desk.wanted.paths.figures / f"reconstructions-{place}.png")
+        desk.log.picture(place, np.concatenate(np.concatenate(rows, axis=2), axis=0), 0)
 
 
 def finish_record(

@@ -288,14 +288,14 @@ class Book:
             )
 
     def mean_losses(self, losses: list[list[float]]) -> dict[str, Any]:
-        """`loss`, what is learned from, where it is a sum of several each as `loss_<head>`, and what is watched."""
+        """`loss`, what is learned from, each head's as `loss_<head>`, which stays comparable over stages with other
+        heads, and what is watched."""
         means = [sum(column) / len(losses) for column in zip(*losses, strict=True)]
         count = 1 + len(self.model.loss_names)
-        heads = dict(zip((f"loss_{name}" for name in self.model.loss_names), means[1:count], strict=True))
         watched = dict(zip(self.model.watch_names, means[count:], strict=True))
         warning = self.model.warning(watched)
-        told = {"loss": means[0]} | (heads if len(heads) > 1 else {}) | watched
-        return told | ({"warning": warning} if warning else {})
+        heads = dict(zip((f"loss_{name}" for name in self.model.loss_names), means[1:count], strict=True))
+        return {"loss": means[0]} | heads | watched | ({"warning": warning} if warning else {})
 
     def evaluate(self, model: Learner) -> None:
         """Add a point to the probe curve; its time is not training time."""
