@@ -24,6 +24,9 @@ from models.vit import Encoder
 class Teacher:
     """An encoder that is only looked at: in eval mode, never with gradient."""
 
+    floor = 0
+    """Blocks behind which it is looked at the earliest; features asked for from before are those behind them."""
+
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder.requires_grad_(False).eval()
 
@@ -34,23 +37,25 @@ class Teacher:
 
     @torch.no_grad()
     def of_tokens(self, tokens_BLD: Tensor, start: int, blocks: Sequence[int]) -> dict[int, Tensor]:
-        """The features (B, L, D) behind each of some blocks, counted from 1, of tokens that `start` blocks have run on.
-
-        What lay behind an earlier block than `start` is gone: in its place stand the tokens as they are.
-        """
+        """The features (B, L, D) behind some blocks, counted from 1, of tokens that `start` blocks have run on."""
+        assert start <= max(min(blocks), self.floor), "what lay before the tokens is gone"
         found = {}
         for block in sorted(set(blocks)):
-            tokens_BLD, start = self.encoder.run(tokens_BLD, start, block), max(start, block)
+            stop = max(block, self.floor)
+            tokens_BLD, start = self.encoder.run(tokens_BLD, start, stop), stop
             found[block] = tokens_BLD
         return found
 
 
 class EmaTeacher(Teacher):
-    """The moving average of a student. What is frozen in the student is not copied: both use the same parameters."""
+    """The moving average of a student. What is frozen in the student is not copied: both use the same parameters.
+
+    A cached stage has no features from before the cut, so that none are looked at live either.
+    """
 
     def __init__(self, student: Encoder, config: TeacherConfig) -> None:
         super().__init__(copy.deepcopy(student, {id(p): p for p in student.parameters() if not p.requires_grad}))
-        self.config = config
+        self.config, self.floor = config, student.cut
         self.names = tuple(name for name, p in student.vit.named_parameters() if p.requires_grad)
 
     def after(self, student: Encoder, step: int) -> None:

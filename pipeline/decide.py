@@ -169,6 +169,12 @@ class Wanted:
             found.append(Need(f"cache teacher-{block}", 0, draft, found[-1] if found else None))
         return tuple(need for need in found if need.draft.cut in self.teacher_blocks(stage))
 
+    def raised_heads(self, stage: int) -> tuple[HeadSpec, ...]:
+        """The heads whose block of a moving average is frozen: they predict the cut's features in its place."""
+        cut = self.segments[stage].cut
+        heads = learning_heads(self.heads, cut) if self.config.teacher.kind == "ema" else ()
+        return tuple(head for head in heads if head.target == "teacher" and head.teacher < cut)
+
     def teacher_blocks(self, stage: int) -> tuple[int, ...]:
         """The blocks of a frozen teacher that a stage's heads predict, ascending."""
         if self.config.teacher.kind != "frozen":

@@ -50,6 +50,9 @@ def train_stage(desk: Desk, stage: int) -> None:
     built = built_seconds(wanted, stage)
     if gone := [head.name for head in wanted.heads if head.block <= wanted.segments[stage].cut]:
         desk.log.message(f"stage {stage}: {', '.join(gone)} read frozen blocks and are gone, with their losses")
+    if raised := wanted.raised_heads(stage):
+        names, cut = ", ".join(head.name for head in raised), wanted.segments[stage].cut
+        desk.log.message(f"stage {stage}: {names}: block {cut} of the average in place of frozen ones")
     train(
         desk,
         paths=wanted.paths.stage(stage),

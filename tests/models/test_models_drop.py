@@ -142,8 +142,11 @@ def test_frozen_blocks_and_evaluation_drop_nothing(encoder: Encoder) -> None:
         with drop.during(encoder, step):
             assert torch.equal(encoder.run(tokens, 0, 3), plain.run(tokens, 0, 3))
             assert encoder.skipped <= {3}
+    assert encoder.training and torch.equal(encoder.run(tokens, 0, 4), plain.run(tokens, 0, 4))
     encoder.eval()
-    assert torch.equal(encoder.run(tokens, 0, 4), plain.run(tokens, 0, 4))
+    with drop.during(encoder, 9):
+        encoder.skipped = frozenset()
+        assert torch.equal(encoder.run(tokens, 0, 4), plain.run(tokens, 0, 4))
 
 
 def test_without_rates_nothing_is_installed(encoder: Encoder) -> None:

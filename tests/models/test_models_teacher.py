@@ -128,11 +128,22 @@ def test_targets_equal_an_independent_forward(student: Encoder, images: torch.Te
 
 def test_targets_from_tokens_go_on_where_the_tokens_stand(student: Encoder, images: torch.Tensor) -> None:
     teacher = Teacher(student)
-    whole = teacher.of_images(images, [1, 3])
+    whole = teacher.of_images(images, [3])
     after_two = student.run(student.embed(normalised(images)), 0, 2)
-    found = teacher.of_tokens(after_two, 2, [1, 3])
+    found = teacher.of_tokens(after_two, 2, [2, 3])
     torch.testing.assert_close(found[3], whole[3], rtol=1e-5, atol=1e-5)
-    assert torch.equal(found[1], after_two)
+    assert torch.equal(found[2], after_two)
+    with pytest.raises(AssertionError, match="what lay before the tokens is gone"):
+        teacher.of_tokens(after_two, 2, [1, 3])
+
+
+def test_an_average_is_looked_at_behind_the_frozen_blocks_only(student: Encoder, images: torch.Tensor) -> None:
+    student.freeze(2)
+    teacher = EmaTeacher(student, TeacherConfig())
+    live, plain = teacher.of_images(images, [1, 4]), Teacher(student).of_images(images, [2, 4])
+    assert torch.equal(live[1], plain[2]) and torch.equal(live[4], plain[4])
+    cached = teacher.of_tokens(plain[2], 2, [1, 4])
+    assert torch.equal(cached[1], live[1]) and torch.equal(cached[4], live[4])
 
 
 def test_no_gradient_and_no_dropping_in_a_teacher(student: Encoder, images: torch.Tensor) -> None:

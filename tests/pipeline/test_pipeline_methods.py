@@ -34,6 +34,11 @@ METHODS: dict[str, dict[str, object]] = {
     "block-wise, full": {"mask.block": 2, "mask.groups": 1},
     "far tokens weigh more": {"mask.distance_power": 1.0},
     "near tokens first": {"mask.distance_start": 0.25, "decoder.share": 0.5},
+    "frozen teacher, mixed": {"heads.blocks": [2, 3, 4], "heads.targets": ["hog", "features", "teacher"]},
+    "average, pooled": {"target.kind": "teacher", "teacher.kind": "ema", "mask.groups": 2},
+    "average, transitive": {"heads.blocks": [2, 4], "teacher.pairs": "earlier", "teacher.momentum": 0.9}
+    | {"target.kind": "teacher", "teacher.kind": "ema"},
+    "dropped depth": {"train.drop_path": 0.3, "train.layer_drop": 0.8},
     "pixels cut again": {"cache.pixels": "recut", "target.kind": "hog"},
 }
 
