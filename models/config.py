@@ -15,7 +15,8 @@ class ModelConfig:
     name: str = "vit_tiny"
     """vit_tiny, vit_small, vit_base, or the name of any plain ViT in timm."""
     weights: str = ""
-    """Checkpoint to start stage 0 from; empty starts from scratch."""
+    """Checkpoint file to start from (.safetensors, .pt, .pth, .bin; timm's names, MAE's and DINO's too); empty starts
+    from scratch. Its positions take the place of the sin-cos ones. A stage 0 of 0 epochs takes it as it is."""
     image_size: int = 224
     """Side of the square input image, in pixels."""
     patch_size: int = 16
@@ -26,6 +27,10 @@ class ModelConfig:
     """Number of blocks; 0 takes the named model's own."""
     heads: int = 0
     """Attention heads; 0 takes the named model's own."""
+    class_token: bool = False
+    """Put a class token before the patches, as checkpoints that have one need; nothing here is read from it."""
+    registers: int = 0
+    """Register tokens before the patches; 0 takes the named model's own."""
     attention: Literal["auto", "plain", "fused"] = "auto"
     """plain softmax(QKᵀ)V, torch's fused kernel, or auto: plain on a CPU, where it is faster, fused elsewhere."""
 

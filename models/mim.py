@@ -1,7 +1,7 @@
 """Masked image modelling: blocks that learn, heads that reconstruct, and a loss on hidden tokens. The model takes what
 it learns from as a `MaskedBatch`, made from images (live training) or from features (cached training).
 
-Shapes: B batch, C channels, H and W pixels, L all tokens, G tokens of a group, K kept tokens, D width.
+Shapes: B batch, C channels, H and W pixels, L all tokens, G tokens of a group, K kept tokens, R prefix tokens, D width.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class MaskedModel(Learner):
         return torch.stack([head(latents[head.spec.block], batch) for head in self.each_head])
 
     def encode(self, visible_BKD: Tensor) -> dict[int, Tensor]:
-        """The visible tokens after every block that a head reads, those behind the last block normalised."""
+        """The visible patch tokens after every block that a head reads, those behind the last block normalised."""
         found, block = {}, self.cut
         for spec in self.specs:
             visible_BKD = self.encoder.run(visible_BKD, block, spec.block)
-            found[spec.block], block = visible_BKD, spec.block
-        return found | {self.encoder.depth: self.encoder.norm(visible_BKD)}
+            found[spec.block], block = self.encoder.patches(visible_BKD), spec.block
+        return found | {self.encoder.depth: self.encoder.norm(self.encoder.patches(visible_BKD))}
 
     @property
     def each_head(self) -> list[Head]:
@@ -108,16 +108,28 @@ class MaskedModel(Learner):
         mask = keep_lowest(noise_BL, keep)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.cut == 0):
             tokens_BLD = self.encoder.embed(normalize_images(images_BCHW))
-            visible_BKD = self.encoder.run(take_tokens(tokens_BLD, mask.ids_keep), 0, self.cut)
+            prefix_BRD = self.encoder.prefix(len(images_BCHW))
+            visible_BKD = self.encoder.with_prefix(take_tokens(tokens_BLD, mask.ids_keep), prefix_BRD)
+            visible_BKD = self.encoder.run(visible_BKD, 0, self.cut)
         targets = {**self.image_targets(images_BCHW), **self.seen_in_images(images_BCHW)}
         return MaskedBatch(visible_BKD, mask, mask.hidden, targets)
 
     def from_features(
-        self, features_BGD: Tensor, ids_BG: Tensor, noise_BG: Tensor, keep: int, targets: Targets
+        self,
+        features_BGD: Tensor,
+        ids_BG: Tensor,
+        noise_BG: Tensor,
+        keep: int,
+        targets: Targets,
+        prefix_BRD: Tensor | None = None,
     ) -> MaskedBatch:
-        """Masked after the frozen blocks: features of one token group, `ids` their raster positions."""
+        """Masked after the frozen blocks: features of one token group, `ids` their raster positions.
+
+        `prefix` is what the frozen blocks made of the group's class and register tokens, where the model has them.
+        """
         chosen = mask_group(ids_BG, noise_BG, keep, self.encoder.num_tokens)
-        return MaskedBatch(take_tokens(features_BGD, chosen.take_BK), chosen.mask, chosen.scored_BL, targets)
+        visible_BKD = self.encoder.with_prefix(take_tokens(features_BGD, chosen.take_BK), prefix_BRD)
+        return MaskedBatch(visible_BKD, chosen.mask, chosen.scored_BL, targets)
 
     def image_targets(self, images_BCHW: Tensor) -> Targets:
         """What the heads ask of uint8 images."""
@@ -135,20 +147,21 @@ class MaskedModel(Learner):
         """What the heads ask of the teacher, which sees all tokens of uint8 images."""
         return self.teacher_targets(self.teacher.of_images(images_BCHW, list(self.taught))) if self.teacher else {}
 
-    def seen_in_features(self, stored_BLD: Tensor, ids_BL: Tensor) -> Targets:
+    def seen_in_features(self, stored_BLD: Tensor, ids_BL: Tensor, prefix_BRD: Tensor | None = None) -> Targets:
         """The same of a teacher that goes on from the cut's features, given of all tokens in stored order."""
         if self.teacher is None:
             return {}
-        return self.teacher_targets(
-            self.teacher.of_tokens(raster_order(stored_BLD, ids_BL), self.cut, list(self.taught))
-        )
+        tokens_BLD = self.encoder.with_prefix(raster_order(stored_BLD, ids_BL), prefix_BRD)
+        return self.teacher_targets(self.teacher.of_tokens(tokens_BLD, self.cut, list(self.taught)))
 
     def teacher_targets(self, features: Mapping[int, Tensor]) -> Targets:
         """Targets of the teacher's features (B, L, D), raster order, by its blocks."""
         return {(name, 1.0): feature_target(features[block]) for block, name in self.taught.items()}
 
     @torch.no_grad()
-    def frozen_features(self, images_BCHW: Tensor, ids_BL: Tensor, groups: int) -> Tensor:
-        """(B, L, D): what a cache at this cut holds of uint8 images, in stored order `ids`, before it is rounded."""
+    def frozen_features(self, images_BCHW: Tensor, ids_BL: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        """What a cache at this cut holds of uint8 images before it is rounded: features (B, L, D) in stored order
+        `ids`, and the prefix of every group, (B, groups * R, D)."""
         tokens_BLD = take_tokens(self.encoder.embed(normalize_images(images_BCHW)), ids_BL)
-        return self.encoder.run_groups(tokens_BLD, groups, 0, self.cut)
+        prefix_BSD = self.encoder.prefix(len(images_BCHW)).repeat(1, groups, 1)
+        return self.encoder.run_groups(tokens_BLD, prefix_BSD, groups, 0, self.cut)

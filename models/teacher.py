@@ -33,17 +33,20 @@ class Teacher:
     @torch.no_grad()
     def of_images(self, images_BCHW: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
         """`of_tokens` for uint8 images: all their tokens run together."""
-        return self.of_tokens(self.encoder.embed(normalize_images(images_BCHW)), 0, blocks)
+        return self.of_tokens(self.encoder.tokens(normalize_images(images_BCHW)), 0, blocks)
 
     @torch.no_grad()
     def of_tokens(self, tokens_BLD: Tensor, start: int, blocks: Sequence[int]) -> dict[int, Tensor]:
-        """The features (B, L, D) behind some blocks, counted from 1, of tokens that `start` blocks have run on."""
+        """The patches' features (B, L, D) behind some blocks, counted from 1.
+
+        `start` blocks have run on the tokens, which have their prefix in front.
+        """
         assert start <= max(min(blocks), self.floor), "what lay before the tokens is gone"
         found = {}
         for block in sorted(set(blocks)):
             stop = max(block, self.floor)
             tokens_BLD, start = self.encoder.run(tokens_BLD, start, stop), stop
-            found[block] = tokens_BLD
+            found[block] = self.encoder.patches(tokens_BLD)
         return found
 
 

@@ -121,9 +121,11 @@ LATER = ({"target.kind": "features"}, {"target.kind": "teacher"})
 def method_runner(wanted: Wanted, stage: int) -> Callable[[], float]:
     """A function that gives the median seconds of a few steps on inputs in memory."""
     segment = wanted.segments[stage]
-    model, optimizer = fresh_model(wanted, stage, segment.cut, cached=True)
-    width, blocks = model.encoder.width, wanted.teacher_blocks(stage) if stage else ()
-    source: Source = Imagined(sampling(wanted), width, blocks) if stage else live_source(wanted, segment)
+    model, optimizer = fresh_model(wanted, stage, segment.cut, cached=stage > 0)
+    source: Source = live_source(wanted, segment)
+    if stage:
+        encoder = model.encoder
+        source = Imagined(sampling(wanted), encoder.width, encoder.num_prefix, wanted.teacher_blocks(stage))
     inputs, train = source.load(segment, 0), wanted.config.train
     return lambda: seconds_of(lambda: train_step(model, optimizer, source, inputs, train), train)
 

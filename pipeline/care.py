@@ -13,7 +13,7 @@ from pipeline.decide import all_needs
 from pipeline.desk import Desk, at_work
 from pipeline.job import Job, RunFailed
 from pipeline.needs import Need
-from pipeline.runner import ensure_built, ensure_trained
+from pipeline.runner import ensure_built, ensure_maker
 
 
 def run_verify(job: Job) -> None:
@@ -60,12 +60,12 @@ def repair(desk: Desk, need: Need) -> None:
     desk.log.message(f"{folder}: {len(damages)} damaged files")
     if damages:
         drop_damaged(folder, damages)
-        ensure_trained(desk, need.after)
+        ensure_maker(desk, need.maker)
         ensure_built(desk, need)
 
 
 def run_gc(job: Job) -> None:
-    """Remove the caches that no stage of the run, as it is now configured, needs."""
+    """Remove the caches that neither a stage of the run, as it is now configured, nor its fine-tuning needs."""
     with at_work(job) as desk:
         wanted = desk.wanted
         specs = map(wanted.spec, all_needs(wanted))

@@ -20,7 +20,8 @@ from models.config import (
     TeacherConfig,
     loss_weights,
 )
-from stages.config import DataConfig, EvalConfig, ScheduleConfig, TrainConfig
+from pipeline.checks import finetune_problems, probe_problems
+from stages.config import DataConfig, EvalConfig, FinetuneConfig, ScheduleConfig, TrainConfig
 
 
 class ConfigError(ValueError):
@@ -56,6 +57,7 @@ class PipelineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
@@ -68,6 +70,7 @@ BOUNDS = {
     "model.width": "[0, inf)",
     "model.depth": "[0, inf)",
     "model.heads": "[0, inf)",
+    "model.registers": "[0, inf)",
     "mask.ratio": "(0, 1)",
     "mask.ratio_end": "[0, 1)",
     "mask.block": "[1, inf)",
@@ -104,6 +107,28 @@ BOUNDS = {
     "eval.val_limit": "[0, inf)",
     "eval.knn_k": "[1, inf)",
     "eval.batch_size": "[1, inf)",
+    "eval.probe_epochs": "[1, inf)",
+    "eval.attentive_epochs": "[1, inf)",
+    "eval.probe_batch": "[2, inf)",
+    "eval.probe_hold_back": "(0, 1)",
+    "finetune.epochs": "[1, inf)",
+    "finetune.batch_size": "[1, inf)",
+    "finetune.accumulate": "[1, inf)",
+    "finetune.max_steps": "[0, inf)",
+    "finetune.lr": "(0, inf)",
+    "finetune.min_lr": "[0, inf)",
+    "finetune.warmup_epochs": "[0, inf)",
+    "finetune.weight_decay": "[0, inf)",
+    "finetune.beta2": "[0, 1)",
+    "finetune.layer_decay": "(0, 1]",
+    "finetune.clip": "[0, inf)",
+    "finetune.drop_path": "[0, 1)",
+    "finetune.mixup": "[0, inf)",
+    "finetune.cutmix": "[0, inf)",
+    "finetune.label_smoothing": "[0, 1)",
+    "finetune.rand_augment": "[0, 10]",
+    "finetune.freeze": "[0, inf)",
+    "finetune.views": "[1, inf)",
     "cluster.workers": "[0, inf)",
     "cluster.threads": "[0, inf)",
 }
@@ -125,10 +150,7 @@ def check(config: PipelineConfig) -> None:
     for (key, value), remedy in NOT_BUILT.items():
         if get(config, key) == value:
             raise ConfigError(f"{key} = {value} is not built yet in this version; {remedy}")
-    if config.model.weights:
-        raise ConfigError(f"model.weights = {config.model.weights} is not built yet in this version; leave it empty")
-    what = (_model_problems, _mask_problems, _heads_problems, _teacher_problems, _data_problems, _schedule_problems)
-    for problems in what:
+    for problems in (*PROBLEMS, probe_problems, finetune_problems):
         for problem in problems(config):
             raise ConfigError(problem)
 
@@ -258,7 +280,31 @@ def _schedule_problems(config: PipelineConfig) -> Iterator[str]:
     cuts, epochs = list(schedule.cuts), list(schedule.epochs)
     if cuts[:1] != [0] or sorted(set(cuts)) != cuts:
         yield f"schedule.cuts = {cuts} does not start at 0 and rise; write for example schedule.cuts=[0,3,6,9]"
-    if not epochs or min(epochs) < 1:
+    if not epochs or min([epochs[0] + 1, *epochs[1:]]) < 1:
         yield f"schedule.epochs = {epochs} has a stage of less than 1 epoch; raise it or drop the stage"
     if schedule.kind == "explicit" and len(cuts) != len(epochs):
         yield f"schedule.cuts = {cuts} and schedule.epochs = {epochs} differ in length; give every cut its epochs"
+
+
+def _start_problems(config: PipelineConfig) -> Iterator[str]:
+    """Stage 0 may train for no epoch only where a file has trained its encoder already and a later stage goes on."""
+    epochs = list(config.schedule.epochs)
+    if not epochs or epochs[0]:
+        return
+    if not config.model.weights:
+        yield (
+            f"schedule.epochs = {epochs} starts stage 1 from an encoder that nothing has trained; give a checkpoint "
+            "with model.weights=<file>, or stage 0 at least 1 epoch"
+        )
+    elif config.schedule.kind != "explicit" or not any(epochs):
+        yield (
+            f"schedule.epochs = {epochs} with schedule.kind = {config.schedule.kind} trains stage 0 for 0 epochs; that "
+            "needs explicit and a later stage that trains"
+        )
+
+
+PROBLEMS = (
+    *(_model_problems, _mask_problems, _heads_problems, _teacher_problems),
+    *(_data_problems, _schedule_problems, _start_problems),
+)
+"""What does not go together, in the order in which it is looked for."""

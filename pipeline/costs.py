@@ -146,7 +146,7 @@ def totals(costs: list[StageCost]) -> dict[str, Any]:
 def stage_cost(wanted: Wanted, stage: int) -> StageCost:
     """Measure a stage's steps and its encoding on this machine, and scale them to the stage's length."""
     segment = wanted.segments[stage]
-    e2e = step_seconds(wanted, stage, "e2e") * segment.steps
+    e2e = step_seconds(wanted, stage, "e2e") * segment.steps if segment.steps else 0.0
     verdict = judge_stage(wanted, stage)
     epochs = segment.steps / segment.steps_per_epoch
     if not stage:
@@ -171,7 +171,8 @@ def step_seconds(wanted: Wanted, stage: int, arm: str) -> float:
     model, optimizer = fresh_model(wanted, stage, segment.cut, cached=arm == "cached")
     train = wanted.config.train
     if arm == "cached":
-        source: Source = Imagined(sampling(wanted), model.encoder.width, wanted.teacher_blocks(stage))
+        encoder, blocks = model.encoder, wanted.teacher_blocks(stage)
+        source: Source = Imagined(sampling(wanted), encoder.width, encoder.num_prefix, blocks)
     else:
         source = live_source(wanted, segment)
     inputs = source.load(segment, 0)
@@ -187,9 +188,11 @@ def encode_seconds(wanted: Wanted, need: Need) -> float:
         config.train.device
     )
 
+    prefix = encoder.prefix(len(tokens)).repeat(1, spec.groups, 1)
+
     def encode() -> None:
         with torch.inference_mode(), autocast(config.train.device, config.train.precision):
-            encoder.run_groups(tokens, spec.groups, need.start, spec.cut)
+            encoder.run_groups(tokens, prefix, spec.groups, need.start, spec.cut)
 
     return seconds_of(encode, config.train) / config.cache.encode_batch
 
@@ -213,6 +216,7 @@ class Imagined:
 
     sampling: Sampling
     width: int
+    prefix: int
     teacher_blocks: tuple[int, ...]
 
     def load(self, segment: Segment, step: int) -> Inputs:
@@ -222,9 +226,10 @@ class Imagined:
         side = how.model.image_size
         images = torch.randint(0, 256, (how.batch_size, 3, side, side), dtype=torch.uint8)
         inputs = how.inputs(segment, step, torch.randn(how.batch_size, size, self.width), how.group_tokens)
+        prefix = torch.randn(how.batch_size, size // how.group_tokens * self.prefix, self.width)
         whole = (how.batch_size, how.model.num_tokens, self.width)
         teachers = {block: torch.randn(whole) for block in self.teacher_blocks}
-        return replace(inputs, ids_BL=order[:, :size], images=images, teachers=teachers)
+        return replace(inputs, ids_BL=order[:, :size], images=images, prefix_BSD=prefix, teachers=teachers)
 
     def mask(self, model: MaskedModel, inputs: Inputs) -> MaskedBatch:
         return mask_features(model, self.sampling, inputs)

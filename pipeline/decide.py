@@ -21,10 +21,12 @@ from models.spec import COMPUTATION_VERSION, FeatureSpec, digest
 from pipeline.config import PipelineConfig
 from pipeline.layout import RunPaths, StagePaths
 from pipeline.needs import Need
+from pipeline.tuned import Tuning, last_tuning
 from stages.images import Data, open_data
 from stages.schedule import StagePlan, plan_stages
 from stages.segment import Segment, segments_of
 from stages.views import view_transform_id
+from stages.weights import weights_digest
 
 TRAINING_VERSION = 1
 """Bumped when training computes other numbers for a reason that no setting tells."""
@@ -66,6 +68,11 @@ class Wanted:
     @cached_property
     def identity(self) -> dict[str, Any]:
         return model_identity(self.config.model)
+
+    @cached_property
+    def weights(self) -> str:
+        """sha256 of the checkpoint file to start from: its content, wherever it lies."""
+        return weights_digest(self.config.model.weights, self.paths.index / "weights.json")
 
     @cached_property
     def steps_per_epoch(self) -> int:
@@ -137,7 +144,8 @@ class Wanted:
         config = self.config
         inputs: dict[str, Any] = {"seed": config.seed, "data": self.data.train.digest, "version": TRAINING_VERSION}
         inputs |= {"data.views": view_transform_id(config.data, config.model.image_size)}
-        inputs |= _named("model", config.model, {"attention"}) | _named("mask", config.mask, {"groups"})
+        inputs |= _named("model", config.model, {"attention", "weights"}) | _named("mask", config.mask, {"groups"})
+        inputs |= {"model.weights": self.weights} if config.model.weights else {}
         inputs |= _named("target", config.target) | _named("decoder", config.decoder) | _named("heads", config.heads)
         inputs |= _named("train", config.train, {name.removeprefix("train.") for name in NO_INFLUENCE})
         by_progress = config.mask.changes or ":" in config.heads.weights or config.train.layer_drop > 0
@@ -184,7 +192,7 @@ class Wanted:
     def spec(self, need: Need) -> FeatureSpec | None:
         """The whole identity of a cache; None as long as the stage that its weights come from has not been trained."""
         parent = self.spec(need.parent) if need.parent else None
-        record = self.record(self.paths.stage(need.after)) or {}
+        record = self.record(self.paths.encoder(need.maker)) or {}
         weights = record.get("frozen_weights", {}).get(str(need.draft.cut))
         if not weights or (need.parent and parent is None):
             return None
@@ -240,11 +248,17 @@ def judge_arm(wanted: Wanted, arm: str) -> Verdict:
     return _judge(f"arm {arm}", wanted.record(wanted.paths.arm(arm)), wanted.arm_inputs(arm), wanted.paths.arm(arm))
 
 
+def judge_finetune(tuning: Tuning) -> Verdict:
+    """Whether fine-tuning is current, given that the encoder that it starts from is."""
+    wanted = tuning.wanted
+    return _judge("finetune", wanted.record(wanted.paths.finetune), tuning.inputs(), wanted.paths.finetune)
+
+
 def judge_cache(wanted: Wanted, need: Need) -> Verdict:
     """Whether a cache is on disk, complete and the very one that is wanted."""
     name, spec = need.name, wanted.spec(need)
     if spec is None:
-        return Verdict(name, "missing", f"stage {need.after} has to be trained first")
+        return Verdict(name, "missing", f"{need.maker} has to be trained first")
     folder = wanted.cache_folder(spec)
     try:
         check_spec(read_manifest(folder), spec)
@@ -277,7 +291,24 @@ def judge_all(wanted: Wanted) -> list[Verdict]:
             found.append(_cache_verdict(_after(broken[need.after], judge_cache(wanted, need)), stage, bool(used)))
         found.append(verdict)
     arms = ARMS if len(wanted.segments) > 1 else ()
-    return found + [_after(broken[0], judge_arm(wanted, arm)) for arm in arms]
+    found += [_after(broken[0], judge_arm(wanted, arm)) for arm in arms]
+    return found + _judge_tuned(wanted, found)
+
+
+def _judge_tuned(wanted: Wanted, before: list[Verdict]) -> list[Verdict]:
+    """The same of fine-tuning, where the run has been fine-tuned: the cache that it reads, and itself."""
+    tuning = last_tuning(wanted)
+    if tuning is None:
+        return []
+    state = {verdict.what: verdict for verdict in before}
+    broken = "" if tuning.encoder in state and state[tuning.encoder].current else tuning.encoder
+    verdict = _after(broken, judge_finetune(tuning))
+    if tuning.need is None:
+        return [verdict]
+    cache = _after(broken, judge_cache(wanted, tuning.need))
+    if verdict.current and not cache.current:
+        cache = replace(cache, reason="not needed, finetune is current")
+    return [cache, verdict]
 
 
 def new_needs(wanted: Wanted, stage: int) -> tuple[Need, ...]:
@@ -286,8 +317,10 @@ def new_needs(wanted: Wanted, stage: int) -> tuple[Need, ...]:
 
 
 def all_needs(wanted: Wanted) -> list[Need]:
-    """The caches that the stages of a run read, parents first."""
-    return [need for stage in range(1, len(wanted.segments)) for need in new_needs(wanted, stage)]
+    """The caches that the stages and the fine-tuning of a run read, parents first."""
+    tuning = last_tuning(wanted)
+    tuned = [tuning.need] if tuning and tuning.need else []
+    return [need for stage in range(1, len(wanted.segments)) for need in new_needs(wanted, stage)] + tuned
 
 
 def _cache_verdict(verdict: Verdict, stage: int, needed: bool) -> Verdict:

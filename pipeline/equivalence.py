@@ -1,5 +1,5 @@
 """`permafrost equivalence`: is training from the cache the same as training live? Recomputes a batch of every cache
-from the images with the frozen blocks, and compares features and the first step's loss."""
+from the images with the frozen blocks, and compares features, prefix tokens and the first step's loss."""
 
 from __future__ import annotations
 
@@ -86,9 +86,11 @@ def compare_stage(wanted: Wanted, stage: int) -> Comparison:
     inputs = live.load(segment, 0).to(config.train.device)
     assert inputs.ids_BL is not None
     with autocast(config.train.device, config.train.precision):
-        wants = model.frozen_features(inputs.values, inputs.ids_BL, config.mask.groups).float().cpu()
+        found = model.frozen_features(inputs.values, inputs.ids_BL, config.mask.groups)
     rows = live.sampling.rows(segment, 0, len(cached.cache))
-    has = cached.cache.read(rows, live.sampling.slot(segment, 0, config.cache.views)[0]).features_BLD
+    read = cached.cache.read(rows, live.sampling.slot(segment, 0, config.cache.views)[0])
+    wants = torch.cat(found, dim=1).float().cpu()
+    has = torch.cat([read.features_BLD, *([] if read.prefix_BSD is None else [read.prefix_BSD])], dim=1)
     difference = has - wants
     return Comparison(
         stage=stage,

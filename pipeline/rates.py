@@ -19,7 +19,7 @@ from pipeline.decide import Wanted
 from pipeline.work import cached_source, live_source, masked_build, optimizer_of
 from stages.device import synchronize
 from stages.segment import Segment
-from stages.sources import Inputs, Source
+from stages.sources import Inputs, Source, StepInputs
 from stages.train import build_model, train_step
 
 STEPS = ("e2e", "freeze", "cached", "memory")
@@ -32,13 +32,13 @@ class InMemory:
     """A source's first batches, loaded before the clock starts: what training would cost if loading were free."""
 
     source: Source
-    batches: tuple[Inputs, ...]
+    batches: tuple[StepInputs, ...]
 
     @classmethod
     def of(cls, source: Source, segment: Segment, batches: int) -> InMemory:
         return cls(source, tuple(source.load(segment, step % segment.steps) for step in range(batches)))
 
-    def load(self, segment: Segment, step: int) -> Inputs:
+    def load(self, segment: Segment, step: int) -> StepInputs:
         return self.batches[step % len(self.batches)]
 
     def mask(self, model: MaskedModel, inputs: Inputs) -> MaskedBatch:

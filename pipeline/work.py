@@ -8,13 +8,15 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
+from torch import Tensor
 
 from cache import open_cache
 from cache.layout import Layout
@@ -23,15 +25,14 @@ from models.drop import DepthDrop
 from models.learner import Learner
 from models.mim import MaskedModel
 from models.teacher import EmaTeacher, Teacher
-from models.vit import Encoder, build_encoder, frozen_hash
+from models.vit import Encoder, frozen_hash
 from pipeline.cluster import task_runner
-from pipeline.config import ConfigError, PipelineConfig
+from pipeline.config import PipelineConfig
 from pipeline.decide import Wanted, inputs_digest, new_needs
 from pipeline.desk import Desk
 from pipeline.job import Interrupted, RunFailed
 from pipeline.layout import StagePaths
 from pipeline.needs import Need
-from pipeline.show import console, table
 from stages.checkpoint import CheckpointError, Progress
 from stages.encode import EncodeJob, build, frozen_encoder
 from stages.optim import Rates, build_adamw, parameter_groups
@@ -39,7 +40,8 @@ from stages.pictures import reconstructions
 from stages.probe import ProbeResult, evaluate
 from stages.segment import Segment, as_end_to_end
 from stages.sources import CachedFeatures, LiveFeatures, LiveImages, Sampling, Source
-from stages.train import Arm, Build, Diverged, Hooks, build_model, train_arm
+from stages.train import Arm, Build, Diverged, Hooks, Result, build_model, train_arm
+from stages.weights import load_weights
 
 
 def train_stage(desk: Desk, stage: int) -> None:
@@ -122,18 +124,6 @@ def train(
 ) -> None:
     """Train an arm to its end and write its record, model and final state. Raises Interrupted with the state saved."""
     wanted, config = desk.wanted, desk.wanted.config
-    record = (
-        tag
-        | facts
-        | {
-            "status": "running",
-            "fingerprint": inputs_digest(inputs),
-            "parent": parent_of(wanted, start),
-            "epochs": sum(segment.epochs for segment in segments),
-            "inputs": inputs,
-        }
-    )
-    write_record(paths, record)
     arm = Arm(
         tag=tag,
         segments=segments,
@@ -144,12 +134,38 @@ def train(
         source=source,
         state=state_file(paths),
         start=start,
-        inputs=record["fingerprint"],
+        inputs=inputs_digest(inputs),
         eval_every=config.eval.every,
+        begin=lambda model: begin_from_file(desk, model),
     )
-    hooks = Hooks(
-        log=desk.log, evaluate=lambda model: evaluate_encoder(wanted, model.encoder), stop=desk.job.stop.is_set
-    )
+    record = facts | {"parent": parent_of(wanted, start), "inputs": inputs}
+    done = carry_out(desk, paths, arm, record, lambda model: evaluate_encoder(wanted, model.encoder))
+    last = done.progress.curve[-1]
+    scores = {name: last[name] for name in ("knn_top1", "linear_top1")}
+    finish_record(paths, done, done.model.encoder.vit.state_dict(), scores)
+    if isinstance(done.model, MaskedModel):
+        show_reconstructions(desk, done.model, paths, arm.label)
+
+
+@dataclass(frozen=True)
+class Done:
+    """An arm that has been trained to its end, and its record so far."""
+
+    arm: Arm
+    record: dict[str, Any]
+    progress: Progress
+    model: Learner
+
+
+def carry_out(
+    desk: Desk, paths: StagePaths, arm: Arm, facts: dict[str, Any], evaluate: Callable[[Any], Result]
+) -> Done:
+    """Train an arm, its record saying so from the start. Raises Interrupted with the state saved, or RunFailed."""
+    segments = arm.segments
+    record = arm.tag | facts | {"status": "running", "fingerprint": arm.inputs}
+    record |= {"epochs": sum(segment.epochs for segment in segments)}
+    write_record(paths, record)
+    hooks = Hooks(log=desk.log, evaluate=evaluate, stop=desk.job.stop.is_set)
     try:
         progress, model = train_arm(arm, hooks)
     except Diverged as error:
@@ -161,9 +177,7 @@ def train(
             f"interrupted: {arm.label} is saved at step {done} of {sum(s.steps for s in segments)}; "
             "the same command goes on from there"
         )
-    finish_record(paths, record, progress, model, segments)
-    if isinstance(model, MaskedModel):
-        show_reconstructions(desk, model, paths, arm.label)
+    return Done(arm, record, progress, model)
 
 
 def show_reconstructions(desk: Desk, model: MaskedModel, paths: StagePaths, label: str) -> None:
@@ -178,18 +192,23 @@ def show_reconstructions(desk: Desk, model: MaskedModel, paths: StagePaths, labe
         desk.log.picture(place, np.concatenate(np.concatenate(rows, axis=2), axis=0), 0)
 
 
-def finish_record(
-    paths: StagePaths, record: dict[str, Any], progress: Progress, model: Learner, segments: tuple[Segment, ...]
-) -> None:
-    """Write the encoder, then the record that says `done` and what came of it."""
-    state = model.encoder.vit.state_dict()
+def begin_from_file(desk: Desk, model: Learner) -> None:
+    """Load the checkpoint file that the settings name, if any, and tell what of it was left out or changed."""
+    if path := desk.wanted.config.model.weights:
+        notes = load_weights(model.encoder, path)
+        desk.log.message(f"weights {path} ({desk.wanted.weights[:8]}): " + ("; ".join(notes) or "taken as they are"))
+
+
+def finish_record(paths: StagePaths, done: Done, state: dict[str, Tensor], scores: dict[str, Any]) -> None:
+    """Write the weights, then the record that says `done` and what came of it."""
+    progress, depth = done.progress, done.model.encoder.depth
     atomic_write(paths.model, save({name: value.cpu().contiguous() for name, value in state.items()}))
-    totals, last = progress.totals, progress.curve[-1]
+    totals = progress.totals
     seconds, images = progress.train_seconds, sum(part.images for part in totals)
     files = (paths.model, state_file(paths))
     write_record(
         paths,
-        record
+        done.record
         | {
             "status": "done",
             "steps": sum(part.steps for part in totals),
@@ -197,11 +216,10 @@ def finish_record(
             "train_seconds": seconds,
             "loader_wait_seconds": sum(part.loader_wait_seconds for part in totals),
             "evaluate_seconds": sum(part.evaluate_seconds for part in totals),
-            "images_per_second": images / seconds,
+            "images_per_second": images / seconds if seconds else 0.0,
             "first_loss": totals[0].first_loss,
             "final_loss": totals[-1].mean_loss,
-            "knn_top1": last["knn_top1"],
-            "linear_top1": last["linear_top1"],
+            **scores,
             "curve": progress.curve,
             "segments": [
                 {
@@ -209,13 +227,13 @@ def finish_record(
                     "epochs": part.steps / segment.steps_per_epoch,
                     "images": part.images,
                     "train_seconds": part.train_seconds,
-                    "images_per_second": part.images / part.train_seconds,
+                    "images_per_second": part.images / part.train_seconds if part.train_seconds else 0.0,
                 }
-                for segment, part in zip(segments, totals, strict=True)
+                for segment, part in zip(done.arm.segments, totals, strict=True)
             ],
             "state": file_checksum(state_file(paths)),
             "weights": file_checksum(paths.model),
-            "frozen_weights": {str(cut): frozen_hash(state, cut) for cut in range(1, model.encoder.depth + 1)},
+            "frozen_weights": {str(cut): frozen_hash(state, cut) for cut in range(1, depth + 1)},
             "files": {str(file.relative_to(paths.root)): file.stat().st_size for file in files},
         },
     )
@@ -230,7 +248,7 @@ def build_cache(desk: Desk, need: Need, paths: StagePaths) -> None:
         for done, total in build(job, wanted.data.train, run):
             seconds = spent + time.perf_counter() - started
             write_seconds(paths, spec.fingerprint, seconds)
-            desk.log({"stage": need.stage, "cut": spec.cut, "shard": done, "shards": total, "cache_seconds": seconds})
+            desk.log(need.tag | {"cut": spec.cut, "shard": done, "shards": total, "cache_seconds": seconds})
             if desk.job.stop.is_set() and done < total:
                 raise Interrupted(
                     f"interrupted: {need.name} has {done} of {total} shards; the same command goes on from there"
@@ -248,7 +266,7 @@ def encode_job(wanted: Wanted, need: Need) -> EncodeJob:
     return EncodeJob(
         folder=str(wanted.cache_folder(spec)),
         layout=Layout(spec, len(wanted.data.train), config.cache.shard_rows),
-        weights=str(wanted.paths.stage(need.after).model.absolute()),
+        weights=str(wanted.paths.encoder(need.maker).model.absolute()),
         model=config.model,
         data=config.data,
         index_folder=str(wanted.paths.index.absolute()),
@@ -258,6 +276,7 @@ def encode_job(wanted: Wanted, need: Need) -> EncodeJob:
         device=config.train.device,
         threads=config.cluster.threads or max(1, config.train.threads // max(1, config.cluster.workers)),
         loader_threads=config.train.loader_threads,
+        rand_augment=need.rand_augment,
     )
 
 
@@ -361,23 +380,3 @@ def spent_seconds(paths: StagePaths) -> dict[str, float]:
     """Seconds by fingerprint of every cache that was built for a stage."""
     file = paths.root / "cache.json"
     return dict(json.loads(file.read_text())) if file.exists() else {}
-
-
-def probe_again(wanted: Wanted, names: list[str]) -> None:
-    """Print the scores of the encoders that are there, by name. Raises ConfigError when none is."""
-    rows = table("encoder", "kNN", "linear", "effective rank", "feature std")
-    for name in names:
-        kind, _, which = name.partition(" ")
-        paths = wanted.paths.stage(int(which)) if kind == "stage" else wanted.paths.arm(which)
-        if paths.model.exists():
-            torch.set_num_threads(wanted.config.train.threads)
-            encoder = build_encoder(wanted.config.model, wanted.config.seed)
-            encoder.vit.load_state_dict(load_file(paths.model))
-            found = evaluate_encoder(wanted, encoder.to(wanted.config.train.device))
-            scores = (found.knn_top1, found.linear_top1, found.effective_rank, found.feature_std)
-            rows.add_row(name, *("-" if score is None else f"{score:.3f}" for score in scores))
-    if not rows.row_count:
-        raise ConfigError(
-            f"{wanted.paths.root} has no trained {' or '.join(names)}; run `make all` or `make stage-0` first"
-        )
-    console().print(rows)

@@ -13,6 +13,8 @@ from stages.config import ScheduleConfig, TrainConfig
 from stages.schedule import freezeout
 
 BETA1 = 0.9
+PREFIX = ("cls_token", "reg_token")
+"""timm's names of the tokens in front of the patches: they freeze with the patch embedding, and no decay pulls them."""
 
 
 def parameter_groups(model: Learner, weight_decay: float, by_layer: bool = False) -> list[dict[str, Any]]:
@@ -24,7 +26,7 @@ def parameter_groups(model: Learner, weight_decay: float, by_layer: bool = False
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            layer, decays = layer_of(name) if by_layer else -1, parameter.ndim > 1
+            layer, decays = layer_of(name) if by_layer else -1, parameter.ndim > 1 and not name.endswith(PREFIX)
             group = groups.setdefault(
                 (layer, decays), {"params": [], "weight_decay": weight_decay if decays else 0.0, "layer": layer}
             )
@@ -36,7 +38,8 @@ def layer_of(name: str) -> int:
     """FreezeOut's layer of a parameter of a learner."""
     if name.startswith("encoder.vit.blocks."):
         return int(name.split(".")[3]) + 1
-    return 0 if name.startswith(("encoder.vit.patch_embed.", "encoder.vit.norm_pre.")) else -1
+    first = ("encoder.vit.patch_embed.", "encoder.vit.norm_pre.", *(f"encoder.vit.{token}" for token in PREFIX))
+    return 0 if name.startswith(first) else -1
 
 
 def build_adamw(groups: list[dict[str, Any]], train: TrainConfig) -> torch.optim.AdamW:

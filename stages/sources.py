@@ -4,7 +4,7 @@ runs in the training step and makes what the masked model reads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -32,8 +32,8 @@ class Inputs:
     `progress` is the share of the run that is done, `step` the optimiser step, both counted from stage 0. `ids_BL` are
     the raster positions of the features' tokens in stored order, `images` the uint8 pixels behind features whose target
     needs them, `group` the token group that the step trains on, `decode_noise` what chooses the hidden tokens that are
-    decoded, None for all. `teachers` are the teacher's features (B, L, D), raster order, that were read from caches, by
-    its block.
+    decoded, None for all, `prefix` the class and register tokens beside cached features, of the groups read.
+    `teachers` are the teacher's features (B, L, D), raster order, that were read from caches, by its block.
     """
 
     values: Tensor
@@ -43,6 +43,7 @@ class Inputs:
     images: Tensor | None = None
     group: int = 0
     decode_noise: Tensor | None = None
+    prefix_BSD: Tensor | None = None
     step: int = 0
     teachers: Mapping[int, Tensor] = field(default_factory=dict)
 
@@ -62,12 +63,26 @@ class Inputs:
         return replace(self, teachers={block: change(value) for block, value in self.teachers.items()}, **changed)
 
 
+class StepInputs(Protocol):
+    """What the training loop must know of a step's inputs, whatever is learned."""
+
+    @property
+    def progress(self) -> float: ...
+
+    @property
+    def step(self) -> int: ...
+
+    def to(self, device: torch.device | str) -> Any: ...
+
+    def split(self, parts: int) -> Sequence[Any]: ...
+
+
 class Source(Protocol):
-    """What feeds the training loop."""
+    """What feeds the training loop: `load` makes a step's inputs, `mask` what the model learns from of each part."""
 
-    def load(self, segment: Segment, step: int) -> Inputs: ...
+    def load(self, segment: Segment, step: int) -> StepInputs: ...
 
-    def mask(self, model: Any, inputs: Inputs) -> Any: ...
+    def mask(self, model: Any, inputs: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -185,7 +200,8 @@ class CachedFeatures:
         images = self._images(batch, rows, view) if targets & set(IMAGE_TARGETS) else None
         inputs = how.inputs(segment, step, batch.features_BLD, how.group_tokens)
         teachers = {block: cache.read(rows, view).features_BLD for block, cache in self.teachers.items()}
-        return replace(inputs, ids_BL=batch.ids_BL, images=images, group=group, teachers=teachers)
+        inputs = replace(inputs, ids_BL=batch.ids_BL, images=images, group=group, teachers=teachers)
+        return replace(inputs, prefix_BSD=batch.prefix_BSD)
 
     def _images(self, batch: FeatureBatch, rows: np.ndarray, view: int) -> Tensor:
         """uint8 (B, 3, S, S); numpy's copies, since torch would wake its pool of threads in the loader's."""
@@ -225,15 +241,18 @@ class LiveFeatures:
 
     def mask(self, model: MaskedModel, inputs: Inputs) -> MaskedBatch:
         assert inputs.ids_BL is not None
-        features = model.frozen_features(inputs.values, inputs.ids_BL, self.sampling.mask.groups)
-        return mask_features(model, self.sampling, replace(inputs, values=features))
+        features, prefix = model.frozen_features(inputs.values, inputs.ids_BL, self.sampling.mask.groups)
+        return mask_features(model, self.sampling, replace(inputs, values=features, prefix_BSD=prefix))
 
 
 def mask_features(model: MaskedModel, sampling: Sampling, inputs: Inputs) -> MaskedBatch:
     """Mask features in stored order: those of all groups (B, L, D), or of the step's group alone (B, G, D)."""
-    features, ids, noise = inputs.values, inputs.ids_BL, inputs.noise
+    features, ids, noise, prefix = inputs.values, inputs.ids_BL, inputs.noise, inputs.prefix_BSD
     assert ids is not None
     size = sampling.group_tokens
+    own_prefix = prefix
+    if prefix is not None and features.shape[1] > size:
+        own_prefix = prefix.unflatten(1, (sampling.mask.groups, -1))[:, inputs.group]
     targets: dict[TargetKey, Tensor] = {}
     if inputs.images is not None:
         targets |= model.image_targets(inputs.images)
@@ -242,7 +261,7 @@ def mask_features(model: MaskedModel, sampling: Sampling, inputs: Inputs) -> Mas
     if inputs.teachers:
         targets |= model.teacher_targets(inputs.teachers)
     elif sampling.averages:
-        targets |= model.seen_in_features(features, ids)
+        targets |= model.seen_in_features(features, ids, own_prefix)
     elif inputs.images is not None:
         targets |= model.seen_in_images(inputs.images)
     if features.shape[1] > size:
@@ -250,5 +269,5 @@ def mask_features(model: MaskedModel, sampling: Sampling, inputs: Inputs) -> Mas
         features, ids = features[:, own], ids[:, own]
     if noise.shape[1] > size:  # block-wise noise is drawn over the whole grid
         noise = noise.gather(1, ids)
-    batch = model.from_features(features, ids, noise, sampling.keep(inputs.progress), targets)
+    batch = model.from_features(features, ids, noise, sampling.keep(inputs.progress), targets, own_prefix)
     return sampling.scored(batch, inputs)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,10 +32,8 @@ from stages.checkpoint import (
 )
 from stages.config import TrainConfig
 from stages.device import autocast
-from stages.optim import Rates
-from stages.probe import ProbeResult
 from stages.segment import Segment
-from stages.sources import Inputs, Source
+from stages.sources import Source, StepInputs
 
 LOG_EVERY = 10
 """Optimiser steps between two logged events; the loss is fetched from the device no more often."""
@@ -54,6 +52,22 @@ class Build:
     drop: DepthDrop | None = None
 
 
+class Pace(Protocol):
+    """How fast everything learns at every step of the plan."""
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """Set the rates of a step; returns the one that is told."""
+        ...
+
+
+class Result(Protocol):
+    """What an evaluation came to."""
+
+    def point(self) -> dict[str, float | None]:
+        """Its numbers by name, as a point of the curve keeps them."""
+        ...
+
+
 @dataclass(frozen=True)
 class Arm:
     """What to train: the segments in turn, from a state on disk or from scratch, into a folder."""
@@ -65,14 +79,18 @@ class Arm:
     """The model at a cut, on its device, its weights a pure function of the seed."""
     optimizer: Callable[[Learner], torch.optim.Optimizer]
     train: TrainConfig
-    rates: Rates
+    rates: Pace
     source: Callable[[Segment], Source]
     state: Path
     start: Path | None
     inputs: str
     """Digest of what the arm was asked to do; a saved state of anything else is not gone on from."""
+    section: str = "train"
+    """Where the settings of `train` stand for the user: train, or finetune."""
     eval_every: int = 0
     """Epochs between evaluations; each segment's end is evaluated in any case."""
+    begin: Callable[[Learner], None] = lambda model: None
+    """What is done to a model that starts from no state, such as loading a checkpoint file."""
 
     @property
     def label(self) -> str:
@@ -84,7 +102,7 @@ class Hooks:
     """The rim: what the loop needs from outside."""
 
     log: Callable[[dict[str, Any]], None]
-    evaluate: Callable[[Any], ProbeResult]
+    evaluate: Callable[[Any], Result]
     """Scores the model that is trained."""
     stop: Callable[[], bool] = lambda: False
     now: Callable[[], float] = time.perf_counter
@@ -123,7 +141,7 @@ def build_model(build: Build, cut: int, device: str) -> MaskedModel:
 
 
 def train_step(
-    model: Learner, optimizer: torch.optim.Optimizer, source: Source, inputs: Inputs, train: TrainConfig
+    model: Learner, optimizer: torch.optim.Optimizer, source: Source, inputs: StepInputs, train: TrainConfig
 ) -> Tensor:
     """One optimiser step; returns (1 + H + W,): the weighted sum that is learned from, every loss, what is watched.
 
@@ -160,7 +178,9 @@ def train_arm(arm: Arm, hooks: Hooks) -> tuple[Progress, Learner]:
         segment = arm.segments[min(progress.segment, len(arm.segments) - 1)]
         model = arm.make(segment.cut)
         optimizer = arm.optimizer(model)
-        if tensors is not None:
+        if tensors is None:
+            arm.begin(model)
+        else:
             apply_tensors(model, optimizer, tensors)
         if progress.segment == len(arm.segments):
             return progress, model
@@ -193,6 +213,9 @@ def train_segment(
         progress.totals.append(SegmentTotals())
     source = arm.source(segment)
     book = Book(arm, segment, progress, hooks, model)
+    if not segment.steps:  # a checkpoint taken as it is
+        book.evaluate(model)
+        return
     steps = range(progress.step, segment.steps)
     with prefetch(
         lambda step: source.load(segment, step), steps, arm.train.loader_threads, arm.train.prefetch
@@ -258,7 +281,7 @@ class Book:
             if not math.isfinite(loss):
                 raise Diverged(
                     f"{self.arm.label}: loss={loss} near step {self.progress.step}; "
-                    f"lower train.lr={self.arm.train.lr:g} or set train.clip=1"
+                    f"lower {self.arm.section}.lr={self.arm.train.lr:g} or set {self.arm.section}.clip=1"
                 )
             self.totals.loss_sum += loss
         self.totals.loss_steps += len(losses)
@@ -288,14 +311,14 @@ class Book:
             )
 
     def mean_losses(self, losses: list[list[float]]) -> dict[str, Any]:
-        """`loss`, what is learned from, each head's as `loss_<head>`, which stays comparable over stages with other
-        heads, and what is watched."""
+        """`loss`, what is learned from, each head's as `loss_<head>`, comparable over stages, and what is watched."""
         means = [sum(column) / len(losses) for column in zip(*losses, strict=True)]
         count = 1 + len(self.model.loss_names)
         watched = dict(zip(self.model.watch_names, means[count:], strict=True))
         warning = self.model.warning(watched)
         heads = dict(zip((f"loss_{name}" for name in self.model.loss_names), means[1:count], strict=True))
-        return {"loss": means[0]} | heads | watched | ({"warning": warning} if warning else {})
+        told = {"loss": means[0]} | heads | watched
+        return told | ({"warning": warning} if warning else {})
 
     def evaluate(self, model: Learner) -> None:
         """Add a point to the probe curve; its time is not training time."""
@@ -304,11 +327,7 @@ class Book:
         point = {
             "seconds": self.progress.train_seconds,
             "epoch": self.segment.first_epoch + self.progress.step / self.segment.steps_per_epoch,
-            "knn_top1": result.knn_top1,
-            "linear_top1": result.linear_top1,
-            "feature_std": result.feature_std,
-            "effective_rank": result.effective_rank,
-            "probe_images": result.images,
+            **result.point(),
         }
         self.progress.curve.append(point)
         self.hooks.log(self.arm.tag | {"probe": True} | point)
