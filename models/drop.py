@@ -18,7 +18,7 @@ from timm.layers import DropPath
 from torch import Tensor
 
 from models.spec import derive_seed
-from models.vit import Encoder, ModelError
+from models.vit import Encoder
 
 PACE = 100.0
 """Progressive layer dropping's gamma times the steps of the run: a twentieth of it brings 99 % of the way."""
@@ -51,15 +51,10 @@ class DepthDrop:
         return self.drop_path > 0 or self.layer_drop > 0
 
     def install(self, encoder: Encoder) -> None:
-        """Fill the places that timm's blocks have for it. Raises ModelError for blocks without such places."""
+        """Fill the places that timm's blocks have for it."""
         if not self.active:
             return
         for block in encoder.vit.blocks:
-            if not all(hasattr(block, place) for place in PLACES):
-                raise ModelError(
-                    f"train.drop_path={self.drop_path:g} and train.layer_drop={self.layer_drop:g} need blocks that can "
-                    f"drop a branch, which {type(block).__name__} cannot; set both to 0"
-                )
             for place in PLACES:
                 setattr(block, place, BranchDrop())
         encoder.train(encoder.training)  # frozen blocks, and what they now hold, are in eval mode
