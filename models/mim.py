@@ -6,22 +6,29 @@ Shapes: B batch, C channels, H and W pixels, L all tokens, G tokens of a group, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from models.batch import MaskedBatch, raster_order
 from models.config import IMAGE_TARGETS, HeadSpec
-from models.learner import Learner
+from models.learner import Learner, Part
 from models.masking import keep_lowest, mask_group, take_tokens
 from models.multiscale import Head
-from models.targets import Targets, feature_target, image_target, normalize_images
+from models.targets import Targets, feature_target, image_target, normalize_images, target_std
+from models.teacher import EmaTeacher, Teacher
 from models.vit import Encoder, use_attention
+
+COLLAPSED = 0.1
+"""Standard deviation of a layer-normalised target over tokens below which it is of no use; data2vec's own bound."""
 
 
 class MaskedModel(Learner):
     """An encoder frozen before block `cut`, and the heads that train what lies behind, in the order of their blocks."""
+
+    teacher: Teacher | None = None
+    """Gives some heads their targets, where these are not read from a cache."""
 
     def __init__(self, encoder: Encoder, heads: Sequence[Head], cut: int) -> None:
         super().__init__()
@@ -60,12 +67,38 @@ class MaskedModel(Learner):
         return tuple(spec.weight_at(progress) for spec in self.specs)
 
     @property
-    def parts(self) -> dict[str, nn.Module]:
-        return {"encoder": self.encoder.vit, "decoder": self.heads}
+    def parts(self) -> Mapping[str, Part]:
+        average = {"teacher": self.teacher} if isinstance(self.teacher, EmaTeacher) else {}
+        return {"encoder": self.encoder.vit, "decoder": self.heads, **average}
+
+    def after_step(self, step: int) -> None:
+        """A teacher that is an average follows."""
+        if isinstance(self.teacher, EmaTeacher):
+            self.teacher.after(self.encoder, step)
+
+    @property
+    def taught(self) -> dict[int, str]:
+        """The blocks of the teacher that heads predict, ascending, and what their targets are called."""
+        return dict(sorted({(spec.teacher, spec.key[0]) for spec in self.specs if spec.target == "teacher"}))
+
+    @property
+    def watch_names(self) -> tuple[str, ...]:
+        """`target_std_teacher12`: falls towards 0 when the teacher gives all tokens the same features."""
+        return tuple(f"target_std_{name}" for name in self.taught.values())
+
+    def watch(self, batch: MaskedBatch) -> Tensor:
+        """(W,): how much each teacher target varies from token to token."""
+        stds = [target_std(batch.targets[name, 1.0]) for name in self.taught.values()]
+        return torch.stack(stds) if stds else batch.visible_BKD.new_empty(0)
 
     def set_attention(self, kind: str, device: torch.device | str) -> None:
         """Choose the attention kernel of every block and decoder for a device."""
         use_attention(self, kind, device)
+
+    def warning(self, watched: Mapping[str, float]) -> str:
+        """Names the teacher's blocks whose features no longer tell tokens apart."""
+        flat = [name for name in self.taught.values() if watched[f"target_std_{name}"] < COLLAPSED]
+        return f"collapsed: {', '.join(flat)}" if flat else ""
 
     def from_images(self, images_BCHW: Tensor, noise_BL: Tensor, keep: int) -> MaskedBatch:
         """Masked before the first block: uint8 images, of which frozen blocks see the visible tokens only.
@@ -78,7 +111,8 @@ class MaskedModel(Learner):
             prefix_BRD = self.encoder.prefix(len(images_BCHW))
             visible_BKD = self.encoder.with_prefix(take_tokens(tokens_BLD, mask.ids_keep), prefix_BRD)
             visible_BKD = self.encoder.run(visible_BKD, 0, self.cut)
-        return MaskedBatch(visible_BKD, mask, mask.hidden, self.image_targets(images_BCHW))
+        targets = {**self.image_targets(images_BCHW), **self.seen_in_images(images_BCHW)}
+        return MaskedBatch(visible_BKD, mask, mask.hidden, targets)
 
     def from_features(
         self,
@@ -108,6 +142,21 @@ class MaskedModel(Learner):
         if ("features", 1.0) not in {head.target for head in self.each_head}:
             return {}
         return {("features", 1.0): feature_target(raster_order(stored_BLD, ids_BL))}
+
+    def seen_in_images(self, images_BCHW: Tensor) -> Targets:
+        """What the heads ask of the teacher, which sees all tokens of uint8 images."""
+        return self.teacher_targets(self.teacher.of_images(images_BCHW, list(self.taught))) if self.teacher else {}
+
+    def seen_in_features(self, stored_BLD: Tensor, ids_BL: Tensor, prefix_BRD: Tensor | None = None) -> Targets:
+        """The same of a teacher that goes on from the cut's features, given of all tokens in stored order."""
+        if self.teacher is None:
+            return {}
+        tokens_BLD = self.encoder.with_prefix(raster_order(stored_BLD, ids_BL), prefix_BRD)
+        return self.teacher_targets(self.teacher.of_tokens(tokens_BLD, self.cut, list(self.taught)))
+
+    def teacher_targets(self, features: Mapping[int, Tensor]) -> Targets:
+        """Targets of the teacher's features (B, L, D), raster order, by its blocks."""
+        return {(name, 1.0): feature_target(features[block]) for block, name in self.taught.items()}
 
     @torch.no_grad()
     def frozen_features(self, images_BCHW: Tensor, ids_BL: Tensor, groups: int) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,8 @@ class Encoder(nn.Module):
         self.depth, self.width, self.num_tokens = len(vit.blocks), vit.embed_dim, vit.patch_embed.num_patches
         self.num_prefix: int = vit.num_prefix_tokens
         self.cut = 0
+        self.skipped: frozenset[int] = frozenset()
+        """Learning blocks that do not run: set for a training step by `models.drop`, empty at all other times."""
         self.freeze(0)
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
@@ -56,8 +58,9 @@ class Encoder(nn.Module):
 
     def run(self, tokens_BLD: Tensor, start: int, stop: int) -> Tensor:
         """The blocks start..stop-1 over any tokens, a prefix in front of them or not."""
-        for block in self.vit.blocks[start:stop]:
-            tokens_BLD = block(tokens_BLD)
+        for index, block in enumerate(self.vit.blocks[start:stop], start):
+            if index not in self.skipped:
+                tokens_BLD = block(tokens_BLD)
         return tokens_BLD
 
     def run_groups(

@@ -56,7 +56,7 @@ VERBS = {
     "status": Verb("pipeline.status:show_status", "where the run stands", torch=False),
     "arm": Verb("pipeline.runner:run_arm", "run a baseline arm: e2e or freeze", "ARM", saves=True),
     "speedup": Verb("pipeline.speedup:run_speedup", "the three arms side by side, written to speedup.json", saves=True),
-    "probe": Verb("pipeline.runner:run_probe", "kNN and linear probe of a stage's or an arm's encoder", "[N|ARM]"),
+    "probe": Verb("pipeline.runner:run_probe", "kNN and linear probes of a stage's or an arm's encoder", "[N|ARM]"),
     "verify": Verb("pipeline.care:run_verify", "hash every shard of every cache again"),
     "repair": Verb("pipeline.care:run_repair", "rebuild only the shards that are bad", saves=True),
     "equivalence": Verb("pipeline.equivalence:run_equivalence", "recompute samples live, compare them with the cache"),
@@ -64,7 +64,9 @@ VERBS = {
     "export": Verb("pipeline.export:run_export", "an encoder as a folder that timm loads: <run>/export", "[N|ARM]"),
     "bench": Verb("pipeline.bench:run_bench", "the benchmarks; prints ratios"),
     "report": Verb("", "report.html with its figures", instead="`speedup` writes speedup.json and a figure"),
-    "finetune": Verb("", "supervised fine-tuning from a stage's encoder", "[N]", instead="`probe` scores an encoder"),
+    "finetune": Verb(
+        "pipeline.runner:run_finetune", "supervised fine-tuning of a stage's or an arm's encoder", "[N|ARM]", saves=True
+    ),
     "study": Verb("", "a grid of overrides as one table", "[NAME]", instead="repeat a verb with --run and --set"),
 }
 

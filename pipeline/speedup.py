@@ -30,7 +30,8 @@ VERSIONS = ("torch", "timm", "zarr", "numpy")
 def run_speedup(job: Job) -> None:
     """Compare the arms of a run that has trained them all."""
     with at_work(job) as desk:
-        missing = [v.what for v in judge_all(desk.wanted) if not v.current and not v.what.startswith("cache")]
+        verdicts = [v for v in judge_all(desk.wanted) if not v.what.startswith(("cache", "finetune"))]
+        missing = [verdict.what for verdict in verdicts if not verdict.current]
         if missing:
             raise ConfigError(f"not current: {', '.join(missing)}; `make all` runs them, `make explain` says why")
         compare(desk)

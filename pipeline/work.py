@@ -3,53 +3,53 @@ it. A record says `done` only after everything it names is on disk."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
+from torch import Tensor
 
 from cache import open_cache
 from cache.layout import Layout
 from cache.manifest import atomic_write
+from models.drop import DepthDrop
 from models.learner import Learner
 from models.mim import MaskedModel
-from models.vit import Encoder, build_encoder, frozen_hash
+from models.teacher import EmaTeacher, Teacher
+from models.vit import Encoder, frozen_hash
 from pipeline.cluster import task_runner
-from pipeline.config import ConfigError, PipelineConfig
-from pipeline.decide import Wanted, inputs_digest
+from pipeline.config import PipelineConfig
+from pipeline.decide import Wanted, inputs_digest, new_needs
 from pipeline.desk import Desk
 from pipeline.job import Interrupted, RunFailed
 from pipeline.layout import StagePaths
-from pipeline.show import console, table
+from pipeline.needs import Need
 from stages.checkpoint import CheckpointError, Progress
-from stages.encode import EncodeJob, build
+from stages.encode import EncodeJob, build, frozen_encoder
 from stages.optim import Rates, build_adamw, parameter_groups
 from stages.pictures import reconstructions
 from stages.probe import ProbeResult, evaluate
 from stages.segment import Segment, as_end_to_end
 from stages.sources import CachedFeatures, LiveFeatures, LiveImages, Sampling, Source
-from stages.train import Arm, Build, Diverged, Hooks, build_model, train_arm
+from stages.train import Arm, Build, Diverged, Hooks, Result, build_model, train_arm
 from stages.weights import load_weights
 
 
 def train_stage(desk: Desk, stage: int) -> None:
     """Stage 0 trains everything from images; a later one the blocks behind its cut, from the cache."""
     wanted = desk.wanted
-    how = sampling(wanted)
-    if stage:
-        spec = wanted.cache_spec(stage)
-        assert spec is not None, "ensure_cache comes first"
-        cache = open_cache(wanted.cache_folder(spec))
-        source: Source = CachedFeatures(cache, how, wanted.data.train)
-        built = read_seconds(wanted.paths.stage(stage), spec.fingerprint)
-    else:
-        source, built, spec = LiveImages(wanted.data.train, how), 0.0, None
+    source = cached_source(wanted, stage) if stage else LiveImages(wanted.data.train, sampling(wanted))
+    spec = wanted.cache_spec(stage) if stage else None
+    built = built_seconds(wanted, stage)
     if gone := [head.name for head in wanted.heads if head.block <= wanted.segments[stage].cut]:
         desk.log.message(f"stage {stage}: {', '.join(gone)} read frozen blocks and are gone, with their losses")
     train(
@@ -57,11 +57,29 @@ def train_stage(desk: Desk, stage: int) -> None:
         paths=wanted.paths.stage(stage),
         tag={"stage": stage},
         segments=wanted.segments[stage : stage + 1],
+        build=masked_build(wanted, stage, cached=True),
         source=lambda segment: source,
         start=state_file(wanted.paths.stage(stage - 1)) if stage else None,
         inputs=wanted.stage_inputs(stage),
         facts={"cut": wanted.segments[stage].cut, "cache": spec.fingerprint if spec else None, "cache_seconds": built},
     )
+
+
+def built_seconds(wanted: Wanted, stage: int) -> float:
+    """What the caches have cost that a stage was the first to read."""
+    specs = map(wanted.spec, new_needs(wanted, stage))
+    return sum(read_seconds(wanted.paths.stage(stage), spec.fingerprint) for spec in specs if spec)
+
+
+def cached_source(wanted: Wanted, stage: int) -> CachedFeatures:
+    """What a stage learns from: its features and, where they are cached, its teacher's."""
+    caches = []
+    for need in wanted.needs(stage):
+        spec = wanted.spec(need)
+        assert spec is not None, "ensure_cache comes first"
+        caches.append(open_cache(wanted.cache_folder(spec)))
+    teachers = dict(zip(wanted.teacher_blocks(stage), caches[1:], strict=True))
+    return CachedFeatures(caches[0], sampling(wanted), wanted.data.train, teachers)
 
 
 def train_baseline(desk: Desk, arm: str) -> None:
@@ -74,6 +92,7 @@ def train_baseline(desk: Desk, arm: str) -> None:
         paths=wanted.paths.arm(arm),
         tag={"arm": arm},
         segments=as_end_to_end(segments) if arm == "e2e" else segments,
+        build=masked_build(wanted, 1, cached=False),
         source=lambda segment: live_source(wanted, segment),
         start=state_file(wanted.paths.stage(0)),
         inputs=wanted.arm_inputs(arm),
@@ -94,6 +113,7 @@ def train(
     paths: StagePaths,
     tag: dict[str, Any],
     segments: tuple[Segment, ...],
+    build: Build,
     source: Callable[[Segment], Source],
     start: Path | None,
     inputs: dict[str, Any],
@@ -101,35 +121,48 @@ def train(
 ) -> None:
     """Train an arm to its end and write its record, model and final state. Raises Interrupted with the state saved."""
     wanted, config = desk.wanted, desk.wanted.config
-    record = (
-        tag
-        | facts
-        | {
-            "status": "running",
-            "fingerprint": inputs_digest(inputs),
-            "parent": parent_of(wanted, start),
-            "epochs": sum(segment.epochs for segment in segments),
-            "inputs": inputs,
-        }
-    )
-    write_record(paths, record)
     arm = Arm(
         tag=tag,
         segments=segments,
-        make=lambda cut: build_model(masked_build(wanted), cut, config.train.device),
+        make=lambda cut: build_model(build, cut, config.train.device),
         optimizer=lambda model: optimizer_of(wanted, model),
         train=config.train,
         rates=rates(wanted),
         source=source,
         state=state_file(paths),
         start=start,
-        inputs=record["fingerprint"],
+        inputs=inputs_digest(inputs),
         eval_every=config.eval.every,
         begin=lambda model: begin_from_file(desk, model),
     )
-    hooks = Hooks(
-        log=desk.log, evaluate=lambda model: evaluate_encoder(wanted, model.encoder), stop=desk.job.stop.is_set
-    )
+    record = facts | {"parent": parent_of(wanted, start), "inputs": inputs}
+    done = carry_out(desk, paths, arm, record, lambda model: evaluate_encoder(wanted, model.encoder))
+    last = done.progress.curve[-1]
+    scores = {name: last[name] for name in ("knn_top1", "linear_top1")}
+    finish_record(paths, done, done.model.encoder.vit.state_dict(), scores)
+    if isinstance(done.model, MaskedModel):
+        show_reconstructions(desk, done.model, paths, arm.label)
+
+
+@dataclass(frozen=True)
+class Done:
+    """An arm that has been trained to its end, and its record so far."""
+
+    arm: Arm
+    record: dict[str, Any]
+    progress: Progress
+    model: Learner
+
+
+def carry_out(
+    desk: Desk, paths: StagePaths, arm: Arm, facts: dict[str, Any], evaluate: Callable[[Any], Result]
+) -> Done:
+    """Train an arm, its record saying so from the start. Raises Interrupted with the state saved, or RunFailed."""
+    segments = arm.segments
+    record = arm.tag | facts | {"status": "running", "fingerprint": arm.inputs}
+    record |= {"epochs": sum(segment.epochs for segment in segments)}
+    write_record(paths, record)
+    hooks = Hooks(log=desk.log, evaluate=evaluate, stop=desk.job.stop.is_set)
     try:
         progress, model = train_arm(arm, hooks)
     except Diverged as error:
@@ -141,9 +174,7 @@ def train(
             f"interrupted: {arm.label} is saved at step {done} of {sum(s.steps for s in segments)}; "
             "the same command goes on from there"
         )
-    finish_record(paths, record, progress, model, segments)
-    if isinstance(model, MaskedModel):
-        show_reconstructions(desk, model, paths, arm.label)
+    return Done(arm, record, progress, model)
 
 
 def show_reconstructions(desk: Desk, model: MaskedModel, paths: StagePaths, label: str) -> None:
@@ -165,18 +196,16 @@ def begin_from_file(desk: Desk, model: Learner) -> None:
         desk.log.message(f"weights {path} ({desk.wanted.weights[:8]}): " + ("; ".join(notes) or "taken as they are"))
 
 
-def finish_record(
-    paths: StagePaths, record: dict[str, Any], progress: Progress, model: Learner, segments: tuple[Segment, ...]
-) -> None:
-    """Write the encoder, then the record that says `done` and what came of it."""
-    state = model.encoder.vit.state_dict()
+def finish_record(paths: StagePaths, done: Done, state: dict[str, Tensor], scores: dict[str, Any]) -> None:
+    """Write the weights, then the record that says `done` and what came of it."""
+    progress, depth = done.progress, done.model.encoder.depth
     atomic_write(paths.model, save({name: value.cpu().contiguous() for name, value in state.items()}))
-    totals, last = progress.totals, progress.curve[-1]
+    totals = progress.totals
     seconds, images = progress.train_seconds, sum(part.images for part in totals)
     files = (paths.model, state_file(paths))
     write_record(
         paths,
-        record
+        done.record
         | {
             "status": "done",
             "steps": sum(part.steps for part in totals),
@@ -187,8 +216,7 @@ def finish_record(
             "images_per_second": images / seconds if seconds else 0.0,
             "first_loss": totals[0].first_loss,
             "final_loss": totals[-1].mean_loss,
-            "knn_top1": last["knn_top1"],
-            "linear_top1": last["linear_top1"],
+            **scores,
             "curve": progress.curve,
             "segments": [
                 {
@@ -198,53 +226,55 @@ def finish_record(
                     "train_seconds": part.train_seconds,
                     "images_per_second": part.images / part.train_seconds if part.train_seconds else 0.0,
                 }
-                for segment, part in zip(segments, totals, strict=True)
+                for segment, part in zip(done.arm.segments, totals, strict=True)
             ],
             "state": file_checksum(state_file(paths)),
             "weights": file_checksum(paths.model),
-            "frozen_weights": {str(cut): frozen_hash(state, cut) for cut in range(1, model.encoder.depth + 1)},
+            "frozen_weights": {str(cut): frozen_hash(state, cut) for cut in range(1, depth + 1)},
             "files": {str(file.relative_to(paths.root)): file.stat().st_size for file in files},
         },
     )
 
 
-def build_cache(desk: Desk, stage: int) -> None:
-    """Build what is missing of the cache that a stage reads, shard by shard on the cluster."""
-    wanted, config = desk.wanted, desk.wanted.config
-    spec = wanted.cache_spec(stage)
-    assert spec is not None, "ensure_cache trains the stage before it first"
-    parent = wanted.cache_spec(stage - 1) if stage > 1 else None
-    job = EncodeJob(
+def build_cache(desk: Desk, need: Need, paths: StagePaths) -> None:
+    """Build what is missing of a cache, shard by shard on the cluster; its seconds are kept in `paths`."""
+    wanted, job = desk.wanted, encode_job(desk.wanted, need)
+    spec = job.layout.spec
+    spent, started = read_seconds(paths, spec.fingerprint), time.perf_counter()
+    with task_runner(wanted.config.cluster) as run:
+        for done, total in build(job, wanted.data.train, run):
+            seconds = spent + time.perf_counter() - started
+            write_seconds(paths, spec.fingerprint, seconds)
+            desk.log(need.tag | {"cut": spec.cut, "shard": done, "shards": total, "cache_seconds": seconds})
+            if desk.job.stop.is_set() and done < total:
+                raise Interrupted(
+                    f"interrupted: {need.name} has {done} of {total} shards; the same command goes on from there"
+                )
+    seconds = spent + time.perf_counter() - started
+    write_seconds(paths, spec.fingerprint, seconds)
+    desk.log.message(f"{need.name}: built in {seconds:.1f} s ({job.folder})")
+
+
+def encode_job(wanted: Wanted, need: Need) -> EncodeJob:
+    """What workers must know to make a cache. The stage that its weights come from, and its parent, are there."""
+    config, spec = wanted.config, wanted.spec(need)
+    parent = wanted.spec(need.parent) if need.parent else None
+    assert spec is not None, "the stage that the weights come from is trained first"
+    return EncodeJob(
         folder=str(wanted.cache_folder(spec)),
         layout=Layout(spec, len(wanted.data.train), config.cache.shard_rows),
-        weights=str(wanted.paths.stage(stage - 1).model.absolute()),
+        weights=str(wanted.paths.encoder(need.maker).model.absolute()),
         model=config.model,
         data=config.data,
         index_folder=str(wanted.paths.index.absolute()),
         parent=str(wanted.cache_folder(parent)) if parent else None,
-        parent_cut=parent.cut if parent else 0,
+        parent_cut=need.start,
         batch=config.cache.encode_batch,
         device=config.train.device,
         threads=config.cluster.threads or max(1, config.train.threads // max(1, config.cluster.workers)),
         loader_threads=config.train.loader_threads,
+        rand_augment=need.rand_augment,
     )
-    paths, spent, started = (
-        wanted.paths.stage(stage),
-        read_seconds(wanted.paths.stage(stage), spec.fingerprint),
-        time.perf_counter(),
-    )
-    with task_runner(config.cluster) as run:
-        for done, total in build(job, wanted.data.train, run):
-            seconds = spent + time.perf_counter() - started
-            write_seconds(paths, spec.fingerprint, seconds)
-            desk.log({"stage": stage, "cut": spec.cut, "shard": done, "shards": total, "cache_seconds": seconds})
-            if desk.job.stop.is_set() and done < total:
-                raise Interrupted(
-                    f"interrupted: cache {stage} has {done} of {total} shards; the same command goes on from there"
-                )
-    seconds = spent + time.perf_counter() - started
-    write_seconds(paths, spec.fingerprint, seconds)
-    desk.log.message(f"cache {stage}: built in {seconds:.1f} s ({wanted.cache_folder(spec)})")
 
 
 def evaluate_encoder(wanted: Wanted, encoder: Encoder) -> ProbeResult:
@@ -265,13 +295,32 @@ def sampling(wanted: Wanted) -> Sampling:
         heads=wanted.heads,
         share=config.decoder.share,
         total_steps=wanted.total_steps,
+        averages=config.teacher.kind == "ema",
     )
 
 
-def masked_build(wanted: Wanted) -> Build:
-    """What makes the masked model of any stage or arm."""
+def masked_build(wanted: Wanted, stage: int, cached: bool) -> Build:
+    """What makes the masked model of a stage, or of an arm that goes on from stage 0 as stage 1 does.
+
+    A frozen teacher's features are read by `cached` training, which therefore does not run it.
+    """
     config = wanted.config
-    return Build(config.seed, config.model, config.decoder, wanted.heads)
+    teacher: Callable[[Encoder], Teacher] | None = None
+    if config.teacher.kind == "ema":
+        teacher = partial(EmaTeacher, config=config.teacher)
+    elif stage and not cached:
+        teacher = partial(frozen_teacher, wanted)
+    drop = DepthDrop(config.seed, config.train.drop_path, config.train.layer_drop, wanted.total_steps)
+    return Build(config.seed, config.model, config.decoder, wanted.heads_of(stage), teacher, drop)
+
+
+def frozen_teacher(wanted: Wanted, student: Encoder) -> Teacher:
+    """The encoder that stage 0 ended with; an untrained one before that, whose speed is the same."""
+    config, paths, depth = wanted.config, wanted.paths.stage(0), student.depth
+    weights = (wanted.record(paths) or {}).get("frozen_weights", {}).get(str(depth))
+    if weights:
+        return Teacher(frozen_encoder(str(paths.model.absolute()), weights, depth, config.model, config.train.device))
+    return Teacher(copy.deepcopy(student))
 
 
 def optimizer_of(wanted: Wanted, model: Learner) -> torch.optim.Optimizer:
@@ -315,32 +364,16 @@ def write_record(paths: StagePaths, record: dict[str, Any]) -> None:
 
 
 def read_seconds(paths: StagePaths, fingerprint: str) -> float:
-    """What the stage's cache has cost to build so far, in seconds, over all interruptions."""
-    file = paths.root / "cache.json"
-    record = json.loads(file.read_text()) if file.exists() else {}
-    return float(record["seconds"]) if record.get("fingerprint") == fingerprint else 0.0
+    """What a cache has cost to build so far, in seconds, over all interruptions."""
+    return spent_seconds(paths).get(fingerprint, 0.0)
 
 
 def write_seconds(paths: StagePaths, fingerprint: str, seconds: float) -> None:
     paths.root.mkdir(parents=True, exist_ok=True)
-    atomic_write(paths.root / "cache.json", json.dumps({"fingerprint": fingerprint, "seconds": seconds}).encode())
+    atomic_write(paths.root / "cache.json", json.dumps(spent_seconds(paths) | {fingerprint: seconds}).encode())
 
 
-def probe_again(wanted: Wanted, names: list[str]) -> None:
-    """Print the scores of the encoders that are there, by name. Raises ConfigError when none is."""
-    rows = table("encoder", "kNN", "linear", "effective rank", "feature std")
-    for name in names:
-        kind, _, which = name.partition(" ")
-        paths = wanted.paths.stage(int(which)) if kind == "stage" else wanted.paths.arm(which)
-        if paths.model.exists():
-            torch.set_num_threads(wanted.config.train.threads)
-            encoder = build_encoder(wanted.config.model, wanted.config.seed)
-            encoder.vit.load_state_dict(load_file(paths.model))
-            found = evaluate_encoder(wanted, encoder.to(wanted.config.train.device))
-            scores = (found.knn_top1, found.linear_top1, found.effective_rank, found.feature_std)
-            rows.add_row(name, *("-" if score is None else f"{score:.3f}" for score in scores))
-    if not rows.row_count:
-        raise ConfigError(
-            f"{wanted.paths.root} has no trained {' or '.join(names)}; run `make all` or `make stage-0` first"
-        )
-    console().print(rows)
+def spent_seconds(paths: StagePaths) -> dict[str, float]:
+    """Seconds by fingerprint of every cache that was built for a stage."""
+    file = paths.root / "cache.json"
+    return dict(json.loads(file.read_text())) if file.exists() else {}

@@ -24,6 +24,7 @@ from models.config import ModelConfig
 from models.masking import take_tokens
 from models.targets import normalize_images, patchify
 from models.vit import Encoder, build_encoder, frozen_hash
+from stages.augment import augmenter
 from stages.config import DataConfig
 from stages.device import autocast
 from stages.images import ImageList, open_data
@@ -48,6 +49,8 @@ class EncodeJob:
     device: str
     threads: int
     loader_threads: int
+    rand_augment: float = 0.0
+    """Magnitude of RandAugment on every view; the spec's view transform names it."""
 
 
 RunTasks = Callable[[Callable[[Any], Shard], Sequence[Any]], Iterator[Shard]]
@@ -150,10 +153,11 @@ def from_images(job: EncodeJob, view: int) -> Callable[[np.ndarray], Part]:
     """A function that cuts a view of some rows."""
     spec = job.layout.spec
     images, size = training_images(job.data, job.index_folder, spec.data), job.model.image_size
+    augment = augmenter(job.rand_augment, spec.seed)
 
     def load(rows: np.ndarray) -> Part:
         keys = tuple(images.keys[row] for row in rows)
-        cut, crops = image_batch(images, rows, view, job.data, size, spec.seed)
+        cut, crops = image_batch(images, rows, view, job.data, size, spec.seed, augment)
         tensor = torch.from_numpy(cut)
         orders = (
             token_orders(spec.seed, view, keys, spec.num_tokens, spec.groups, spec.mask_block)

@@ -8,17 +8,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from cache.loader import prefetch
 from models.config import DecoderConfig, HeadSpec, ModelConfig, learning_heads
+from models.drop import DepthDrop
 from models.learner import Learner
 from models.mim import MaskedModel
 from models.multiscale import build_heads
-from models.vit import build_encoder
+from models.teacher import Teacher
+from models.vit import Encoder, build_encoder
 from stages.checkpoint import (
     CheckpointError,
     Progress,
@@ -30,10 +32,8 @@ from stages.checkpoint import (
 )
 from stages.config import TrainConfig
 from stages.device import autocast
-from stages.optim import Rates
-from stages.probe import ProbeResult
 from stages.segment import Segment
-from stages.sources import Inputs, Source
+from stages.sources import Source, StepInputs
 
 LOG_EVERY = 10
 """Optimiser steps between two logged events; the loss is fetched from the device no more often."""
@@ -47,6 +47,25 @@ class Build:
     model: ModelConfig
     decoder: DecoderConfig
     heads: tuple[HeadSpec, ...]
+    teacher: Callable[[Encoder], Teacher] | None = None
+    """Makes the teacher of a student that is on its device; None where no target is made live by one."""
+    drop: DepthDrop | None = None
+
+
+class Pace(Protocol):
+    """How fast everything learns at every step of the plan."""
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """Set the rates of a step; returns the one that is told."""
+        ...
+
+
+class Result(Protocol):
+    """What an evaluation came to."""
+
+    def point(self) -> dict[str, float | None]:
+        """Its numbers by name, as a point of the curve keeps them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -60,12 +79,14 @@ class Arm:
     """The model at a cut, on its device, its weights a pure function of the seed."""
     optimizer: Callable[[Learner], torch.optim.Optimizer]
     train: TrainConfig
-    rates: Rates
+    rates: Pace
     source: Callable[[Segment], Source]
     state: Path
     start: Path | None
     inputs: str
     """Digest of what the arm was asked to do; a saved state of anything else is not gone on from."""
+    section: str = "train"
+    """Where the settings of `train` stand for the user: train, or finetune."""
     eval_every: int = 0
     """Epochs between evaluations; each segment's end is evaluated in any case."""
     begin: Callable[[Learner], None] = lambda model: None
@@ -81,7 +102,7 @@ class Hooks:
     """The rim: what the loop needs from outside."""
 
     log: Callable[[dict[str, Any]], None]
-    evaluate: Callable[[Any], ProbeResult]
+    evaluate: Callable[[Any], Result]
     """Scores the model that is trained."""
     stop: Callable[[], bool] = lambda: False
     now: Callable[[], float] = time.perf_counter
@@ -110,29 +131,39 @@ def build_model(build: Build, cut: int, device: str) -> MaskedModel:
     heads = build_heads(specs, build.decoder, encoder, build.model.patch_size, build.seed)
     model = MaskedModel(encoder, heads, cut)
     model.set_attention(build.model.attention, device)
-    return model.to(device)
+    model.to(device)
+    if build.teacher and model.taught:
+        model.teacher = build.teacher(encoder)  # before dropping is installed: an average drops nothing
+    if build.drop:
+        build.drop.install(encoder)
+        model.drop = build.drop
+    return model
 
 
 def train_step(
-    model: Learner, optimizer: torch.optim.Optimizer, source: Source, inputs: Inputs, train: TrainConfig
+    model: Learner, optimizer: torch.optim.Optimizer, source: Source, inputs: StepInputs, train: TrainConfig
 ) -> Tensor:
-    """One optimiser step; returns (1 + H,): the weighted sum that is learned from, then every loss.
+    """One optimiser step; returns (1 + H + W,): the weighted sum that is learned from, every loss, what is watched.
 
     Micro-batches are equal: the mean of their losses is the batch's loss.
     """
     device = next(model.parameters()).device
     optimizer.zero_grad(set_to_none=True)
     weights = torch.tensor(model.loss_weights(inputs.progress), device=device)
-    total = torch.zeros(1 + len(weights), device=device)
-    for micro in inputs.to(device).split(train.accumulate):
-        with autocast(device, train.precision):
-            losses = model(source.mask(model, micro)) / train.accumulate
-            loss = (losses * weights).sum()
-        loss.backward()
-        total += torch.cat([loss.detach().reshape(1), losses.detach()])
+    total = torch.zeros(1 + len(weights) + len(model.watch_names), device=device)
+    with model.dropping(inputs.step):
+        for micro in inputs.to(device).split(train.accumulate):
+            with autocast(device, train.precision):
+                batch = source.mask(model, micro)
+                losses = model(batch) / train.accumulate
+                loss = (losses * weights).sum()
+            loss.backward()
+            watched = model.watch(batch).to(device) / train.accumulate
+            total += torch.cat([loss.detach().reshape(1), losses.detach(), watched])
     if train.clip:
         torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], train.clip)
     optimizer.step()
+    model.after_step(inputs.step)
     return total
 
 
@@ -181,7 +212,7 @@ def train_segment(
     if len(progress.totals) == progress.segment:
         progress.totals.append(SegmentTotals())
     source = arm.source(segment)
-    book = Book(arm, segment, progress, hooks, model.loss_names)
+    book = Book(arm, segment, progress, hooks, model)
     if not segment.steps:  # a checkpoint taken as it is
         book.evaluate(model)
         return
@@ -218,10 +249,9 @@ def evaluation_due(arm: Arm, segment: Segment, step: int) -> bool:
 class Book:
     """Keeps the accounts of a segment: losses, seconds by part, events, the probe curve."""
 
-    def __init__(
-        self, arm: Arm, segment: Segment, progress: Progress, hooks: Hooks, loss_names: tuple[str, ...]
-    ) -> None:
-        self.arm, self.segment, self.progress, self.hooks, self.loss_names = arm, segment, progress, hooks, loss_names
+    def __init__(self, arm: Arm, segment: Segment, progress: Progress, hooks: Hooks, model: Learner) -> None:
+        self.arm, self.segment, self.progress, self.hooks = arm, segment, progress, hooks
+        self.model = model
         self.totals = progress.totals[progress.segment]
         self.watch = Stopwatch(hooks.now)
         self.pending: list[Tensor] = []
@@ -251,7 +281,7 @@ class Book:
             if not math.isfinite(loss):
                 raise Diverged(
                     f"{self.arm.label}: loss={loss} near step {self.progress.step}; "
-                    f"lower train.lr={self.arm.train.lr:g} or set train.clip=1"
+                    f"lower {self.arm.section}.lr={self.arm.train.lr:g} or set {self.arm.section}.clip=1"
                 )
             self.totals.loss_sum += loss
         self.totals.loss_steps += len(losses)
@@ -280,10 +310,15 @@ class Book:
                 }
             )
 
-    def mean_losses(self, losses: list[list[float]]) -> dict[str, float]:
-        """`loss`, what is learned from, and each head's as `loss_<head>`: comparable over stages with other heads."""
+    def mean_losses(self, losses: list[list[float]]) -> dict[str, Any]:
+        """`loss`, what is learned from, each head's as `loss_<head>`, comparable over stages, and what is watched."""
         means = [sum(column) / len(losses) for column in zip(*losses, strict=True)]
-        return {"loss": means[0]} | dict(zip((f"loss_{name}" for name in self.loss_names), means[1:], strict=True))
+        count = 1 + len(self.model.loss_names)
+        heads = dict(zip((f"loss_{name}" for name in self.model.loss_names), means[1:count], strict=True))
+        watched = dict(zip(self.model.watch_names, means[count:], strict=True))
+        warning = self.model.warning(watched)
+        told = {"loss": means[0]} | heads | watched
+        return told | ({"warning": warning} if warning else {})
 
     def evaluate(self, model: Learner) -> None:
         """Add a point to the probe curve; its time is not training time."""
@@ -292,11 +327,7 @@ class Book:
         point = {
             "seconds": self.progress.train_seconds,
             "epoch": self.segment.first_epoch + self.progress.step / self.segment.steps_per_epoch,
-            "knn_top1": result.knn_top1,
-            "linear_top1": result.linear_top1,
-            "feature_std": result.feature_std,
-            "effective_rank": result.effective_rank,
-            "probe_images": result.images,
+            **result.point(),
         }
         self.progress.curve.append(point)
         self.hooks.log(self.arm.tag | {"probe": True} | point)

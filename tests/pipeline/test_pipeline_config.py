@@ -240,7 +240,7 @@ def test_wrong_file_is_named(text: str, part: str, tmp_path: Path) -> None:
 
 def test_unknown_recipe_and_missing_file() -> None:
     assert "did you mean sample?" in refusal(config="smaple")
-    assert "sample, cifar10, vit_b16, original" in refusal(config="qqqqqq")
+    assert "sample, cifar10, vit_b16, localmim, original" in refusal(config="qqqqqq")
     assert "no config file nowhere.toml" in refusal(config="nowhere.toml")
 
 
