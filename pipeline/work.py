@@ -193,6 +193,8 @@ def begin_from_file(desk: Desk, model: Learner) -> None:
     """Load the checkpoint file that the settings name, if any, and tell what of it was left out or changed."""
     if path := desk.wanted.config.model.weights:
         notes = load_weights(model.encoder, path)
+        if isinstance(model, MaskedModel) and isinstance(model.teacher, EmaTeacher):
+            model.teacher.follow(model.encoder, 0.0)  # it was made before the file was read
         desk.log.message(f"weights {path} ({desk.wanted.weights[:8]}): " + ("; ".join(notes) or "taken as they are"))
 
 
