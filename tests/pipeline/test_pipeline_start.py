@@ -122,6 +122,20 @@ def test_a_second_call_changes_nothing_and_does_not_load_torch(adapted: Path) ->
     assert "stage 2: current" in done.stdout and stamps() == before
 
 
+@pytest.mark.parametrize(("target", "pool"), [(None, "mean"), (0, "token")])
+def test_what_was_adapted_and_the_checkpoint_itself_can_be_fine_tuned_from_the_cache(
+    adapted: Path, file: Path, tmp_path: Path, target: int | None, pool: str
+) -> None:
+    root = shutil.copytree(adapted, tmp_path / "copy")
+    tune = {"finetune.epochs": 1, "finetune.batch_size": 16, "finetune.freeze": 2, "finetune.pool": pool}
+    runner.run_finetune(job(root, config(file, **tune), target=target))
+    found, before = record(root, "finetune"), weights(root, "stage-2" if target is None else "stage-0")
+    assert (found["status"], found["from"]) == ("done", "stage 2" if target is None else "stage 0")
+    after = weights(root, "finetune")
+    assert all(same(before, after, name) for name in ("cls_token", "pos_embed", "patch_embed.", "blocks.1."))
+    assert not same(before, after, "blocks.2.") and 0 <= found["top1"] <= 1
+
+
 @pytest.mark.parametrize("asked", [1, 4, 9])
 def test_a_run_that_was_stopped_ends_with_the_same_bits(adapted: Path, file: Path, tmp_path: Path, asked: int) -> None:
     root = tmp_path / "toy"
