@@ -88,7 +88,8 @@ class Tuning:
         inputs |= {"encoder weights": (self.record or {}).get("weights")}
         inputs |= {f"model.{k}": v for k, v in asdict(config.model).items() if k not in ("attention", "weights")}
         inputs |= {f"finetune.{k}": v for k, v in asdict(config.finetune).items() if k not in BY_STEPS}
-        inputs |= {"finetune.steps": asdict(self.segment), "train.precision": config.train.precision}
+        inputs |= {"finetune.steps": self.segment.steps, "finetune.steps_per_epoch": self.segment.steps_per_epoch}
+        inputs |= {"train.precision": config.train.precision}
         if config.finetune.freeze:
             inputs |= {"finetune.views": config.finetune.views, "cache.codec": config.cache.codec}
         return inputs
