@@ -21,9 +21,9 @@ from models.families import ModelError
 
 State = dict[str, Tensor]
 
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "student")
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "student", "target_encoder", "encoder")
 """Where a file may hold its weights beside other things; the first that is there is taken, an average before the last
-iterate, as timm does, and a teacher before its student, as DINO does."""
+iterate, as timm does, a teacher before its student, as DINO does, and a target before its encoder, as I-JEPA does."""
 PREFIXES = frozenset({"module", "model", "backbone", "encoder", "visual", "trunk", "vit", "teacher", "student"})
 """What may stand before every name of the encoder."""
 RENAMED = (

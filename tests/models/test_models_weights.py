@@ -59,9 +59,10 @@ def decoder_keys() -> State:
         lambda s: {"model": {f"module.backbone.{name}": value for name, value in s.items()}},
         lambda s: {"teacher": {f"backbone.{n}": v for n, v in s.items()} | {"head.mlp.0.bias": torch.ones(2)}},
         lambda s: {f"visual.trunk.{name}": value for name, value in s.items()},
+        lambda s: {"encoder": {}, "target_encoder": {f"module.{n}": v for n, v in s.items()}, "predictor": {}},
         lambda s: {"model": {n: v.half() for n, v in s.items()} | decoder_keys() | {"mask_token": torch.ones(1)}},
     ],
-    ids=["timm", "model", "state_dict.module", "encoder", "module.backbone", "dino teacher", "openclip", "mae half"],
+    ids=["timm", "model", "state_dict", "encoder", "module.backbone", "dino", "openclip", "i-jepa", "mae half"],
 )
 def test_every_wrapper_and_prefix_gives_the_same_encoder(wrap: Any) -> None:
     state = theirs(num_classes=7)

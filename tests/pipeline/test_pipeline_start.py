@@ -20,12 +20,13 @@ from models.vit import build_encoder
 from pipeline import costs, equivalence, export, runner, status
 from pipeline.config import ConfigError, PipelineConfig, check
 from pipeline.decide import Wanted, judge_all, judge_stage
+from pipeline.job import Interrupted
 from pipeline.layout import RunPaths
 from pipeline.work import probe_again
 from stages.probe import pooled_features
 from stages.views import centre_batch
 from stages.weights import load_weights
-from tests.pipeline.toy import job, record, same, toy, weights
+from tests.pipeline.toy import StopAfter, job, record, same, toy, weights
 
 SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2}
 CHANGES = {"model.class_token": True, "schedule.cuts": [0, 1, 3], "schedule.epochs": [0, 1, 1]}
@@ -118,6 +119,16 @@ def test_a_second_call_changes_nothing_and_does_not_load_torch(adapted: Path) ->
     done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "stage 2: current" in done.stdout and stamps() == before
+
+
+@pytest.mark.parametrize("asked", [1, 4, 9])
+def test_a_run_that_was_stopped_ends_with_the_same_bits(adapted: Path, file: Path, tmp_path: Path, asked: int) -> None:
+    root = tmp_path / "toy"
+    with pytest.raises(Interrupted):
+        runner.run_stage(job(root, config(file), target=2, stop=StopAfter(asked)))
+    runner.run_stage(job(root, config(file), target=2))
+    for stage in ("stage-0", "stage-1", "stage-2"):
+        assert same(weights(adapted, stage), weights(root, stage))
 
 
 def test_the_file_counts_by_its_content_and_not_by_its_place(adapted: Path, file: Path, tmp_path: Path) -> None:
