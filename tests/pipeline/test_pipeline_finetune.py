@@ -169,6 +169,47 @@ def test_drop_path_mixing_and_augmentation_change_what_they_say(finished: Path, 
     assert len({round(loss, 6) for loss in found.values()}) == 6, found
 
 
+def test_learning_blocks_drop_paths_in_training_steps_alone(run: Path) -> None:
+    """Rates rise linearly; what a step drops is a pure function of the step; frozen blocks and scores drop nothing."""
+    wanted = Wanted(tuned(**{"finetune.drop_path": 0.6}), RunPaths(run))
+    model = make_classifier(Tuning(wanted, 2), wanted.paths.stage(2)).train()
+    blocks = model.encoder.vit.blocks
+    assert [block.drop_path1.drop_prob for block in blocks] == pytest.approx([0.0, 0.2, 0.4, 0.6])
+    assert [block.drop_path2.training for block in blocks] == [False, False, True, True]
+    images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def features(step: int | None) -> torch.Tensor:
+        with torch.no_grad():
+            tokens = model.at_cut(normalize_images(images))
+            if step is None:
+                return model.encoder.run(tokens, 2, 4)
+            with model.dropping(step):
+                return model.encoder.run(tokens, 2, 4)
+
+    assert torch.equal(features(3), features(3)) and not torch.equal(features(3), features(4))
+    with torch.no_grad():
+        frozen = model.at_cut(normalize_images(images))
+        with model.dropping(3):
+            assert torch.equal(frozen, model.at_cut(normalize_images(images)))
+    model.eval()
+    assert torch.equal(features(None), features(3))
+
+
+def test_what_no_longer_fits_is_stale_and_not_an_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = verdicts(run, tuned(**{"finetune.batch_size": 128}))["finetune"]
+    assert large.startswith("stale") and "finetune.steps: 12 -> 0" in large
+    data = Wanted(tuned(), RunPaths(run)).data
+    bare = replace(data.train, entries=tuple(replace(entry, label=-1) for entry in data.train.entries))
+    monkeypatch.setattr("pipeline.decide.open_data", lambda *_: replace(data, train=bare))
+    assert "classes: 10 -> 0" in verdicts(run, tuned())["finetune"]
+
+
+def test_a_cache_that_a_stage_wants_is_no_older_state_of_another(run: Path) -> None:
+    """Cache 2 has cut 3 as well; for a fine-tuning that has none yet, its own is missing, not stale."""
+    verdict = verdicts(run, tuned(**{"finetune.freeze": 3}))["cache finetune"]
+    assert verdict.startswith("missing")
+
+
 def test_a_second_call_does_nothing_and_tells_the_scores(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in (run / "finetune").rglob("*") if path.is_file()}
     runner.run_finetune(job(run, tuned()))
@@ -256,7 +297,7 @@ def test_images_without_labels_and_batches_that_do_not_fit_are_refused_before_an
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match=r"finetune\.batch_size = 128 does not fit 96 training images"):
-        Tuning(Wanted(tuned(**{"finetune.batch_size": 128}), RunPaths(tmp_path)), 0).inputs()
+        runner.run_finetune(job(tmp_path / "b", tuned(**{"finetune.batch_size": 128})))
     data = Wanted(tuned(), RunPaths(tmp_path / "a")).data
     bare = replace(data.train, entries=tuple(replace(entry, label=-1) for entry in data.train.entries))
     monkeypatch.setattr("pipeline.decide.open_data", lambda *_: replace(data, train=bare))
