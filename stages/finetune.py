@@ -146,6 +146,20 @@ class CachedPrefix:
         return LabelledBatch(model.encoder.with_prefix(inputs.values, inputs.prefix_BRD), inputs.shares_BK)
 
 
+def live_prefix(
+    views: LiveViews, model: Classifier, segment: Segment, step: int, kept: int, precision: str
+) -> Labelled:
+    """What `CachedPrefix` loads from a cache of `kept` views, computed on the spot and never rounded to its codec."""
+    rows = views.lessons.rows(segment, step, len(views.images))
+    device = next(model.parameters()).device
+    images = views.view(rows, segment.epoch(step) % kept).to(device)
+    with torch.no_grad(), autocast(device, precision):
+        tokens = model.at_cut(normalize_images(images)).float()
+    prefix, patches = tokens.split([model.encoder.num_prefix, model.encoder.num_tokens], dim=1)
+    labels = torch.from_numpy(views.images.labels[rows]).to(device)
+    return Labelled(patches, labels, step, views.lessons, prefix_BRD=prefix if model.encoder.num_prefix else None)
+
+
 # --- how fast every layer learns --------------------------------------------------------------------------------------
 
 

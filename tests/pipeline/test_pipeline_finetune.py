@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cache import open_cache
 from models.targets import normalize_images
-from pipeline import care, explain, runner, speedup, status
+from pipeline import care, equivalence, explain, runner, speedup, status
 from pipeline.config import ConfigError, PipelineConfig
 from pipeline.decide import Wanted, judge_all, judge_finetune
 from pipeline.events import probe_line
@@ -23,6 +23,7 @@ from pipeline.finetuning import make_classifier
 from pipeline.job import Interrupted, RunFailed
 from pipeline.layout import RunPaths
 from pipeline.tuned import Tuning, last_tuning
+from pipeline.work import file_checksum
 from stages.errors import DataError
 from stages.finetune import classify
 from tests.pipeline.toy import StopAfter, job, record, same, toy, weights
@@ -122,6 +123,24 @@ def test_the_cache_is_an_ordinary_one_of_all_tokens_of_augmented_views(run: Path
     assert cache.manifest.fingerprint == spec.fingerprint == record(run, "finetune")["cache"]
     batch = cache.read([3])
     assert batch.features_BLD.shape == (1, 16, 32) and batch.ids_BL.tolist() == [list(range(16))]
+
+
+def test_the_first_step_from_the_cache_has_the_loss_of_the_frozen_blocks_run_live(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = equivalence.compare_finetune(Tuning(Wanted(tuned(), RunPaths(run)), 2))
+    assert (found.stage, found.cut) == ("finetune", 2)
+    assert 0 < found.loss_difference < 1e-3 and 0 < found.feature_rmse < 1e-3
+    equivalence.run_equivalence(job(run, tuned()))
+    assert any(line.startswith("finetune") for line in capsys.readouterr().out.splitlines())
+    root = shutil.copytree(run, tmp_path / "toy")
+    state = weights(root, "stage-2")
+    state["blocks.0.attn.qkv.weight"] *= 1.5
+    save_file(state, root / "stage-2" / "model.safetensors")
+    stage = record(root, "stage-2") | {"weights": file_checksum(root / "stage-2" / "model.safetensors")}
+    (root / "stage-2" / "stage.json").write_text(json.dumps(stage))
+    with pytest.raises(RunFailed, match="cache finetune is not what the frozen blocks compute"):
+        equivalence.run_equivalence(job(root, tuned()))
 
 
 def test_from_images_everything_learns_and_every_layer_at_its_rate(finished: Path, tmp_path: Path) -> None:
