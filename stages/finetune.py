@@ -68,8 +68,9 @@ class Labelled:
     """The class and register tokens at the cut, where the model has them and values are features."""
 
     def to(self, device: torch.device | str) -> Labelled:
-        changed: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if _is_tensor(v)}
-        return replace(self, **changed)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        return replace(self, **moved)
 
     def split(self, parts: int) -> list[Mixed]:
         """Equal micro-batches of the mixed batch, in order: mixing pairs images of the whole batch and comes first."""
@@ -91,10 +92,6 @@ class Labelled:
         mixed_BDHW, samples_BB, shares_BK = self.lessons.mix(grid_BDHW, self.labels_B, self.step)
         prefix = None if self.prefix_BRD is None else torch.einsum("bc,crd->brd", samples_BB, self.prefix_BRD)
         return Mixed(mixed_BDHW.flatten(2).transpose(1, 2), shares_BK, prefix)
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
 
 
 @dataclass(frozen=True)

@@ -229,6 +229,15 @@ def test_a_cache_that_a_stage_wants_is_no_older_state_of_another(run: Path) -> N
     assert verdict.startswith("missing")
 
 
+def test_a_loss_that_is_no_number_names_the_settings_of_fine_tuning(run: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(run, tmp_path / "toy")
+    wild = {"finetune.lr": 1e30, "finetune.min_lr": 1e30, "finetune.warmup_epochs": 0.0}
+    with pytest.raises(RunFailed, match=r"arm finetune: loss=.* lower finetune\.lr=1e\+30 or set finetune\.clip=1"):
+        runner.run_finetune(job(root, tuned(**wild)))
+    assert record(root, "finetune")["status"] == "failed"
+    assert verdicts(root, tuned(**wild))["finetune"].startswith("unfinished")
+
+
 def test_a_second_call_does_nothing_and_tells_the_scores(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in (run / "finetune").rglob("*") if path.is_file()}
     runner.run_finetune(job(run, tuned()))

@@ -22,7 +22,7 @@ from pipeline.config import ConfigError, PipelineConfig, check
 from pipeline.decide import Wanted, judge_all, judge_stage
 from pipeline.job import Interrupted
 from pipeline.layout import RunPaths
-from pipeline.work import probe_again
+from pipeline.probing import probe_again
 from stages.probe import pooled_features
 from stages.views import centre_batch
 from stages.weights import load_weights
