@@ -357,9 +357,14 @@ def _named(prefix: str, settings: Any, without: frozenset[str] | set[str] = froz
 
 
 def _nearest_cache(wanted: Wanted, spec: FeatureSpec) -> str | None:
-    """Why the caches of the same cut that lie there will not do: the one that differs least speaks for all."""
+    """Why the caches of the same cut that lie there will not do: the one that differs least speaks for all.
+
+    One that a stage wants as it is, is no older state of this one.
+    """
+    needs = (need for stage in range(len(wanted.segments)) for need in new_needs(wanted, stage))
+    others = {wanted.cache_folder(other) for need in needs if (other := wanted.spec(need))}
     found = []
-    for folder in wanted.paths.cache_root.glob(f"cut-{spec.cut}-*"):
+    for folder in set(wanted.paths.cache_root.glob(f"cut-{spec.cut}-*")) - others:
         with suppress(CacheError):
             found.append(read_manifest(folder))
     if not found:

@@ -13,7 +13,6 @@ from pipeline.desk import Desk, at_work
 from pipeline.job import Job
 from pipeline.needs import Need
 from pipeline.tuned import Tuning
-from stages.labels import require_labels
 
 
 def run_all(job: Job) -> None:
@@ -63,10 +62,10 @@ def run_arm(job: Job) -> None:
 def run_finetune(job: Job) -> None:
     """Supervised fine-tuning of a stage's or an arm's encoder, the last stage's by default, and first what it needs."""
     with at_work(job) as desk:
-        require_labels(desk.wanted.data)
         last = len(desk.wanted.segments) - 1
         start = last if job.target is None else job.target
         tuning = Tuning(desk.wanted, start if isinstance(start, str) else _stage(desk.wanted, start, first=0))
+        tuning.refuse_what_cannot_be()
         look_before(desk, start if isinstance(start, int) else 0, [tuning.need] if tuning.need else [])
         ensure_finetuned(desk, tuning)
 
