@@ -1,5 +1,5 @@
-"""What a bit-identical resume needs, in one file: weights, AdamW's moments and the progress made. A state is written
-atomically while a stage trains; the final one is where the next stage, or a baseline arm, starts from."""
+"""What a bit-identical resume needs, in one file: weights, the optimiser's memory and the progress made. A state is
+written atomically while a stage trains; the final one is where the next stage, or a baseline arm, starts from."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cache.manifest import atomic_write
 from models.mim import MaskedModel
+from stages.optim import ScheduleFree
 
 STATE_VERSION = 1
 
@@ -50,6 +51,10 @@ class Progress:
     step: int = 0
     totals: list[SegmentTotals] = field(default_factory=list)
     curve: list[dict[str, float | None]] = field(default_factory=list)
+    checks: list[dict[str, float]] = field(default_factory=list)
+    """Adaptive freezing: what every check of the blocks before the next cut has measured."""
+    ended: dict[str, Any] | None = None
+    """Why and at which epoch the arm ended before its segments did."""
 
     @property
     def train_seconds(self) -> float:
@@ -66,12 +71,17 @@ class Progress:
 
 
 def model_tensors(model: MaskedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights under `encoder/` and `decoder/`, the optimiser's moments under `optim/<parameter>/<moment>`."""
+    """Weights under `encoder/` and `decoder/`, the optimiser's moments under `optim/<parameter>/<moment>`, and what a
+    schedule-free group remembers under `optim/<parameter>/scalars`, float64, for each of its parameters."""
     tensors = {f"encoder/{name}": value for name, value in model.encoder.vit.state_dict().items()}
     tensors |= {f"decoder/{name}": value for name, value in model.decoder.state_dict().items()}
     for name, parameter in model.named_parameters():
         for moment, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optim/{name}/{moment}"] = value
+    if isinstance(optimizer, ScheduleFree):
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        for parameter, values in optimizer.scalars().items():
+            tensors[f"optim/{names[parameter]}/scalars"] = torch.tensor(values, dtype=torch.float64)
     return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
 
@@ -84,11 +94,16 @@ def apply_tensors(model: MaskedModel, optimizer: torch.optim.Optimizer, tensors:
     model.encoder.vit.load_state_dict(part("encoder/"))
     model.decoder.load_state_dict(part("decoder/"))
     learning = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    scalars: dict[torch.nn.Parameter, tuple[float, ...]] = {}
     for name, parameter in model.named_parameters():
         if id(parameter) in learning and (moments := part(f"optim/{name}/")):
+            if "scalars" in moments:
+                scalars[parameter] = tuple(moments.pop("scalars").tolist())
             optimizer.state[parameter] = {
                 moment: value.to(parameter.device, copy=True) for moment, value in moments.items()
             }
+    if isinstance(optimizer, ScheduleFree):
+        optimizer.take_up(scalars)
 
 
 def save_state(path: Path, inputs: str, progress: Progress, tensors: dict[str, Tensor]) -> None:
