@@ -9,6 +9,7 @@ from typing import Any
 
 from cache.config import CacheConfig
 from models.config import SIZES, DecoderConfig, MaskConfig, ModelConfig, TargetConfig
+from pipeline.timing import timing_problems
 from stages.config import DataConfig, EvalConfig, ScheduleConfig, TrainConfig
 
 
@@ -60,6 +61,10 @@ BOUNDS = {
     "decoder.width": "[0, inf)",
     "decoder.heads": "[0, inf)",
     "schedule.t0": "(0, 1]",
+    "schedule.check_every": "(0, inf)",
+    "schedule.probe_images": "[1, inf)",
+    "schedule.settle_below": "(0, inf)",
+    "schedule.settle_checks": "[1, inf)",
     "cache.views": "[1, inf)",
     "cache.shard_rows": "[1, inf)",
     "cache.encode_batch": "[1, inf)",
@@ -68,7 +73,9 @@ BOUNDS = {
     "train.max_steps": "[0, inf)",
     "train.lr": "(0, inf)",
     "train.min_lr": "[0, inf)",
+    "train.decay_share": "(0, 1]",
     "train.warmup_epochs": "[0, inf)",
+    "train.early_stop": "[0, inf)",
     "train.weight_decay": "[0, inf)",
     "train.beta2": "[0, 1)",
     "train.clip": "[0, inf)",
@@ -88,7 +95,6 @@ BOUNDS = {
 
 NOT_BUILT = {
     ("target.kind", "hog"): "use pixels or features",
-    ("schedule.kind", "adaptive"): "use explicit or freezeout",
     ("cache.backend", "webdataset"): "use zarr",
     ("cache.codec", "bfloat16"): "use float16",
     ("cache.codec", "int8"): "use float16",
@@ -105,7 +111,8 @@ def check(config: PipelineConfig) -> None:
             raise ConfigError(f"{key} = {value} is not built yet in this version; {remedy}")
     if config.model.weights:
         raise ConfigError(f"model.weights = {config.model.weights} is not built yet in this version; leave it empty")
-    for problem in (*_model_problems(config), *_data_problems(config), *_schedule_problems(config.schedule)):
+    timing = timing_problems(config.schedule, config.train, config.eval)
+    for problem in (*_model_problems(config), *_data_problems(config), *timing):
         raise ConfigError(problem)
 
 
@@ -160,13 +167,3 @@ def _data_problems(config: PipelineConfig) -> Iterator[str]:
     kind, _, index = train.device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and not index.isdigit()):
         yield f"train.device = {train.device} is none of auto, cpu, cuda, cuda:<n>; choose one of them"
-
-
-def _schedule_problems(schedule: ScheduleConfig) -> Iterator[str]:
-    cuts, epochs = list(schedule.cuts), list(schedule.epochs)
-    if cuts[:1] != [0] or sorted(set(cuts)) != cuts:
-        yield f"schedule.cuts = {cuts} does not start at 0 and rise; write for example schedule.cuts=[0,3,6,9]"
-    if not epochs or min(epochs) < 1:
-        yield f"schedule.epochs = {epochs} has a stage of less than 1 epoch; raise it or drop the stage"
-    if schedule.kind == "explicit" and len(cuts) != len(epochs):
-        yield f"schedule.cuts = {cuts} and schedule.epochs = {epochs} differ in length; give every cut its epochs"

@@ -70,13 +70,16 @@ class ScheduleFree(AdamWScheduleFree):
     Source: Defazio et al., "The Road Less Scheduled", arXiv 2405.15682, as in facebookresearch/schedule_free.
     """
 
+    param_groups: list[dict[str, Any]]
+
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step. A group of rate 0 rests: the average would otherwise go on drifting towards z."""
         for group in self.param_groups:
             if group["lr"] == 0:
                 for parameter in group["params"]:
                     parameter.grad = None
-        return super().step(closure)  # type: ignore[no-any-return]
+        loss: float | None = super().step(closure)
+        return loss
 
     def scalars(self) -> dict[torch.nn.Parameter, tuple[float, ...]]:
         """What a group remembers, `SCALARS`, for each of its parameters that has learnt."""
