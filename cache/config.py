@@ -16,6 +16,9 @@ class CacheConfig:
     """How a feature is stored."""
     views: int = 2
     """Augmented views kept of every image; epoch e reads view e mod views."""
+    pixels: Literal["stored", "recut"] = "stored"
+    """Where pixel and HOG targets of a cached stage come from: the crop's uint8 pixels, stored beside the features, or
+    the original image, cut again by the stored parameters of that crop: less disk, more decoding at every step."""
     root: str = ""
     """Folder of the caches; empty means <run>/cache."""
     shard_rows: int = 256

@@ -1,6 +1,7 @@
 """Which tokens the encoder sees. `hidden` is 1 where a token is hidden and 0 where it is kept, here and everywhere. Two
 ways to draw a mask: MAE's, over all tokens, and one that stays inside a token group that ran through frozen blocks
-alone.
+alone. Both follow the order of a noise, which can be made block-wise first. Hidden tokens can be weighed by how far
+they are from a visible one.
 
 Shapes: B batch, L all tokens, G tokens of a group, K kept tokens, D width. Ids are raster positions, int64.
 """
@@ -41,8 +42,58 @@ def random_mask(noise_BL: Tensor, ratio: float) -> Mask:
 
     Source: `random_masking` in facebookresearch/mae, models_mae.py.
     """
-    ids_shuffle = noise_BL.argsort(dim=1)
-    return _mask_of(ids_shuffle, int(noise_BL.shape[1] * (1 - ratio)))
+    return keep_lowest(noise_BL, kept_tokens(noise_BL.shape[1], ratio))
+
+
+def kept_tokens(num_tokens: int, ratio: float) -> int:
+    """How many tokens stay visible, by MAE's rounding."""
+    return int(num_tokens * (1 - ratio))
+
+
+def keep_lowest(noise_BL: Tensor, keep: int) -> Mask:
+    """`random_mask` by the number of tokens that are kept."""
+    return _mask_of(noise_BL.argsort(dim=1), keep)
+
+
+def block_noise(noise_BL: Tensor, block: int) -> Tensor:
+    """Noise whose ascending order takes squares of `block` x `block` tokens one after the other.
+
+    Masks drawn from it hide and keep whole squares, but for one that the number of kept tokens may split: SimMIM's
+    block-wise masking (arXiv 2111.09886), with MAE's exact number of visible tokens. Returns the noise itself for 1.
+    """
+    if block == 1:
+        return noise_BL
+    side = round(noise_BL.shape[1] ** 0.5)
+    place = torch.arange(side, device=noise_BL.device) // block
+    squares = place[-1] + 1
+    square_L = (place[:, None] * squares + place).flatten()
+    first = torch.stack([(square_L == square).nonzero()[0, 0] for square in range(int(squares) ** 2)])
+    rank_BS = noise_BL[:, first].argsort(dim=1).argsort(dim=1)
+    return rank_BS[:, square_L] + noise_BL
+
+
+def distance_to_visible(ids_keep_BK: Tensor, num_tokens: int) -> Tensor:
+    """(B, L) float32: every token's Euclidean distance on the grid to the nearest kept one, in tokens."""
+    side = round(num_tokens**0.5)
+    place = torch.arange(side, dtype=torch.float32, device=ids_keep_BK.device)
+    grid_L2 = torch.stack(torch.meshgrid(place, place, indexing="ij"), dim=-1).reshape(-1, 2)
+    between_LL = (grid_L2[:, None] - grid_L2).square().sum(dim=-1).sqrt()
+    return between_LL[ids_keep_BK].amin(dim=1)
+
+
+def weigh_by_distance(scored_BL: Tensor, distance_BL: Tensor, power: float, share: float) -> Tensor:
+    """Scored tokens weighed by distance^power, and only the nearest `share` of them, at least one, counted at all.
+
+    The weights of each image sum to the number of its scored tokens, so that a batch's loss stays the mean of its
+    micro-batches' losses.
+    """
+    number = scored_BL.sum(dim=1, keepdim=True)
+    weight_BL = torch.where(scored_BL > 0, distance_BL**power, 0.0)
+    if share < 1:
+        far_BL = torch.where(scored_BL > 0, distance_BL, torch.inf)
+        nearest_first = far_BL.argsort(dim=1, stable=True).argsort(dim=1)
+        weight_BL = torch.where(nearest_first < (number * share).ceil().clamp(min=1), weight_BL, 0.0)
+    return weight_BL * (number / weight_BL.sum(dim=1, keepdim=True))
 
 
 def group_ids(noise_BL: Tensor, groups: int) -> Tensor:

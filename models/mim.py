@@ -1,86 +1,109 @@
-"""Masked image modelling: blocks that learn, a decoder, and a loss on hidden tokens. The model takes what it learns
-from as a `MaskedBatch`, made from images (live training) or from features (cached training).
+"""Masked image modelling: blocks that learn, heads that reconstruct, and a loss on hidden tokens. The model takes what
+it learns from as a `MaskedBatch`, made from images (live training) or from features (cached training).
 
-Shapes: B batch, C channels, H and W pixels, L all tokens, G tokens of a group, K kept tokens, D width, T values of a
-target.
+Shapes: B batch, C channels, H and W pixels, L all tokens, G tokens of a group, K kept tokens, D width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from models.decoder import Decoder
-from models.masking import Mask, mask_group, random_mask, take_tokens
-from models.targets import normalize_images, patchify, pixel_target
-from models.vit import Encoder
+from models.batch import MaskedBatch, raster_order
+from models.config import IMAGE_TARGETS, HeadSpec
+from models.learner import Learner
+from models.masking import keep_lowest, mask_group, take_tokens
+from models.multiscale import Head
+from models.targets import Targets, feature_target, image_target, normalize_images
+from models.vit import Encoder, use_attention
 
 
-@dataclass(frozen=True)
-class MaskedBatch:
-    """What a step learns from: the visible tokens at the cut, their mask, and the target of all tokens."""
+class MaskedModel(Learner):
+    """An encoder frozen before block `cut`, and the heads that train what lies behind, in the order of their blocks.
 
-    visible_BKD: Tensor
-    mask: Mask
-    scored_BL: Tensor
-    """float32, 1 for tokens that count in the loss."""
-    target_BLT: Tensor
+    Features enter at block `entry`, the cut unless blocks before it freeze in place: those run without gradient.
+    """
 
-
-class MaskedModel(nn.Module):
-    """An encoder frozen before block `cut`, and the decoder that trains what lies behind."""
-
-    def __init__(self, encoder: Encoder, decoder: Decoder, cut: int, target_kind: str) -> None:
+    def __init__(self, encoder: Encoder, heads: Sequence[Head], cut: int, entry: int | None = None) -> None:
         super().__init__()
-        self.encoder, self.decoder, self.cut, self.target_kind = encoder, decoder, cut, target_kind
+        self.encoder, self.cut, self.entry = encoder, cut, cut if entry is None else entry
+        self.heads = nn.ModuleDict({f"block{head.spec.block}": head for head in heads})
         encoder.freeze(cut)
 
     def forward(self, batch: MaskedBatch) -> Tensor:
-        """The mean squared error over scored tokens."""
-        latent_BKD = self.encoder.norm(self.encoder.run(batch.visible_BKD, self.cut, self.encoder.depth))
-        prediction_BLT = self.predict(latent_BKD, batch.mask)
-        return masked_loss(prediction_BLT, batch.target_BLT, batch.scored_BL)
+        """(H,): the loss of every head."""
+        latents = self.encode(batch.visible_BKD)
+        return torch.stack([head(latents[head.spec.block], batch) for head in self.each_head])
 
-    def predict(self, latent_BKD: Tensor, mask: Mask) -> Tensor:
-        """The decoder's output for every token: features (B, L, D), or pixels (B, L, P) read from them."""
-        features_BLD = self.decoder(latent_BKD, mask.ids_restore)
-        return self.decoder.pixel_head(features_BLD) if self.target_kind == "pixels" else features_BLD
+    def encode(self, visible_BKD: Tensor) -> dict[int, Tensor]:
+        """The visible tokens after every block that a head reads, those behind the last block normalised."""
+        found, block = {}, self.cut
+        for spec in self.specs:
+            visible_BKD = self.encoder.run(visible_BKD, block, spec.block)
+            found[spec.block], block = visible_BKD, spec.block
+        return found | {self.encoder.depth: self.encoder.norm(visible_BKD)}
 
-    def from_images(self, images_BCHW: Tensor, noise_BL: Tensor, ratio: float) -> MaskedBatch:
+    @property
+    def each_head(self) -> list[Head]:
+        return [head for head in self.heads.values() if isinstance(head, Head)]
+
+    @property
+    def specs(self) -> tuple[HeadSpec, ...]:
+        return tuple(head.spec for head in self.each_head)
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """What the entries of a loss are called."""
+        return tuple(spec.name for spec in self.specs)
+
+    def loss_weights(self, progress: float) -> tuple[float, ...]:
+        """How much each entry of a loss weighs when `progress` (0..1) of the run is done."""
+        return tuple(spec.weight_at(progress) for spec in self.specs)
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        return {"encoder": self.encoder.vit, "decoder": self.heads}
+
+    def set_attention(self, kind: str, device: torch.device | str) -> None:
+        """Choose the attention kernel of every block and decoder for a device."""
+        use_attention(self, kind, device)
+
+    def from_images(self, images_BCHW: Tensor, noise_BL: Tensor, keep: int) -> MaskedBatch:
         """Masked before the first block: uint8 images, of which frozen blocks see the visible tokens only.
 
-        The target is pixels; features of hidden tokens do not exist on this path.
+        Targets are made of the image; features of hidden tokens do not exist on this path.
         """
-        assert self.target_kind == "pixels", "a feature target needs the frozen blocks' output for every token"
-        mask = random_mask(noise_BL, ratio)
+        mask = keep_lowest(noise_BL, keep)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.cut == 0):
             tokens_BLD = self.encoder.embed(normalize_images(images_BCHW))
             visible_BKD = self.encoder.run(take_tokens(tokens_BLD, mask.ids_keep), 0, self.cut)
-        pixels_BLP = patchify(images_BCHW, images_BCHW.shape[-1] // round(self.encoder.num_tokens**0.5))
-        return MaskedBatch(visible_BKD, mask, mask.hidden, pixel_target(pixels_BLP))
+        return MaskedBatch(visible_BKD, mask, mask.hidden, self.image_targets(images_BCHW))
 
     def from_features(
-        self, features_BGD: Tensor, ids_BG: Tensor, noise_BG: Tensor, keep: int, target_BLT: Tensor
+        self, features_BGD: Tensor, ids_BG: Tensor, noise_BG: Tensor, keep: int, targets: Targets
     ) -> MaskedBatch:
         """Masked after the frozen blocks: features of one token group, `ids` their raster positions."""
-        chosen = mask_group(ids_BG, noise_BG, keep, target_BLT.shape[1])
-        return MaskedBatch(take_tokens(features_BGD, chosen.take_BK), chosen.mask, chosen.scored_BL, target_BLT)
+        chosen = mask_group(ids_BG, noise_BG, keep, self.encoder.num_tokens)
+        with torch.no_grad():
+            visible_BKD = self.encoder.run(take_tokens(features_BGD, chosen.take_BK), self.entry, self.cut)
+        return MaskedBatch(visible_BKD, chosen.mask, chosen.scored_BL, targets)
+
+    def image_targets(self, images_BCHW: Tensor) -> Targets:
+        """What the heads ask of uint8 images."""
+        patch = images_BCHW.shape[-1] // round(self.encoder.num_tokens**0.5)
+        keys = {head.target for head in self.each_head if head.spec.target in IMAGE_TARGETS}
+        return {key: image_target(images_BCHW, *key, patch) for key in sorted(keys)}
+
+    def feature_targets(self, stored_BLD: Tensor, ids_BL: Tensor) -> Targets:
+        """What the heads ask of the cut's features, given of all tokens in stored order."""
+        if ("features", 1.0) not in {head.target for head in self.each_head}:
+            return {}
+        return {("features", 1.0): feature_target(raster_order(stored_BLD, ids_BL))}
 
     @torch.no_grad()
     def frozen_features(self, images_BCHW: Tensor, ids_BL: Tensor, groups: int) -> Tensor:
-        """(B, L, D): what a cache at this cut holds of uint8 images, in stored order `ids`, before it is rounded."""
+        """(B, L, D): what a cache at `entry` holds of uint8 images, in stored order `ids`, before it is rounded."""
         tokens_BLD = take_tokens(self.encoder.embed(normalize_images(images_BCHW)), ids_BL)
-        return self.encoder.run_groups(tokens_BLD, groups, 0, self.cut)
-
-
-def masked_loss(prediction_BLT: Tensor, target_BLT: Tensor, scored_BL: Tensor) -> Tensor:
-    """Mean over scored tokens of a token's mean squared error, in float32."""
-    error_BL = (prediction_BLT.float() - target_BLT.float()).square().mean(dim=-1)
-    return (error_BL * scored_BL).sum() / scored_BL.sum()
-
-
-def raster_order(stored_BLD: Tensor, ids_BL: Tensor) -> Tensor:
-    """Tokens in stored order put back where they belong in the image."""
-    return take_tokens(stored_BLD, ids_BL.argsort(dim=1))
+        return self.encoder.run_groups(tokens_BLD, groups, 0, self.entry)

@@ -46,6 +46,8 @@ class FeatureSpec:
     groups: int
     """Token groups that ran through the blocks separately."""
     mask_ratio: float
+    mask_block: int
+    """Side, in tokens, of the squares that a group is made of; 1 where there is one group."""
     views: int
     view_transform: str
     """How a view is cut from an image, with its version."""

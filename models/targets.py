@@ -1,5 +1,5 @@
-"""What the decoder is asked for: pixels of a patch, normalised, or features, normalised. A patch of 16 x 16 x 3 has 768
-values and so has ViT-B's token, hence the names: `pixels` end in P, features in D.
+"""What heads are asked for: pixels of a patch, normalised, histograms of oriented gradients, or features, normalised. A
+patch of 16 x 16 x 3 has 768 values and so has ViT-B's token, hence the names: `pixels` end in P, features in D.
 
 Shapes: B batch, C channels, H and W pixels, L tokens, P values of a patch in the order (row, column, channel), D width.
 """
@@ -7,10 +7,15 @@ Shapes: B batch, C channels, H and W pixels, L tokens, P values of a patch in th
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, conv2d, layer_norm, normalize, pad
+
+HOG_BINS = 9
+Targets = Mapping[tuple[str, float], Tensor]
+"""Targets by kind and scale."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -68,6 +73,40 @@ def hog(images_BCHW: Tensor, num_bins: int = 9, cell: int = 16) -> Tensor:
     votes.scatter_(1, angle.floor().long() % num_bins, gradient.norm(dim=1, keepdim=True))
     cells = normalize(avg_pool2d(votes, cell), dim=1).flatten(2)
     return cells.reshape(batch, channels * num_bins, -1).transpose(1, 2)
+
+
+def image_values(kind: str, scale: float, patch: int) -> int:
+    """Values of one place of an image target at a scale of the token grid, over which a head's grid is finer."""
+    return 3 * HOG_BINS if kind == "hog" else 3 * round(patch / scale) ** 2
+
+
+@torch.no_grad()
+def image_target(images_BCHW: Tensor, kind: str, scale: float, patch: int) -> Tensor:
+    """The target that uint8 images make: `pixels` or `hog`, float32, of cells of `patch` / `scale` pixels.
+
+    At scales of 1 and above (B, L, scale² * T): the finer places of a token lie together, since a head makes them from
+    that token. At scale 0.5 (B, L / 4, T). Source: Haoqing-Wang/LocalMIM, ViT/models_mim.py.
+    """
+    cell = round(patch / scale)
+    if kind == "hog":
+        with torch.autocast(images_BCHW.device.type, enabled=False):  # bins of bfloat16 gradients are other bins
+            values = hog(normalize_images(images_BCHW), HOG_BINS, cell)
+    else:
+        values = pixel_target(patchify(images_BCHW, cell))
+    for _ in range(round(math.log2(scale)) if scale > 1 else 0):
+        values = by_token(values)
+    return values
+
+
+def by_token(values_BLT: Tensor) -> Tensor:
+    """Values of a grid twice as fine together with their 2 x 2 neighbours: (B, L / 4, 4 * T).
+
+    Twice in turn it gives the order in which two transposed convolutions of stride 2 make the places of a token.
+    """
+    batch, places, values = values_BLT.shape
+    side = round(places**0.5) // 2
+    grid = values_BLT.reshape(batch, side, 2, side, 2, values)
+    return grid.transpose(2, 3).reshape(batch, side * side, 4 * values)
 
 
 def feature_target(features_BLD: Tensor) -> Tensor:

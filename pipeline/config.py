@@ -8,7 +8,17 @@ from functools import reduce
 from typing import Any
 
 from cache.config import CacheConfig
-from models.config import SIZES, DecoderConfig, MaskConfig, ModelConfig, TargetConfig
+from models.config import (
+    IMAGE_TARGETS,
+    SCALES,
+    SIZES,
+    DecoderConfig,
+    HeadsConfig,
+    MaskConfig,
+    ModelConfig,
+    TargetConfig,
+    loss_weights,
+)
 from pipeline.timing import timing_problems
 from stages.config import DataConfig, EvalConfig, ScheduleConfig, TrainConfig
 
@@ -39,6 +49,7 @@ class PipelineConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
+    heads: HeadsConfig = field(default_factory=HeadsConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -57,9 +68,14 @@ BOUNDS = {
     "model.depth": "[0, inf)",
     "model.heads": "[0, inf)",
     "mask.ratio": "(0, 1)",
+    "mask.ratio_end": "[0, 1)",
+    "mask.block": "[1, inf)",
+    "mask.distance_power": "[0, inf)",
+    "mask.distance_start": "(0, 1]",
     "decoder.depth": "[1, inf)",
     "decoder.width": "[0, inf)",
     "decoder.heads": "[0, inf)",
+    "decoder.share": "(0, 1]",
     "schedule.t0": "(0, 1]",
     "schedule.check_every": "(0, inf)",
     "schedule.probe_images": "[1, inf)",
@@ -94,7 +110,6 @@ BOUNDS = {
 """The interval in which a single number makes sense."""
 
 NOT_BUILT = {
-    ("target.kind", "hog"): "use pixels or features",
     ("cache.backend", "webdataset"): "use zarr",
     ("cache.codec", "bfloat16"): "use float16",
     ("cache.codec", "int8"): "use float16",
@@ -111,9 +126,9 @@ def check(config: PipelineConfig) -> None:
             raise ConfigError(f"{key} = {value} is not built yet in this version; {remedy}")
     if config.model.weights:
         raise ConfigError(f"model.weights = {config.model.weights} is not built yet in this version; leave it empty")
-    timing = timing_problems(config.schedule, config.train, config.eval)
-    for problem in (*_model_problems(config), *_data_problems(config), *timing):
-        raise ConfigError(problem)
+    for problems in (_model_problems, _mask_problems, _heads_problems, _data_problems, _timing_problems):
+        for problem in problems(config):
+            raise ConfigError(problem)
 
 
 def get(config: PipelineConfig, key: str) -> Any:
@@ -127,21 +142,11 @@ def _inside(value: float, bound: str) -> bool:
 
 
 def _model_problems(config: PipelineConfig) -> Iterator[str]:
-    model, mask, decoder = config.model, config.mask, config.decoder
+    model, decoder = config.model, config.decoder
     if model.image_size % model.patch_size:
         yield (
             f"model.patch_size = {model.patch_size} does not divide model.image_size = {model.image_size}; "
             f"try model.image_size={max(1, model.image_size // model.patch_size) * model.patch_size}"
-        )
-    tokens, keep = model.num_tokens, int(model.num_tokens * (1 - mask.ratio))
-    if tokens % mask.groups:
-        yield f"mask.groups = {mask.groups} does not divide the {tokens} tokens of an image; use mask.groups=1"
-    if not keep:
-        yield f"mask.ratio = {mask.ratio} leaves none of the {tokens} tokens visible; lower mask.ratio"
-    if keep > tokens // mask.groups:
-        yield (
-            f"mask.ratio = {mask.ratio} keeps {keep} of {tokens} tokens, but a group of mask.groups = {mask.groups} "
-            f"has only {tokens // mask.groups}; raise mask.ratio or lower mask.groups"
         )
     encoder_width = model.width or SIZES.get(model.name, (0,))[0]
     decoder_sizes = decoder.sizes(encoder_width) if encoder_width else (decoder.width, decoder.heads)
@@ -150,6 +155,63 @@ def _model_problems(config: PipelineConfig) -> Iterator[str]:
             yield f"{name}.width = {width} is not divisible by 4, which the sin-cos positions need; change {name}.width"
         if width and heads and width % heads:
             yield f"{name}.width = {width} is not divisible by {name}.heads = {heads}; change either"
+
+
+def _mask_problems(config: PipelineConfig) -> Iterator[str]:
+    mask, tokens = config.mask, config.model.num_tokens
+    if tokens % mask.groups:
+        yield f"mask.groups = {mask.groups} does not divide the {tokens} tokens of an image; use mask.groups=1"
+    for name, ratio in (("mask.ratio", mask.ratio), ("mask.ratio_end", mask.ratio_end or mask.ratio)):
+        keep = int(tokens * (1 - ratio))
+        if not keep:
+            yield f"{name} = {ratio} leaves none of the {tokens} tokens visible; lower {name}"
+        if keep > tokens // mask.groups:
+            yield (
+                f"{name} = {ratio} keeps {keep} of {tokens} tokens, but a group of mask.groups = {mask.groups} "
+                f"has only {tokens // mask.groups}; raise {name} or lower mask.groups"
+            )
+    if mask.block > 1 and mask.block**2 > tokens // 4:
+        side = int((tokens // 4) ** 0.5)
+        yield f"mask.block = {mask.block} makes squares larger than a quarter of the {tokens} tokens; use 1..{side}"
+    if config.decoder.share < 1 and not int(tokens * mask.ratio * config.decoder.share):
+        yield f"decoder.share = {config.decoder.share} leaves no hidden token to decode; raise it"
+
+
+def _heads_problems(config: PipelineConfig) -> Iterator[str]:
+    """What is wrong with the heads; their decoders' sizes are the model's business."""
+    heads, target, model = config.heads, config.target, config.model
+    depth = model.depth or SIZES.get(model.name, (0, 0))[1]
+    blocks, count = list(heads.blocks), len(heads.blocks)
+    if not blocks:
+        for key in ("scales", "targets"):
+            if getattr(heads, key):
+                yield f"heads.{key} = {list(getattr(heads, key))} without heads.blocks; name the blocks too"
+        if heads.weights != "equal":
+            yield f"heads.weights = {heads.weights} without heads.blocks weighs nothing; name the blocks too"
+        return
+    if sorted(set(blocks)) != blocks or blocks[0] < 1 or (depth and blocks[-1] != depth):
+        last = depth or "its last"
+        yield f"heads.blocks = {blocks} must rise from 1 or more to {last}, since no block behind the last head learns"
+    for key in ("scales", "targets"):
+        if (given := getattr(heads, key)) and len(given) != count:
+            yield f"heads.{key} = {list(given)} and heads.blocks = {blocks} differ in length; give every head one"
+    try:
+        loss_weights(heads.weights, count)
+    except ValueError as error:
+        yield f"heads.weights: {error}; give every head of heads.blocks = {blocks} a weight"
+    kinds = heads.targets or (target.kind,) * count
+    grid = model.image_size // model.patch_size
+    for kind, scale in zip(kinds, heads.scales or (1.0,) * count, strict=True):
+        if scale not in SCALES:
+            yield f"heads.scales has {scale}; use 4, 2, 1 or 0.5"
+        if scale != 1 and kind not in IMAGE_TARGETS:
+            yield f"heads.scales has {scale} for a head of {kind}, which are there for tokens only; use scale 1 for it"
+        if scale > 1 and model.patch_size % int(scale):
+            yield f"heads.scales has {scale:g}, which does not divide model.patch_size = {model.patch_size}; use 1"
+        if scale < 1 and grid % 2:
+            yield f"heads.scales has {scale}, but a grid of {grid} tokens a side has no 2x2 squares; use 1, 2 or 4"
+        if scale < 1 and config.decoder.share < 1:
+            yield f"heads.scales has {scale}, which needs all tokens, but decoder.share = {config.decoder.share}; use 1"
 
 
 def _data_problems(config: PipelineConfig) -> Iterator[str]:
@@ -167,3 +229,7 @@ def _data_problems(config: PipelineConfig) -> Iterator[str]:
     kind, _, index = train.device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and not index.isdigit()):
         yield f"train.device = {train.device} is none of auto, cpu, cuda, cuda:<n>; choose one of them"
+
+
+def _timing_problems(config: PipelineConfig) -> Iterator[str]:
+    return timing_problems(config.schedule, config.train, config.eval)

@@ -14,7 +14,8 @@ import torch
 
 from cache.manifest import atomic_write
 from cache.size import cache_bytes
-from models.mim import MaskedBatch, MaskedModel
+from models.batch import MaskedBatch
+from models.mim import MaskedModel
 from pipeline.decide import Wanted, judge_stage
 from pipeline.job import Job
 from pipeline.rates import fresh_model
@@ -116,7 +117,7 @@ def step_seconds(wanted: Wanted, stage: int, arm: str) -> float:
     model, optimizer = fresh_model(wanted, segment.cut)
     train = wanted.config.train
     if arm == "cached":
-        source: Source = Imagined(sampling(wanted), model.encoder.width, wanted.config.model.patch_values)
+        source: Source = Imagined(sampling(wanted), model.encoder.width)
     else:
         source = live_source(wanted, segment)
     inputs = source.load(segment, 0)
@@ -158,15 +159,15 @@ class Imagined:
 
     sampling: Sampling
     width: int
-    patch_values: int
 
     def load(self, segment: Segment, step: int) -> Inputs:
         how = self.sampling
-        size = how.model.num_tokens if how.target_kind == "features" else how.group_tokens
+        size = how.model.num_tokens if "features" in how.targets(segment) else how.group_tokens
         order = torch.rand(how.batch_size, how.model.num_tokens).argsort(1)
-        pixels = torch.randint(0, 256, (how.batch_size, how.model.num_tokens, self.patch_values), dtype=torch.uint8)
-        features = torch.randn(how.batch_size, size, self.width)
-        return Inputs(features, how.noise(segment, step, how.group_tokens), order[:, :size], pixels)
+        side = how.model.image_size
+        images = torch.randint(0, 256, (how.batch_size, 3, side, side), dtype=torch.uint8)
+        inputs = how.inputs(segment, step, torch.randn(how.batch_size, size, self.width), how.group_tokens)
+        return replace(inputs, ids_BL=order[:, :size], images=images)
 
     def mask(self, model: MaskedModel, inputs: Inputs) -> MaskedBatch:
         return mask_features(model, self.sampling, inputs)

@@ -7,12 +7,14 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from cache.errors import CacheError, MissingCache
 from cache.layout import Layout
 from cache.manifest import cache_folder_name, check_spec, read_manifest
+from models.config import IMAGE_TARGETS, HeadSpec, head_specs, learning_heads
 from models.spec import COMPUTATION_VERSION, FeatureSpec, digest
 from pipeline.course import Course
 from pipeline.kept import lost_epochs, never_reached
@@ -53,6 +55,10 @@ class Verdict:
 class Wanted(Course):
     """The run as its settings ask for it, and what every part of it depends on."""
 
+    @cached_property
+    def heads(self) -> tuple[HeadSpec, ...]:
+        return head_specs(self.config.heads, self.config.target, self.identity["depth"])
+
     def stage_inputs(self, stage: int) -> dict[str, Any]:
         """Everything that can change the outcome of a stage, by the setting's name."""
         inputs = self._common() | {"schedule.stage": [asdict(part) for part in self.asked(stage)]}
@@ -68,9 +74,13 @@ class Wanted(Course):
         """The same for a baseline arm, which goes on from stage 0."""
         segments = self.arm_segments(arm)
         inputs = self._common(arm) | {"arm": arm, "schedule.stages": [asdict(segment) for segment in segments]}
-        if arm == "freeze" and self.config.target.kind == "features":
+        if arm == "freeze" and any(self.reads_features(segment) for segment in segments):
             inputs |= {"mask.groups": self.config.mask.groups}
         return inputs | {"parent state": (self.record(self.paths.stage(0)) or {}).get("state")}
+
+    def reads_features(self, segment: Segment) -> bool:
+        """Whether a head predicts features of the segment's cut, which exist only as a cache holds them."""
+        return any(head.target == "features" for head in learning_heads(self.heads, segment.cut, segment.entry))
 
     def _adaptive_inputs(self, stage: int) -> dict[str, Any]:
         """What decides when an adaptive stage ends; the last has nothing to decide."""
@@ -87,11 +97,12 @@ class Wanted(Course):
         inputs: dict[str, Any] = {"seed": config.seed, "data": self.data.train.digest, "version": TRAINING_VERSION}
         inputs |= {"data.views": view_transform_id(config.data, config.model.image_size)}
         inputs |= _named("model", config.model, {"attention"}) | _named("mask", config.mask, {"groups"})
-        inputs |= _named("target", config.target) | _named("decoder", config.decoder)
+        inputs |= _named("target", config.target) | _named("decoder", config.decoder) | _named("heads", config.heads)
         unused = set() if train.lr_schedule == "wsd" else {"decay_share"}
         inputs |= _named("train", train, {name.removeprefix("train.") for name in NO_INFLUENCE} | unused)
         by_layer = config.schedule.kind == "freezeout" and arm != "e2e"
-        if by_layer or (train.lr_schedule in ("cosine", "wsd") and not train.lr_restart):
+        by_progress = config.mask.changes or ":" in config.heads.weights
+        if by_layer or by_progress or (train.lr_schedule in ("cosine", "wsd") and not train.lr_restart):
             inputs |= {"schedule.total_steps": self.total_steps}
         if by_layer:
             names = ("kind", "t0", "scale", "scale_lr", "layer_rates", "freeze_embed")
@@ -120,13 +131,14 @@ class Wanted(Course):
             cut=self.cut(stage),
             groups=config.mask.groups,
             mask_ratio=config.mask.ratio,
+            mask_block=config.mask.block if config.mask.groups > 1 else 1,
             views=config.cache.views,
             view_transform=view_transform_id(config.data, config.model.image_size),
             data=self.data.train.digest,
             seed=config.seed,
             dtype=config.train.precision,
             codec=config.cache.codec,
-            pixels=config.target.kind == "pixels",
+            pixels=config.cache.pixels == "stored" and any(head.target in IMAGE_TARGETS for head in self.heads),
             parent="",
             version=COMPUTATION_VERSION,
         )

@@ -13,12 +13,11 @@ from pipeline.config import ConfigError
 from pipeline.decide import Wanted, judge_cache
 from pipeline.job import Job, RunFailed
 from pipeline.show import console, table
-from pipeline.work import sampling, state_file
+from pipeline.work import masked_build, optimizer_of, sampling, state_file
 from stages.checkpoint import apply_tensors, read_state
 from stages.device import autocast
-from stages.optim import build_adamw, parameter_groups
 from stages.sources import CachedFeatures, LiveFeatures, Source
-from stages.train import Build, build_model
+from stages.train import build_model
 
 FEATURE_BOUND = {"float32": 1e-3, "bfloat16": 1e-2}
 """Largest relative RMSE of cached against live features. float16 alone rounds by 2^-12 of a value on average; under
@@ -72,19 +71,18 @@ def compare_stage(wanted: Wanted, stage: int) -> Comparison:
     """The first batch of a stage, read and recomputed, under the stage's starting weights."""
     config, segment = wanted.config, wanted.segments[stage]
     torch.set_num_threads(config.train.threads)
-    build = Build(config.seed, config.model, config.decoder, config.target)
-    model = build_model(build, segment.cut, config.train.device)
-    optimizer = build_adamw(parameter_groups(model, 0.0), config.train)
+    model = build_model(masked_build(wanted), segment.cut, config.train.device)
+    optimizer = optimizer_of(wanted, model)
     apply_tensors(model, optimizer, read_state(state_file(wanted.paths.stage(stage - 1)))[2])
     spec = wanted.cache_spec(stage)
     assert spec is not None
     cache: CacheReader = open_cache(wanted.cache_folder(spec))
-    cached = CachedFeatures(cache, sampling(wanted))
+    cached = CachedFeatures(cache, sampling(wanted), wanted.data.train)
     live = LiveFeatures(wanted.data.train, sampling(wanted), config.cache.views)
 
     def loss(source: Source) -> float:
         with torch.no_grad(), autocast(config.train.device, config.train.precision):
-            return float(model(source.mask(model, source.load(segment, 0).to(config.train.device))))
+            return float(model(source.mask(model, source.load(segment, 0).to(config.train.device))).sum())
 
     inputs = live.load(segment, 0).to(config.train.device)
     assert inputs.ids_BL is not None

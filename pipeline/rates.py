@@ -14,14 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cache import open_cache
 from cache.loader import prefetch
-from models.mim import MaskedBatch, MaskedModel
+from models.batch import MaskedBatch
+from models.mim import MaskedModel
 from pipeline.decide import Wanted
-from pipeline.work import live_source, sampling
+from pipeline.work import live_source, masked_build, optimizer_of, sampling
 from stages.device import synchronize
-from stages.optim import build_adamw, parameter_groups
 from stages.segment import Segment
 from stages.sources import CachedFeatures, Inputs, Source
-from stages.train import Build, build_model, train_step
+from stages.train import build_model, train_step
 
 STEPS = ("e2e", "freeze", "cached", "memory")
 MEMORY_BATCHES = 4
@@ -88,16 +88,17 @@ def step_runner(wanted: Wanted, stage: int, arm: str) -> Callable[[float], float
     return run
 
 
-def fresh_model(wanted: Wanted, cut: int) -> tuple[MaskedModel, torch.optim.Optimizer]:
-    config = wanted.config
-    model = build_model(Build(config.seed, config.model, config.decoder, config.target), cut, config.train.device)
-    return model, build_adamw(parameter_groups(model, config.train.weight_decay), config.train)
+def fresh_model(
+    wanted: Wanted, cut: int, entry: int | None = None
+) -> tuple[MaskedModel, torch.optim.Optimizer]:
+    model = build_model(masked_build(wanted), cut, wanted.config.train.device, entry)
+    return model, optimizer_of(wanted, model)
 
 
 def cached_source(wanted: Wanted, stage: int) -> CachedFeatures:
     spec = wanted.cache_spec(stage)
     assert spec is not None, "the cache is built before it is measured"
-    return CachedFeatures(open_cache(wanted.cache_folder(spec)), sampling(wanted))
+    return CachedFeatures(open_cache(wanted.cache_folder(spec)), sampling(wanted), wanted.data.train)
 
 
 def flop_bound(wanted: Wanted, stage: int) -> float:
@@ -112,7 +113,7 @@ def step_flops(wanted: Wanted, cut: int, source: Source, segment: Segment) -> in
     model, _ = fresh_model(wanted, cut)
     inputs = source.load(segment, 0).to(wanted.config.train.device)
     with FlopCounterMode(display=False) as counter:
-        model(source.mask(model, inputs)).backward()
+        model(source.mask(model, inputs)).sum().backward()
     return counter.get_total_flops()
 
 

@@ -79,13 +79,18 @@ def to_toml(config: PipelineConfig) -> str:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """`key=value` as (key, value); lists and quoted text are TOML, anything else is passed on as it stands."""
+    """`key=value` as (key, value); lists and quoted text are TOML, anything else is passed on as it stands.
+
+    Words of a list need no quotes, which shells would take away: `heads.targets=[hog,pixels]`.
+    """
     key, equals, value = (part.strip() for part in text.partition("="))
     if not equals or not key:
         raise ConfigError(f"override {text!r} is not key=value; write for example train.lr=1e-3")
     if value[:1] in ("[", '"', "'"):
         with contextlib.suppress(tomllib.TOMLDecodeError):
             return key, tomllib.loads(f"value = {value}")["value"]
+    if re.fullmatch(r"\[[\w, -]*\]", value):
+        return key, [word.strip() for word in value[1:-1].split(",") if word.strip()]
     return key, value
 
 

@@ -16,22 +16,27 @@ from safetensors.torch import load_file, save
 from cache import open_cache
 from cache.layout import Layout
 from cache.manifest import atomic_write
-from models.mim import MaskedModel
+from models.learner import Learner
 from models.vit import Encoder, build_encoder, frozen_hash
 from pipeline.cluster import task_runner
 from pipeline.config import ConfigError, PipelineConfig
 from pipeline.decide import Wanted, inputs_digest
 from pipeline.desk import Desk
 from pipeline.job import Interrupted, RunFailed
+from pipeline.kept import forget_epochs, kept_epochs
 from pipeline.layout import StagePaths
 from pipeline.show import console, table
+from stages.adaptive import Settle
 from stages.checkpoint import CheckpointError, Progress
 from stages.encode import EncodeJob, build
-from stages.optim import Rates
+from stages.endings import Settling
+from stages.images import spread
+from stages.optim import Rates, build_optimizer, parameter_groups
 from stages.probe import ProbeResult, evaluate
-from stages.segment import Segment, as_end_to_end
+from stages.segment import Segment
 from stages.sources import CachedFeatures, LiveFeatures, LiveImages, Sampling, Source
-from stages.train import Arm, Build, Diverged, Hooks, train_arm
+from stages.train import Arm, Build, Diverged, Hooks, build_model, train_arm
+from stages.views import centre_batch
 
 
 def train_stage(desk: Desk, stage: int) -> None:
@@ -42,7 +47,7 @@ def train_stage(desk: Desk, stage: int) -> None:
         spec = wanted.cache_spec(stage)
         assert spec is not None, "ensure_cache comes first"
         cache = open_cache(wanted.cache_folder(spec))
-        source: Source = CachedFeatures(cache, how)
+        source: Source = CachedFeatures(cache, how, wanted.data.train)
         built = read_seconds(wanted.paths.stage(stage), spec.fingerprint)
     else:
         source, built, spec = LiveImages(wanted.data.train, how), 0.0, None
@@ -50,11 +55,12 @@ def train_stage(desk: Desk, stage: int) -> None:
         desk,
         paths=wanted.paths.stage(stage),
         tag={"stage": stage},
-        segments=wanted.segments[stage : stage + 1],
+        segments=wanted.asked(stage),
         source=lambda segment: source,
         start=state_file(wanted.paths.stage(stage - 1)) if stage else None,
         inputs=wanted.stage_inputs(stage),
-        facts={"cut": wanted.segments[stage].cut, "cache": spec.fingerprint if spec else None, "cache_seconds": built},
+        settling=settling(wanted, stage),
+        facts={"cut": wanted.cut(stage), "cache": spec.fingerprint if spec else None, "cache_seconds": built},
     )
 
 
@@ -62,22 +68,23 @@ def train_baseline(desk: Desk, arm: str) -> None:
     """Both baselines go on from the end of stage 0 through all later epochs: e2e freezes nothing; freeze freezes as the
     stages do and runs the frozen blocks forward on every step."""
     wanted = desk.wanted
-    segments = wanted.segments[1:]
+    segments = wanted.arm_segments(arm)
     train(
         desk,
         paths=wanted.paths.arm(arm),
         tag={"arm": arm},
-        segments=as_end_to_end(segments) if arm == "e2e" else segments,
+        segments=segments,
         source=lambda segment: live_source(wanted, segment),
         start=state_file(wanted.paths.stage(0)),
         inputs=wanted.arm_inputs(arm),
-        facts={"cut": 0 if arm == "e2e" else segments[-1].cut if segments else 0, "cache": None, "cache_seconds": 0.0},
+        facts={"cut": segments[-1].cut, "cache": None, "cache_seconds": 0.0},
+        freezes=arm != "e2e",
     )
 
 
 def live_source(wanted: Wanted, segment: Segment) -> Source:
     """Images masked before the first block, or, where the target is made of frozen features, those features live."""
-    if segment.cut and wanted.config.target.kind == "features":
+    if wanted.reads_features(segment):
         fresh = wanted.plan[-1].first_epoch + wanted.plan[-1].epochs  # as many views as epochs: each is new
         return LiveFeatures(wanted.data.train, sampling(wanted), fresh)
     return LiveImages(wanted.data.train, sampling(wanted))
@@ -92,6 +99,8 @@ def train(
     start: Path | None,
     inputs: dict[str, Any],
     facts: dict[str, Any],
+    settling: Settling | None = None,
+    freezes: bool = True,
 ) -> None:
     """Train an arm to its end and write its record, model and final state. Raises Interrupted with the state saved."""
     wanted, config = desk.wanted, desk.wanted.config
@@ -106,21 +115,29 @@ def train(
             "inputs": inputs,
         }
     )
+    if (wanted.record(paths) or {}).get("fingerprint") != record["fingerprint"]:
+        forget_epochs(paths)
     write_record(paths, record)
     arm = Arm(
         tag=tag,
         segments=segments,
-        build=Build(config.seed, config.model, config.decoder, config.target),
+        make=lambda part: build_model(masked_build(wanted), part.cut, config.train.device, part.entry),
+        optimizer=lambda model: optimizer_of(wanted, model, freezes),
         train=config.train,
-        rates=rates(wanted),
+        rates=rates(wanted, freezes),
         source=source,
         state=state_file(paths),
         start=start,
         inputs=record["fingerprint"],
         eval_every=config.eval.every,
+        keep={epoch: paths.epoch(epoch) for epoch in kept_epochs(config.train.save_epochs, segments)},
+        settling=settling,
     )
     hooks = Hooks(
-        log=desk.log, evaluate=lambda model: evaluate_encoder(wanted, model.encoder), stop=desk.job.stop.is_set
+        log=desk.log,
+        evaluate=lambda model: evaluate_encoder(wanted, model.encoder),
+        stop=desk.job.stop.is_set,
+        keep=lambda path, model: write_encoder(path, model.encoder),
     )
     try:
         progress, model = train_arm(arm, hooks)
@@ -137,11 +154,10 @@ def train(
 
 
 def finish_record(
-    paths: StagePaths, record: dict[str, Any], progress: Progress, model: MaskedModel, segments: tuple[Segment, ...]
+    paths: StagePaths, record: dict[str, Any], progress: Progress, model: Learner, segments: tuple[Segment, ...]
 ) -> None:
     """Write the encoder, then the record that says `done` and what came of it."""
-    state = model.encoder.vit.state_dict()
-    atomic_write(paths.model, save({name: value.cpu().contiguous() for name, value in state.items()}))
+    state = write_encoder(paths.model, model.encoder)
     totals, last = progress.totals, progress.curve[-1]
     seconds, images = progress.train_seconds, sum(part.images for part in totals)
     files = (paths.model, state_file(paths))
@@ -161,6 +177,9 @@ def finish_record(
             "knn_top1": last["knn_top1"],
             "linear_top1": last["linear_top1"],
             "curve": progress.curve,
+            "ended": progress.ended,
+            **({"epochs": progress.ended["epoch"] - segments[0].first_epoch} if progress.ended else {}),
+            **({"checks": progress.checks} if progress.checks else {}),
             "segments": [
                 {
                     "cut": segment.cut,
@@ -169,7 +188,7 @@ def finish_record(
                     "train_seconds": part.train_seconds,
                     "images_per_second": part.images / part.train_seconds,
                 }
-                for segment, part in zip(segments, totals, strict=True)
+                for segment, part in zip(segments, totals, strict=not progress.ended)
             ],
             "state": file_checksum(state_file(paths)),
             "weights": file_checksum(paths.model),
@@ -177,6 +196,13 @@ def finish_record(
             "files": {str(file.relative_to(paths.root)): file.stat().st_size for file in files},
         },
     )
+
+
+def write_encoder(path: Path, encoder: Encoder) -> dict[str, torch.Tensor]:
+    """Write an encoder under timm's parameter names; returns what was written."""
+    state = {name: value.detach().cpu().contiguous() for name, value in encoder.vit.state_dict().items()}
+    atomic_write(path, save(state))
+    return state
 
 
 def build_cache(desk: Desk, stage: int) -> None:
@@ -227,12 +253,57 @@ def evaluate_encoder(wanted: Wanted, encoder: Encoder) -> ProbeResult:
 
 def sampling(wanted: Wanted) -> Sampling:
     config = wanted.config
-    return Sampling(config.seed, config.train.batch_size, config.data, config.model, config.mask, config.target.kind)
+    return Sampling(
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        data=config.data,
+        model=config.model,
+        mask=config.mask,
+        heads=wanted.heads,
+        share=config.decoder.share,
+        total_steps=wanted.total_steps,
+    )
 
 
-def rates(wanted: Wanted) -> Rates:
+def masked_build(wanted: Wanted) -> Build:
+    """What makes the masked model of any stage or arm."""
+    config = wanted.config
+    return Build(config.seed, config.model, config.decoder, wanted.heads)
+
+
+def optimizer_of(wanted: Wanted, model: Learner, freezes: bool = True) -> torch.optim.Optimizer:
+    """The optimiser of what a model lets learn."""
+    train = wanted.config.train
+    return build_optimizer(parameter_groups(model, train.weight_decay, rates(wanted, freezes).by_layer), train)
+
+
+def rates(wanted: Wanted, freezes: bool = True) -> Rates:
+    """The learning rates of the run; where nothing freezes, as in the e2e arm, all layers follow the plain schedule."""
     config: PipelineConfig = wanted.config
-    return Rates(config.train, config.schedule, wanted.identity["depth"], wanted.total_steps, wanted.steps_per_epoch)
+    return Rates(
+        train=config.train,
+        schedule=config.schedule,
+        num_blocks=wanted.identity["depth"],
+        total_steps=wanted.total_steps,
+        steps_per_epoch=wanted.steps_per_epoch,
+        stage_starts=tuple(segment.first_step for segment in wanted.segments),
+        freezes=freezes,
+    )
+
+
+def settling(wanted: Wanted, stage: int) -> Settling | None:
+    """What an adaptive stage watches; None where its length is given, or no candidate is left."""
+    schedule, images = wanted.config.schedule, wanted.data.train
+    if not wanted.adaptive or stage + 1 >= len(schedule.cuts):
+        return None
+    return Settling(
+        rule=Settle(schedule.settle_metric, schedule.settle_below, schedule.settle_checks),
+        cut=schedule.cuts[stage + 1],
+        every=schedule.check_every,
+        images=torch.from_numpy(
+            centre_batch(images, spread(len(images), schedule.probe_images), wanted.config.model.image_size)
+        ),
+    )
 
 
 def state_file(paths: StagePaths) -> Path:

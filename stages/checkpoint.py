@@ -14,10 +14,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cache.manifest import atomic_write
-from models.mim import MaskedModel
+from models.learner import Learner
 from stages.optim import ScheduleFree
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class CheckpointError(ValueError):
@@ -70,11 +70,12 @@ class Progress:
         return cls(**plain)
 
 
-def model_tensors(model: MaskedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights under `encoder/` and `decoder/`, the optimiser's moments under `optim/<parameter>/<moment>`, and what a
-    schedule-free group remembers under `optim/<parameter>/scalars`, float64, for each of its parameters."""
-    tensors = {f"encoder/{name}": value for name, value in model.encoder.vit.state_dict().items()}
-    tensors |= {f"decoder/{name}": value for name, value in model.decoder.state_dict().items()}
+def model_tensors(model: Learner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights under `<part>/`, such as `encoder/` and `decoder/`, moments under `optim/<parameter>/<moment>`, and what
+    a schedule-free group remembers under `optim/<parameter>/scalars`, float64, for each of its parameters."""
+    tensors = {
+        f"{part}/{name}": value for part, module in model.parts.items() for name, value in module.state_dict().items()
+    }
     for name, parameter in model.named_parameters():
         for moment, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optim/{name}/{moment}"] = value
@@ -85,18 +86,25 @@ def model_tensors(model: MaskedModel, optimizer: torch.optim.Optimizer) -> dict[
     return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
 
-def apply_tensors(model: MaskedModel, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The reverse of `model_tensors`. Moments of parameters that no longer learn are left behind."""
+def apply_tensors(model: Learner, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The reverse of `model_tensors`. What a state holds of heads and moments that no longer learn is left behind.
 
-    def part(prefix: str) -> dict[str, Tensor]:
+    A head that it does not hold keeps its first weights: in stage 0 its block was frozen in place, and it is back in an
+    arm that freezes nothing.
+    """
+
+    def found(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
-    model.encoder.vit.load_state_dict(part("encoder/"))
-    model.decoder.load_state_dict(part("decoder/"))
+    for part, module in model.parts.items():
+        held, wanted = found(f"{part}/"), module.state_dict()
+        known = {name.partition(".")[0] for name in held}
+        fresh = {name: value for name, value in wanted.items() if name.partition(".")[0] not in known}
+        module.load_state_dict(fresh | {name: value for name, value in held.items() if name in wanted})
     learning = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     scalars: dict[torch.nn.Parameter, tuple[float, ...]] = {}
     for name, parameter in model.named_parameters():
-        if id(parameter) in learning and (moments := part(f"optim/{name}/")):
+        if id(parameter) in learning and (moments := found(f"optim/{name}/")):
             if "scalars" in moments:
                 scalars[parameter] = tuple(moments.pop("scalars").tolist())
             optimizer.state[parameter] = {

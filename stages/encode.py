@@ -149,7 +149,11 @@ def from_images(job: EncodeJob, view: int) -> Callable[[np.ndarray], Part]:
         keys = tuple(images.keys[row] for row in rows)
         cut, crops = image_batch(images, rows, view, job.data, size, spec.seed)
         tensor = torch.from_numpy(cut)
-        orders = token_orders(spec.seed, view, keys, spec.num_tokens, spec.groups) if spec.groups > 1 else None
+        orders = (
+            token_orders(spec.seed, view, keys, spec.num_tokens, spec.groups, spec.mask_block)
+            if spec.groups > 1
+            else None
+        )
         pixels = patchify(tensor, spec.patch_size).numpy() if spec.pixels else None
         return Part(tensor, crops, keys, orders, pixels)
 

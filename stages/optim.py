@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from schedulefree import AdamWScheduleFree
 
-from models.mim import MaskedModel
+from models.learner import Learner
 from stages.config import ScheduleConfig, TrainConfig
 from stages.schedule import freezeout
 
@@ -22,7 +22,7 @@ SCALARS = ("k", "weight_sum", "lr_max", "train_mode")
 """What a group of schedule-free AdamW remembers: steps, sum of the average's weights, largest rate, which weights."""
 
 
-def parameter_groups(model: MaskedModel, weight_decay: float, by_layer: bool = False) -> list[dict[str, Any]]:
+def parameter_groups(model: Learner, weight_decay: float, by_layer: bool = False) -> list[dict[str, Any]]:
     """What learns, in groups: weights decay; biases, norms and tokens do not. A frozen parameter is in none.
 
     `by_layer` splits further by FreezeOut's layers, 0 the patch embedding, i the i-th block; what stands behind the
@@ -40,7 +40,7 @@ def parameter_groups(model: MaskedModel, weight_decay: float, by_layer: bool = F
 
 
 def layer_of(name: str) -> int:
-    """FreezeOut's layer of a parameter of the masked model. Layer 0 is all that makes the first block's input."""
+    """FreezeOut's layer of a parameter of a learner. Layer 0 is all that makes the first block's input."""
     if name.startswith("encoder.vit.blocks."):
         return int(name.split(".")[3]) + 1
     return 0 if name.startswith(tuple(f"encoder.vit.{part}" for part in LAYER_0)) else -1

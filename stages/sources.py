@@ -6,37 +6,41 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cache.order import batch_rows, view_and_group
-from cache.store import CacheReader
-from models.config import MaskConfig, ModelConfig
-from models.mim import MaskedBatch, MaskedModel, raster_order
+from cache.store import CacheReader, FeatureBatch
+from models.batch import MaskedBatch, TargetKey, decode_ids
+from models.config import IMAGE_TARGETS, HeadSpec, MaskConfig, ModelConfig, learning_heads
+from models.masking import block_noise, distance_to_visible, kept_tokens, weigh_by_distance
+from models.mim import MaskedModel
 from models.spec import derive_seed
-from models.targets import feature_target, patchify, pixel_target
 from stages.config import DataConfig
 from stages.images import ImageList
 from stages.segment import Segment
-from stages.views import image_batch, token_orders
+from stages.views import Crop, apply_crop, image_batch, token_orders
 
 
 @dataclass(frozen=True)
 class Inputs:
     """One step's inputs: uint8 images (B, 3, S, S) or cached features (B, tokens, D), and the noise that masks them.
 
-    `ids_BL` are the raster positions of the features' tokens in stored order, `pixels_BLP` the uint8 pixels of every
-    token in raster order, `group` the token group that the step trains on.
+    `progress` is the share of the run that is done. `ids_BL` are the raster positions of the features' tokens in stored
+    order, `images` the uint8 pixels behind features whose target needs them, `group` the token group that the step
+    trains on, `decode_noise` what chooses the hidden tokens that are decoded, None for all.
     """
 
     values: Tensor
     noise: Tensor
+    progress: float = 0.0
     ids_BL: Tensor | None = None
-    pixels_BLP: Tensor | None = None
+    images: Tensor | None = None
     group: int = 0
+    decode_noise: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Inputs:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -50,8 +54,8 @@ class Inputs:
         return [self._map(part_of(part)) for part in range(parts)]
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
-        ids, pixels = (None if tensor is None else change(tensor) for tensor in (self.ids_BL, self.pixels_BLP))
-        return Inputs(change(self.values), change(self.noise), ids, pixels, self.group)
+        changed: dict[str, Any] = {k: change(value) for k, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **changed)
 
 
 class Source(Protocol):
@@ -59,28 +63,34 @@ class Source(Protocol):
 
     def load(self, segment: Segment, step: int) -> Inputs: ...
 
-    def mask(self, model: MaskedModel, inputs: Inputs) -> MaskedBatch: ...
+    def mask(self, model: Any, inputs: Inputs) -> Any: ...
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What every source must know of the run: seed, batch size and the settings of data, model and mask."""
+    """What every source must know of the run: seed, batch size, the settings of data, model and mask, the heads."""
 
     seed: int
     batch_size: int
     data: DataConfig
     model: ModelConfig
     mask: MaskConfig
-    target_kind: str
+    heads: tuple[HeadSpec, ...]
+    share: float = 1.0
+    """Share of the hidden tokens that is decoded."""
+    total_steps: int = 1
 
-    @property
-    def keep(self) -> int:
-        """Visible tokens of an image, by MAE's rounding."""
-        return int(self.model.num_tokens * (1 - self.mask.ratio))
+    def keep(self, progress: float) -> int:
+        """Visible tokens of an image when `progress` of the run is done."""
+        return kept_tokens(self.model.num_tokens, self.mask.ratio_at(progress))
 
     @property
     def group_tokens(self) -> int:
         return self.model.num_tokens // self.mask.groups
+
+    def targets(self, segment: Segment) -> set[str]:
+        """Kinds of target that the heads which learn in a segment ask for."""
+        return {head.target for head in learning_heads(self.heads, segment.cut, segment.entry)}
 
     def rows(self, segment: Segment, step: int, num_samples: int) -> np.ndarray:
         """The samples of a step: the same whatever the arm."""
@@ -95,13 +105,33 @@ class Sampling:
         """uint8 images (B, 3, S, S) of one view, and the order (B, L) in which their tokens are stored."""
         pixels, _ = image_batch(images, rows, view, self.data, self.model.image_size, self.seed)
         keys = [images.keys[row] for row in rows]
-        ids = token_orders(self.seed, view, keys, self.model.num_tokens, self.mask.groups)
+        ids = token_orders(self.seed, view, keys, self.model.num_tokens, self.mask.groups, self.mask.block)
         return torch.from_numpy(pixels), torch.from_numpy(ids)
 
-    def noise(self, segment: Segment, step: int, tokens: int) -> Tensor:
-        """Uniform noise (B, tokens) that draws a step's masks."""
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "mask", segment.first_step + step))
+    def inputs(self, segment: Segment, step: int, values: Tensor, tokens: int) -> Inputs:
+        """A step's inputs, its random numbers drawn: the noise over `tokens` tokens that masks them, and more."""
+        place, every = segment.first_step + step, self.model.num_tokens
+        noise = self._uniform("mask", place, every if self.mask.block > 1 else tokens)
+        decode_noise = self._uniform("decode", place, every) if self.share < 1 else None
+        return Inputs(values, block_noise(noise, self.mask.block), place / self.total_steps, decode_noise=decode_noise)
+
+    def _uniform(self, what: str, place: int, tokens: int) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, what, place))
         return torch.rand(self.batch_size, tokens, generator=generator)
+
+    def scored(self, batch: MaskedBatch, inputs: Inputs) -> MaskedBatch:
+        """The batch with what counts in its loss: a share of the hidden tokens, weighed by how far they are."""
+        mask, tokens = self.mask, self.model.num_tokens
+        if inputs.decode_noise is not None:
+            batch = replace(batch, ids_decode_BM=decode_ids(batch.scored_BL, inputs.decode_noise, self.share))
+        if mask.distance_power or mask.distance_start < 1:
+            share = mask.distance_start + (1 - mask.distance_start) * inputs.progress
+            distance = distance_to_visible(batch.mask.ids_keep, tokens)
+            scored = batch.scored_BL
+            if batch.ids_decode_BM is not None:  # only what is decoded can be weighed
+                scored = torch.zeros_like(scored).scatter(1, batch.ids_decode_BM, 1.0)
+            batch = replace(batch, scored_BL=weigh_by_distance(scored, distance, mask.distance_power, share))
+        return batch
 
 
 @dataclass(frozen=True)
@@ -114,25 +144,47 @@ class LiveImages:
     def load(self, segment: Segment, step: int) -> Inputs:
         rows = self.sampling.rows(segment, step, len(self.images))
         images, _ = self.sampling.views(self.images, rows, segment.epoch(step))
-        return Inputs(images, self.sampling.noise(segment, step, self.sampling.model.num_tokens))
+        return self.sampling.inputs(segment, step, images, self.sampling.model.num_tokens)
 
     def mask(self, model: MaskedModel, inputs: Inputs) -> MaskedBatch:
-        return model.from_images(inputs.values, inputs.noise, self.sampling.mask.ratio)
+        batch = model.from_images(inputs.values, inputs.noise, self.sampling.keep(inputs.progress))
+        return self.sampling.scored(batch, inputs)
 
 
 @dataclass(frozen=True)
 class CachedFeatures:
-    """Cached training: a step reads its rows' features of one view, and only one group unless the target needs all."""
+    """Cached training: a step reads its rows' features of one view, and only one group unless the target needs all.
+
+    Image targets are made of the pixels that the cache stores, or, where it stores none, of `images`, cut again by the
+    stored parameters of the very crop that the features come from.
+    """
 
     cache: CacheReader
     sampling: Sampling
+    images: ImageList | None = None
 
     def load(self, segment: Segment, step: int) -> Inputs:
-        rows = self.sampling.rows(segment, step, len(self.cache))
-        view, group = self.sampling.slot(segment, step, self.cache.manifest.views)
-        batch = self.cache.read(rows, view, None if self.sampling.target_kind == "features" else group)
-        noise = self.sampling.noise(segment, step, self.sampling.group_tokens)
-        return Inputs(batch.features_BLD, noise, batch.ids_BL, batch.pixels_BLP, group)
+        how, targets = self.sampling, self.sampling.targets(segment)
+        rows = how.rows(segment, step, len(self.cache))
+        view, group = how.slot(segment, step, self.cache.manifest.views)
+        batch = self.cache.read(rows, view, None if "features" in targets else group)
+        images = self._images(batch, rows, view) if targets & set(IMAGE_TARGETS) else None
+        inputs = how.inputs(segment, step, batch.features_BLD, how.group_tokens)
+        return replace(inputs, ids_BL=batch.ids_BL, images=images, group=group)
+
+    def _images(self, batch: FeatureBatch, rows: np.ndarray, view: int) -> Tensor:
+        """uint8 (B, 3, S, S); numpy's copies, since torch would wake its pool of threads in the loader's."""
+        size = self.sampling.model.image_size
+        if batch.pixels_BLP is not None:
+            patch = self.sampling.model.patch_size
+            side = size // patch
+            grid = batch.pixels_BLP.numpy().reshape(-1, side, side, patch, patch, 3)
+            return torch.from_numpy(grid.transpose(0, 5, 1, 3, 2, 4).reshape(-1, 3, size, size))
+        assert self.images is not None, "a cache without pixels is read beside the images it was made of"
+        crops = self.cache.crops(rows, view)
+        images = (self.images.image(int(row)) for row in rows)
+        views = np.stack([apply_crop(image, Crop(*crop), size) for image, crop in zip(images, crops, strict=True)])
+        return torch.from_numpy(views.transpose(0, 3, 1, 2).copy())
 
     def mask(self, model: MaskedModel, inputs: Inputs) -> MaskedBatch:
         return mask_features(model, self.sampling, inputs)
@@ -153,26 +205,29 @@ class LiveFeatures:
         rows = self.sampling.rows(segment, step, len(self.images))
         view, group = self.sampling.slot(segment, step, self.views)
         images, ids = self.sampling.views(self.images, rows, view)
-        return Inputs(images, self.sampling.noise(segment, step, self.sampling.group_tokens), ids, group=group)
+        inputs = self.sampling.inputs(segment, step, images, self.sampling.group_tokens)
+        return replace(inputs, ids_BL=ids, images=images, group=group)
 
     def mask(self, model: MaskedModel, inputs: Inputs) -> MaskedBatch:
         assert inputs.ids_BL is not None
         features = model.frozen_features(inputs.values, inputs.ids_BL, self.sampling.mask.groups)
-        pixels = patchify(inputs.values, self.sampling.model.patch_size)
-        return mask_features(model, self.sampling, replace(inputs, values=features, pixels_BLP=pixels))
+        return mask_features(model, self.sampling, replace(inputs, values=features))
 
 
 def mask_features(model: MaskedModel, sampling: Sampling, inputs: Inputs) -> MaskedBatch:
     """Mask features in stored order: those of all groups (B, L, D), or of the step's group alone (B, G, D)."""
-    features, ids = inputs.values, inputs.ids_BL
+    features, ids, noise = inputs.values, inputs.ids_BL, inputs.noise
     assert ids is not None
-    if sampling.target_kind == "features":
-        target = feature_target(raster_order(features, ids))
-    else:
-        assert inputs.pixels_BLP is not None, "a cache for pixel targets stores the pixels"
-        target = pixel_target(inputs.pixels_BLP)
     size = sampling.group_tokens
+    targets: dict[TargetKey, Tensor] = {}
+    if inputs.images is not None:
+        targets |= model.image_targets(inputs.images)
+    if features.shape[1] == sampling.model.num_tokens:
+        targets |= model.feature_targets(features, ids)
     if features.shape[1] > size:
         own = slice(inputs.group * size, (inputs.group + 1) * size)
         features, ids = features[:, own], ids[:, own]
-    return model.from_features(features, ids, inputs.noise, sampling.keep, target)
+    if noise.shape[1] > size:  # block-wise noise is drawn over the whole grid
+        noise = noise.gather(1, ids)
+    batch = model.from_features(features, ids, noise, sampling.keep(inputs.progress), targets)
+    return sampling.scored(batch, inputs)

@@ -1,12 +1,13 @@
-"""The training loop, one for every stage and arm. An arm is a list of segments trained in turn; a stage is an arm of
-one segment. Everything random is a pure function of the seed and the step: a saved state is all that a resume needs."""
+"""The training loop, one for every stage and arm. An arm is a list of segments trained in turn; a stage is an arm, of
+several segments where blocks freeze in place. Everything random is a pure function of the seed and the step: a saved
+state is all that a resume needs."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 
 from cache.loader import prefetch
-from models.config import DecoderConfig, ModelConfig, TargetConfig
-from models.decoder import build_decoder
+from models.config import DecoderConfig, HeadSpec, ModelConfig, learning_heads
+from models.learner import Learner
 from models.mim import MaskedModel
+from models.multiscale import build_heads
 from models.vit import build_encoder
 from stages.checkpoint import (
     CheckpointError,
@@ -29,7 +31,8 @@ from stages.checkpoint import (
 )
 from stages.config import TrainConfig
 from stages.device import autocast
-from stages.optim import Rates, build_adamw, parameter_groups
+from stages.endings import PROBE, Settling, Watch, stopped_early
+from stages.optim import Rates, averaged, to_average, to_training
 from stages.probe import ProbeResult
 from stages.segment import Segment
 from stages.sources import Inputs, Source
@@ -40,12 +43,12 @@ LOG_EVERY = 10
 
 @dataclass(frozen=True)
 class Build:
-    """Settings that make a model."""
+    """Settings that make a masked model."""
 
     seed: int
     model: ModelConfig
     decoder: DecoderConfig
-    target: TargetConfig
+    heads: tuple[HeadSpec, ...]
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,9 @@ class Arm:
     tag: dict[str, Any]
     """{"stage": 1} or {"arm": "e2e"}: how events and messages name it."""
     segments: tuple[Segment, ...]
-    build: Build
+    make: Callable[[Segment], Learner]
+    """The model of a segment, on its device, its weights a pure function of the seed."""
+    optimizer: Callable[[Learner], torch.optim.Optimizer]
     train: TrainConfig
     rates: Rates
     source: Callable[[Segment], Source]
@@ -64,7 +69,11 @@ class Arm:
     inputs: str
     """Digest of what the arm was asked to do; a saved state of anything else is not gone on from."""
     eval_every: int = 0
-    """Epochs between evaluations; each segment's end is evaluated in any case."""
+    """Epochs between evaluations; each stage's end is evaluated in any case."""
+    keep: Mapping[int, Path] = field(default_factory=dict)
+    """Epochs of the whole run after which the encoder is kept, and where."""
+    settling: Settling | None = None
+    """What ends an adaptive stage."""
 
     @property
     def label(self) -> str:
@@ -76,8 +85,11 @@ class Hooks:
     """The rim: what the loop needs from outside."""
 
     log: Callable[[dict[str, Any]], None]
-    evaluate: Callable[[MaskedModel], ProbeResult]
+    evaluate: Callable[[Any], ProbeResult]
+    """Scores the model that is trained."""
     stop: Callable[[], bool] = lambda: False
+    keep: Callable[[Path, Any], object] = lambda path, model: None
+    """Writes the encoder of the model that is trained."""
     now: Callable[[], float] = time.perf_counter
 
 
@@ -97,52 +109,64 @@ class Stopwatch:
         return self.last - last
 
 
-def build_model(build: Build, cut: int, device: str) -> MaskedModel:
-    """The masked model at a cut, its weights a pure function of the seed. Stage 0 always predicts pixels."""
+def build_model(build: Build, cut: int, device: str, entry: int | None = None) -> MaskedModel:
+    """The masked model at a cut, its weights a pure function of the seed. Heads of frozen blocks are left out.
+
+    entry: the block at which inputs enter where that is not the cut, since blocks before it freeze in place.
+    """
     encoder = build_encoder(build.model, build.seed)
-    decoder = build_decoder(build.decoder, encoder, build.model.patch_values, build.seed)
-    encoder.set_attention(device)
-    decoder.set_attention(device)
-    return MaskedModel(encoder, decoder, cut, build.target.kind if cut else "pixels").to(device)
+    specs = learning_heads(build.heads, cut, entry)
+    heads = build_heads(specs, build.decoder, encoder, build.model.patch_size, build.seed)
+    model = MaskedModel(encoder, heads, cut, entry)
+    model.set_attention(build.model.attention, device)
+    return model.to(device)
 
 
 def train_step(
-    model: MaskedModel, optimizer: torch.optim.Optimizer, source: Source, inputs: Inputs, train: TrainConfig
+    model: Learner, optimizer: torch.optim.Optimizer, source: Source, inputs: Inputs, train: TrainConfig
 ) -> Tensor:
-    """One optimiser step; returns the loss. Micro-batches are equal: the mean of their losses is the batch's loss."""
+    """One optimiser step; returns (1 + H,): the weighted sum that is learned from, then every loss.
+
+    Micro-batches are equal: the mean of their losses is the batch's loss.
+    """
     device = next(model.parameters()).device
     optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=device)
+    weights = torch.tensor(model.loss_weights(inputs.progress), device=device)
+    total = torch.zeros(1 + len(weights), device=device)
     for micro in inputs.to(device).split(train.accumulate):
         with autocast(device, train.precision):
-            loss = model(source.mask(model, micro)) / train.accumulate
+            losses = model(source.mask(model, micro)) / train.accumulate
+            loss = (losses * weights).sum()
         loss.backward()
-        total += loss.detach()
+        total += torch.cat([loss.detach().reshape(1), losses.detach()])
     if train.clip:
         torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], train.clip)
     optimizer.step()
     return total
 
 
-def train_arm(arm: Arm, hooks: Hooks) -> tuple[Progress, MaskedModel]:
+def train_arm(arm: Arm, hooks: Hooks) -> tuple[Progress, Learner]:
     """Train what is left of the arm's segments. When `hooks.stop` asks, the state is saved and progress is unfinished.
 
     Raises CheckpointError when the state to start from, or to go on from, cannot be used.
     """
     torch.set_num_threads(arm.train.threads)
     progress, tensors = starting_point(arm)
+    seen = (tensors or {}).get(PROBE)
     while True:
         segment = arm.segments[min(progress.segment, len(arm.segments) - 1)]
-        model = build_model(arm.build, segment.cut, arm.train.device)
-        optimizer = build_adamw(parameter_groups(model, arm.train.weight_decay, arm.rates.by_layer), arm.train)
+        model = arm.make(segment)
+        optimizer = arm.optimizer(model)
         if tensors is not None:
             apply_tensors(model, optimizer, tensors)
         if progress.segment == len(arm.segments):
             return progress, model
-        train_segment(arm, segment, model, optimizer, progress, hooks)
-        if progress.step < segment.steps:
+        to_training(optimizer)
+        train_segment(arm, segment, model, optimizer, progress, hooks, seen)
+        if progress.step < segment.steps and not progress.ended:
             return progress, model
-        progress.segment, progress.step = progress.segment + 1, 0
+        to_average(optimizer)
+        progress.segment, progress.step = (len(arm.segments) if progress.ended else progress.segment + 1), 0
         tensors = model_tensors(model, optimizer)
         save_state(arm.state, arm.inputs, progress, tensors)
 
@@ -151,7 +175,7 @@ def starting_point(arm: Arm) -> tuple[Progress, dict[str, Tensor] | None]:
     """Where to go on: the arm's own state, else the state it starts from, else nothing."""
     if arm.state.exists():
         inputs, progress, tensors = read_state(arm.state)
-        if inputs == arm.inputs:
+        if inputs == arm.inputs and not passed_unkept(arm, progress):
             return progress, tensors
     if arm.start is None:
         return Progress(), None
@@ -160,14 +184,33 @@ def starting_point(arm: Arm) -> tuple[Progress, dict[str, Tensor] | None]:
     return Progress(), read_state(arm.start)[2]
 
 
+def passed_unkept(arm: Arm, progress: Progress) -> list[int]:
+    """Epochs to keep that lie behind a saved state and whose encoder is not there: only training anew brings it."""
+    passed = {
+        part.first_epoch + epoch
+        for part, totals in zip(arm.segments, progress.totals, strict=False)
+        for epoch in range(1, totals.steps // part.steps_per_epoch + 1)
+    }
+    return [epoch for epoch, path in arm.keep.items() if epoch in passed and not path.exists()]
+
+
 def train_segment(
-    arm: Arm, segment: Segment, model: MaskedModel, optimizer: torch.optim.Optimizer, progress: Progress, hooks: Hooks
+    arm: Arm,
+    segment: Segment,
+    model: Learner,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    hooks: Hooks,
+    seen: Tensor | None = None,
 ) -> None:
     """Train a segment from `progress.step` on, until its end or until told to stop, with its time split into parts."""
     if len(progress.totals) == progress.segment:
         progress.totals.append(SegmentTotals())
     source = arm.source(segment)
-    book = Book(arm, segment, progress, hooks)
+    book = Book(arm, segment, progress, hooks, model.loss_names)
+    watch = Watch(arm.settling, arm.train, seen) if arm.settling else None
+    if watch:
+        watch.look(model.encoder)
     steps = range(progress.step, segment.steps)
     with prefetch(
         lambda step: source.load(segment, step), steps, arm.train.loader_threads, arm.train.prefetch
@@ -177,15 +220,49 @@ def train_segment(
             book.step(train_step(model, optimizer, source, inputs, arm.train), rate)
             if due(step + 1, LOG_EVERY) or step + 1 == segment.steps:
                 book.flush(batches.wait_seconds)
-            if evaluation_due(arm, segment, step + 1):
-                book.flush(batches.wait_seconds)
-                book.evaluate(model)
+            take_stock(arm, segment, model, optimizer, book, watch, batches.wait_seconds)
+            if progress.ended:
+                return
             stop = hooks.stop()
             if stop or book.save_due():
                 book.flush(batches.wait_seconds)
-                save_state(arm.state, arm.inputs, progress, model_tensors(model, optimizer))
+                tensors = model_tensors(model, optimizer) | (watch.tensors if watch else {})
+                save_state(arm.state, arm.inputs, progress, tensors)
             if stop:
                 return
+
+
+def take_stock(
+    arm: Arm,
+    segment: Segment,
+    model: Learner,
+    optimizer: torch.optim.Optimizer,
+    book: Book,
+    watch: Watch | None,
+    wait_seconds: float,
+) -> None:
+    """What is due after a step: a check of what may have settled, an encoder to keep, an evaluation; and whether the
+    arm ends here, before its last step."""
+    progress, step = book.progress, book.progress.step
+    epoch, rest = divmod(step, segment.steps_per_epoch)
+    keep = None if rest else arm.keep.get(segment.first_epoch + epoch)
+    check = watch is not None and due(step, watch.settling.steps(segment.steps_per_epoch))
+    evaluate = evaluation_due(arm, segment, step)
+    if rest and not (check or evaluate):
+        return
+    last = step == segment.steps and segment == arm.segments[-1]
+    book.flush(wait_seconds)
+    with averaged(optimizer):
+        if watch and check:
+            book.check(watch, model)
+        if watch and not rest and not last:
+            book.end(watch.settling.why_settled(progress.checks))
+        if keep:
+            book.hooks.keep(keep, model)
+        if evaluate or progress.ended:
+            book.evaluate(model)
+    if evaluate and not last:
+        book.end(stopped_early(progress.curve, arm.train.early_stop))
 
 
 def due(step: int, every: int) -> bool:
@@ -193,30 +270,33 @@ def due(step: int, every: int) -> bool:
 
 
 def evaluation_due(arm: Arm, segment: Segment, step: int) -> bool:
-    """At the segment's end, and after every `eval_every` epochs of the whole plan."""
+    """At a stage's end, and after every `eval_every` epochs of the whole plan."""
     epoch, rest = divmod(step, segment.steps_per_epoch)
-    return step == segment.steps or (rest == 0 and due(segment.first_epoch + epoch, arm.eval_every))
+    ends = step == segment.steps and segment.ends_stage
+    return ends or (rest == 0 and due(segment.first_epoch + epoch, arm.eval_every))
 
 
 class Book:
     """Keeps the accounts of a segment: losses, seconds by part, events, the probe curve."""
 
-    def __init__(self, arm: Arm, segment: Segment, progress: Progress, hooks: Hooks) -> None:
-        self.arm, self.segment, self.progress, self.hooks = arm, segment, progress, hooks
+    def __init__(
+        self, arm: Arm, segment: Segment, progress: Progress, hooks: Hooks, loss_names: tuple[str, ...]
+    ) -> None:
+        self.arm, self.segment, self.progress, self.hooks, self.loss_names = arm, segment, progress, hooks, loss_names
         self.totals = progress.totals[progress.segment]
         self.watch = Stopwatch(hooks.now)
         self.pending: list[Tensor] = []
-        self.recent: list[float] = []
+        self.recent: list[list[float]] = []
         self.waited = 0.0
         self.rate = 0.0
         self.saved = hooks.now()
 
-    def step(self, loss: Tensor, rate: float) -> None:
-        """Count one optimiser step; its loss stays on the device until the next flush."""
+    def step(self, losses: Tensor, rate: float) -> None:
+        """Count one optimiser step; its losses, the total first, stay on the device until the next flush."""
         if self.progress.step % self.segment.steps_per_epoch == 0:
             self.settle()
             self.totals.loss_sum, self.totals.loss_steps = 0.0, 0
-        self.pending.append(loss)
+        self.pending.append(losses)
         self.progress.step += 1
         self.totals.steps += 1
         self.totals.images += self.arm.train.batch_size
@@ -227,8 +307,8 @@ class Book:
         losses = torch.stack(self.pending).tolist() if self.pending else []
         self.pending.clear()
         if losses and self.totals.first_loss is None:
-            self.totals.first_loss = losses[0]
-        for loss in losses:
+            self.totals.first_loss = losses[0][0]
+        for loss, *_ in losses:
             if not math.isfinite(loss):
                 raise Diverged(
                     f"{self.arm.label}: loss={loss} near step {self.progress.step}; "
@@ -252,22 +332,28 @@ class Book:
                 | {
                     "step": sum(totals.steps for totals in self.progress.totals),
                     "steps": sum(segment.steps for segment in self.arm.segments),
-                    "epoch": self.segment.first_epoch + self.progress.step / self.segment.steps_per_epoch,
+                    "epoch": self.epoch,
                     "images": sum(totals.images for totals in self.progress.totals),
-                    "loss": sum(losses) / len(losses),
+                    **self.mean_losses(losses),
                     "lr": self.rate,
                     "images_per_second": len(losses) * self.arm.train.batch_size / seconds if seconds else 0.0,
                     "loader_wait_fraction": waited / seconds if seconds else 0.0,
                 }
             )
 
-    def evaluate(self, model: MaskedModel) -> None:
+    def mean_losses(self, losses: list[list[float]]) -> dict[str, float]:
+        """`loss`, what is learned from, and, where it is a sum of several, each as `loss_<head>`."""
+        means = [sum(column) / len(losses) for column in zip(*losses, strict=True)]
+        heads = dict(zip((f"loss_{name}" for name in self.loss_names), means[1:], strict=True))
+        return {"loss": means[0]} | (heads if len(heads) > 1 else {})
+
+    def evaluate(self, model: Learner) -> None:
         """Add a point to the probe curve; its time is not training time."""
         result = self.hooks.evaluate(model)
         self.totals.evaluate_seconds += self.watch.lap()
         point = {
             "seconds": self.progress.train_seconds,
-            "epoch": self.segment.first_epoch + self.progress.step / self.segment.steps_per_epoch,
+            "epoch": self.epoch,
             "knn_top1": result.knn_top1,
             "linear_top1": result.linear_top1,
             "feature_std": result.feature_std,
@@ -276,6 +362,23 @@ class Book:
         }
         self.progress.curve.append(point)
         self.hooks.log(self.arm.tag | {"probe": True} | point)
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, counted from stage 0."""
+        return self.segment.first_epoch + self.progress.step / self.segment.steps_per_epoch
+
+    def check(self, watch: Watch, model: Learner) -> None:
+        """Measure how far the watched blocks have moved. It is part of the method, and so of its training time."""
+        numbers = watch.check(model.encoder, self.epoch, self.progress.checks)
+        self.progress.checks.append(numbers)
+        self.hooks.log(self.arm.tag | numbers)
+
+    def end(self, why: str) -> None:
+        """Let the arm end here, if there is a reason."""
+        if why and not self.progress.ended:
+            self.progress.ended = {"why": why, "epoch": self.epoch}
+            self.hooks.log(self.arm.tag | {"ended": why, "epoch": self.epoch})
 
     def save_due(self) -> bool:
         """Whether `train.save_every` seconds have gone by since the last saved state."""

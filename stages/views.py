@@ -95,12 +95,24 @@ def centre_batch(images: ImageList, rows: Sequence[int] | np.ndarray, size: int)
     return np.stack([centre_view(images.image(int(row)), size).transpose(2, 0, 1) for row in rows])
 
 
-def token_orders(seed: int, view: int, keys: Sequence[str], num_tokens: int, groups: int) -> np.ndarray:
-    """(B, L) int64: the order in which a view's tokens are stored, group after group; raster order for one group."""
+def token_orders(
+    seed: int, view: int, keys: Sequence[str], num_tokens: int, groups: int, block: int = 1
+) -> np.ndarray:
+    """(B, L) int64: the order in which a view's tokens are stored, group after group; raster order for one group.
+
+    With `block` above 1 squares of block x block tokens stay together, so that groups are block-wise masks.
+    """
     if groups == 1:
         return np.tile(np.arange(num_tokens), (len(keys), 1))
-    draws = [_uniform(num_tokens, seed, "groups", view, key) for key in keys]
-    return np.argsort(np.stack(draws), axis=1, kind="stable")
+    draws = np.stack([_uniform(num_tokens, seed, "groups", view, key) for key in keys])
+    if block > 1:
+        side = math.isqrt(num_tokens)
+        place = np.arange(side) // block
+        square = (place[:, None] * (place[-1] + 1) + place).ravel()
+        _, first = np.unique(square, return_index=True)
+        rank = draws[:, first].argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
+        draws += rank[:, square]
+    return np.argsort(draws, axis=1, kind="stable")
 
 
 def _uniform(count: int, *parts: str | int) -> np.ndarray:

@@ -28,8 +28,16 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     if not axes:
         return function
     hints = typing.get_type_hints(function)
-    function.__annotations__ = hints | {name: Shaped[hints[name], letters] for name, letters in axes.items()}
+    function.__annotations__ = hints | {name: shaped(hints[name], letters) for name, letters in axes.items()}
     return jaxtyped(function, typechecker=beartype)
+
+
+def shaped(hint: Any, letters: str) -> Any:
+    """The hint with axes; `Tensor | None` stays optional."""
+    if type(None) in typing.get_args(hint):
+        (kind,) = (part for part in typing.get_args(hint) if part is not type(None))
+        return Shaped[kind, letters] | None
+    return Shaped[hint, letters]
 
 
 class ShapeLoader(SourceFileLoader):

@@ -26,6 +26,7 @@ SPEC = FeatureSpec(
     cut=3,
     groups=4,
     mask_ratio=0.75,
+    mask_block=1,
     views=2,
     view_transform="crop",
     data="d4" * 32,

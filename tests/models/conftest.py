@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models.config import DecoderConfig, ModelConfig
-from models.decoder import build_decoder
+from models.config import DecoderConfig, HeadSpec, ModelConfig
 from models.mim import MaskedModel
+from models.multiscale import build_heads
 from models.vit import build_encoder
 
 SMALL = ModelConfig(image_size=16, patch_size=4, width=24, depth=4, heads=3)
@@ -31,12 +31,13 @@ def small() -> Callable[..., ModelConfig]:
 
 @pytest.fixture(scope="session")
 def masked_model() -> Callable[..., MaskedModel]:
-    """masked_model(cut, target_kind="pixels") -> MaskedModel, in train mode."""
+    """masked_model(cut, target="pixels", *more heads) -> MaskedModel, in train mode; a head at the end for a target."""
 
-    def make(cut: int, target_kind: str = "pixels") -> MaskedModel:
+    def make(cut: int, target: str = "pixels", *before: HeadSpec) -> MaskedModel:
         encoder = build_encoder(SMALL, seed=0)
-        decoder = build_decoder(DecoderConfig(depth=1, width=12, heads=3), encoder, SMALL.patch_values, seed=0)
-        return MaskedModel(encoder, decoder, cut, target_kind).train()
+        specs = (*before, HeadSpec(4, target, matching=not before))
+        heads = build_heads(specs, DecoderConfig(depth=1, width=12, heads=3), encoder, SMALL.patch_size, seed=0)
+        return MaskedModel(encoder, heads, cut).train()
 
     return make
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from models.batch import MaskedBatch, masked_loss, raster_order
 from models.masking import group_ids, random_mask, take_tokens
-from models.mim import MaskedBatch, MaskedModel, masked_loss, raster_order
-from models.targets import feature_target, normalize_images, patchify, pixel_target
+from models.mim import MaskedModel
+from models.targets import feature_target, normalize_images
 
 MakeModel = Callable[..., MaskedModel]
 DEPTH, TOKENS, KEEP = 4, 16, 4
@@ -22,12 +24,14 @@ def feature_batch(model: MaskedModel, images: Tensor, groups: int, group: int = 
     ids = group_ids(torch.rand(len(images), TOKENS), groups)
     features = model.frozen_features(images, ids, groups)
     own = slice(group * size, (group + 1) * size)
-    target = (
-        pixel_target(patchify(images, 4))
-        if model.target_kind == "pixels"
-        else feature_target(raster_order(features, ids))
-    )
-    return model.from_features(features[:, own], ids[:, own], torch.rand(len(images), size), KEEP, target)
+    targets = {**model.image_targets(images), **model.feature_targets(features, ids)}
+    return model.from_features(features[:, own], ids[:, own], torch.rand(len(images), size), KEEP, targets)
+
+
+def the_target(batch: MaskedBatch) -> Tensor:
+    """The target of a batch that has one."""
+    (target,) = batch.targets.values()
+    return target
 
 
 def parts(model: MaskedModel) -> dict[str, torch.nn.Module]:
@@ -58,8 +62,8 @@ def test_only_scored_tokens_count(masked_model: MakeModel, images: Tensor, group
     batch = feature_batch(model, images, groups)
 
     def loss(changed: Tensor) -> float:
-        target = batch.target_BLT + 5.0 * changed.unsqueeze(-1)
-        return model(MaskedBatch(batch.visible_BKD, batch.mask, batch.scored_BL, target)).item()
+        targets = {key: target + 5.0 * changed.unsqueeze(-1) for key, target in batch.targets.items()}
+        return model(replace(batch, targets=targets)).item()
 
     plain = loss(torch.zeros(3, TOKENS))
     assert loss(1 - batch.scored_BL) == plain
@@ -74,10 +78,10 @@ def test_forward_is_the_blocks_the_decoder_and_the_loss(masked_model: MakeModel,
     tokens = batch.visible_BKD
     for block in model.encoder.vit.blocks[2:]:
         tokens = block(tokens)
-    output = model.decoder(model.encoder.vit.norm(tokens), batch.mask.ids_restore)
-    prediction = model.decoder.pixel_head(output)
-    assert torch.equal(model(batch), masked_loss(prediction, batch.target_BLT, batch.scored_BL))
-    assert torch.equal(model.predict(model.encoder.norm(tokens), batch.mask), prediction)
+    (head,) = model.each_head
+    prediction = head.readout(head.decoder(model.encoder.vit.norm(tokens), batch.mask), True)
+    assert torch.equal(model(batch), masked_loss(prediction, the_target(batch), batch.scored_BL).reshape(1))
+    assert torch.equal(head.predict(model.encoder.norm(tokens), batch), prediction)
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
@@ -91,7 +95,7 @@ def test_no_backward_reaches_what_is_frozen(masked_model: MakeModel, images: Ten
     for name, part in parts(model).items():
         part.register_full_backward_hook(lambda *_, name=name: fired.add(name))
     noise = torch.rand(3, TOKENS)
-    batch = model.from_images(images, noise, 0.75) if way == "images" else feature_batch(model, images, 4)
+    batch = model.from_images(images, noise, KEEP) if way == "images" else feature_batch(model, images, 4)
     model(batch).backward()
     learning = {f"block {index}" for index in range(cut, DEPTH)} | ({"patch_embed"} if cut == 0 else set())
     assert fired == learning
@@ -101,7 +105,7 @@ def test_no_backward_reaches_what_is_frozen(masked_model: MakeModel, images: Ten
 @pytest.mark.parametrize("cut", range(DEPTH + 1))
 def test_all_that_learns_gets_a_gradient_and_nothing_else(masked_model: MakeModel, images: Tensor, cut: int) -> None:
     model = masked_model(cut)
-    model(model.from_images(images, torch.rand(3, TOKENS), 0.75)).backward()
+    model(model.from_images(images, torch.rand(3, TOKENS), KEEP)).backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
     grads = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -113,13 +117,13 @@ def test_all_that_learns_gets_a_gradient_and_nothing_else(masked_model: MakeMode
 def test_grouped_features_are_those_of_masked_training(masked_model: MakeModel, images: Tensor, cut: int) -> None:
     model = masked_model(cut).eval()
     noise = torch.rand(3, TOKENS)
-    live = model.from_images(images, noise, 0.75)
+    live = model.from_images(images, noise, KEEP)
     ids = group_ids(noise, 4)
     features = model.frozen_features(images, ids, 4)
-    target = pixel_target(patchify(images, 4))
-    stored = model.from_features(features[:, :KEEP], ids[:, :KEEP], torch.rand(3, KEEP), KEEP, target)
+    targets = model.image_targets(images)
+    stored = model.from_features(features[:, :KEEP], ids[:, :KEEP], torch.rand(3, KEEP), KEEP, targets)
     assert torch.equal(stored.mask.ids_keep, live.mask.ids_keep)
-    assert torch.equal(stored.scored_BL, live.scored_BL) and torch.equal(stored.target_BLT, live.target_BLT)
+    assert torch.equal(stored.scored_BL, live.scored_BL) and torch.equal(the_target(stored), the_target(live))
     torch.testing.assert_close(stored.visible_BKD, live.visible_BKD, rtol=0, atol=1e-6)
     assert model(stored).item() == pytest.approx(model(live).item(), rel=1e-6)
 
@@ -137,7 +141,7 @@ def test_full_mode_leaks_and_the_others_do_not(masked_model: MakeModel, images: 
         first, second = (
             model.from_features(
                 model.frozen_features(pixels, ids, groups)[:, :size], ids[:, :size], noise[:, :size], KEEP,
-                pixel_target(patchify(pixels, 4)),
+                model.image_targets(pixels),
             )
             for pixels in (images, changed)
         )  # fmt: skip
@@ -152,7 +156,7 @@ def test_live_frozen_blocks_see_visible_tokens_only(masked_model: MakeModel, ima
     noise = torch.rand(3, TOKENS)
     mask = random_mask(noise, 0.75)
     tokens = take_tokens(model.encoder.embed(normalize_images(images)), mask.ids_keep)
-    batch = model.from_images(images, noise, 0.75)
+    batch = model.from_images(images, noise, KEEP)
     assert torch.equal(batch.visible_BKD, model.encoder.run(tokens, 0, 2))
     assert torch.equal(batch.scored_BL, mask.hidden)
 
@@ -174,15 +178,10 @@ def test_a_feature_target_is_the_normalised_input_of_the_learning_blocks(
 ) -> None:
     model = masked_model(2, "features").eval()
     batch = feature_batch(model, images, groups, group=groups - 1)
-    assert batch.target_BLT.shape == (3, TOKENS, 24)
-    kept = take_tokens(batch.target_BLT, batch.mask.ids_keep)
+    assert the_target(batch).shape == (3, TOKENS, 24)
+    kept = take_tokens(the_target(batch), batch.mask.ids_keep)
     torch.testing.assert_close(kept, feature_target(batch.visible_BKD), rtol=0, atol=1e-6)
-    assert model.predict(model.encoder.norm(batch.visible_BKD), batch.mask).shape == (3, TOKENS, 24)
-
-
-def test_a_feature_target_needs_features(masked_model: MakeModel, images: Tensor) -> None:
-    with pytest.raises(AssertionError, match="a feature target needs the frozen blocks' output"):
-        masked_model(2, "features").from_images(images, torch.rand(3, TOKENS), 0.75)
+    assert model.each_head[0].predict(model.encoder.norm(batch.visible_BKD), batch).shape == (3, TOKENS, 24)
 
 
 @pytest.mark.parametrize(("groups", "kind"), [(4, "pixels"), (2, "pixels"), (1, "features")])

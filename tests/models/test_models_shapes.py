@@ -24,4 +24,4 @@ def test_methods_and_dataclasses_are_checked_too() -> None:
     with pytest.raises(TypeCheckError, match="scored_BL"):
         GroupMask(torch.zeros(2, 4), mask, torch.zeros(3, 4))
     with pytest.raises(TypeCheckError, match="images_BCHW"):
-        MaskedModel.from_images(None, torch.zeros(2, 16, 3), torch.zeros(2, 16), 0.75)  # type: ignore[arg-type]
+        MaskedModel.from_images(None, torch.zeros(2, 16, 3), torch.zeros(2, 16), 4)  # type: ignore[arg-type]

@@ -26,6 +26,7 @@ SPEC = FeatureSpec(
     cut=3,
     groups=4,
     mask_ratio=0.75,
+    mask_block=1,
     views=2,
     view_transform="crop-1",
     data="d4" * 32,
@@ -50,8 +51,8 @@ def test_survives_a_trip_through_json() -> None:
 
 
 def test_holds_every_setting_that_can_change_a_number() -> None:
-    names = """model image_size patch_size width depth heads weights cut groups mask_ratio views view_transform data
-        seed dtype codec pixels parent version"""
+    names = """model image_size patch_size width depth heads weights cut groups mask_ratio mask_block views
+        view_transform data seed dtype codec pixels parent version"""
     assert {field.name for field in fields(FeatureSpec)} == set(names.split())
 
 

@@ -97,7 +97,14 @@ def test_later_override_wins_and_data_is_short_for_the_source() -> None:
         ("schedule.cuts=[1,3,6,9]", ["does not start at 0"]),
         ("schedule.cuts=[0,6,3,9]", ["does not start at 0 and rise"]),
         ("schedule.epochs=[2,0,2,2]", ["less than 1 epoch"]),
-        ("target.kind=hog", ["target.kind = hog is not built yet", "pixels"]),
+        ("mask.ratio_end=0.5", ["mask.ratio_end = 0.5 keeps 98 of 196", "only 49"]),
+        ("mask.block=8", ["mask.block = 8", "larger than a quarter of the 196 tokens"]),
+        ("mask.distance_start=0", ["mask.distance_start = 0.0 is outside (0, 1]"]),
+        ("decoder.share=0", ["decoder.share = 0.0 is outside (0, 1]"]),
+        ("heads.scales=[4]", ["heads.scales = [4.0] without heads.blocks"]),
+        ("heads.weights=2", ["heads.weights = 2 without heads.blocks weighs nothing"]),
+        ("heads.blocks=[2,4]", ["heads.blocks = [2, 4] must rise from 1 or more to 12"]),
+        ("heads.blocks=[4,2,12]", ["must rise"]),
         ("schedule.kind=adaptive", ["not built yet", "explicit or freezeout"]),
         ("cache.backend=webdataset", ["not built yet", "zarr"]),
         ("cache.codec=bfloat16", ["not built yet", "float16"]),
@@ -109,6 +116,27 @@ def test_later_override_wins_and_data_is_short_for_the_source() -> None:
 def test_wrong_setting_is_refused_in_one_line(override: str, parts: list[str]) -> None:
     message = refusal(override)
     assert [part for part in parts if part not in message] == [], message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (("heads.scales=[1]",), ["heads.scales = [1.0] and heads.blocks = [6, 12] differ in length"]),
+        (("heads.targets=[hog]",), ["heads.targets = ['hog'] and heads.blocks = [6, 12] differ in length"]),
+        (("heads.scales=[3,1]",), ["heads.scales has 3.0; use 4, 2, 1 or 0.5"]),
+        (("heads.scales=[2,1]", "target.kind=features"), ["heads.scales has 2.0 for a head of features", "scale 1"]),
+        (("heads.scales=[0.5,1]", "decoder.share=0.5"), ["which needs all tokens, but decoder.share = 0.5"]),
+        (("heads.scales=[4,1]", "model.patch_size=2", "model.image_size=28"), ["does not divide model.patch_size = 2"]),
+        (("heads.scales=[0.5,1]", "model.image_size=28", "mask.groups=1"), ["grid of 7 tokens a side"]),
+        (("heads.weights=1,2,3",), ["'1,2,3' is not 2 weights"]),
+        (("heads.weights=1,-2",), ["'1,-2' is not 2 weights, one a head, none below 0"]),
+        (("heads.weights=one,two",), ["'one,two' is neither equal nor numbers"]),
+        (("heads.weights=1,1/0",), ["is neither equal nor numbers"]),
+    ],
+)
+def test_heads_that_make_no_sense_are_refused_in_one_line(overrides: tuple[str, ...], parts: list[str]) -> None:
+    message = refusal("heads.blocks=[6,12]", *overrides)
+    assert "\n" not in message and all(part in message for part in parts), message
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])

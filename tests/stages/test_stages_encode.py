@@ -58,6 +58,7 @@ def job(folder: Path, weights: Path, encoder: Encoder, cut: int, groups: int, pa
         cut=cut,
         groups=groups,
         mask_ratio=0.75,
+        mask_block=1,
         views=2,
         view_transform=view_transform_id(DATA, 16),
         data=IMAGES.digest,

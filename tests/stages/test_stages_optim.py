@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models.config import DecoderConfig, ModelConfig
-from models.decoder import build_decoder
+from models.config import DecoderConfig, HeadSpec, ModelConfig
 from models.mim import MaskedModel
+from models.multiscale import build_heads
 from models.vit import build_encoder
 from stages.config import ScheduleConfig, TrainConfig
 from stages.optim import (
@@ -31,8 +31,8 @@ CONFIG = ModelConfig(image_size=8, patch_size=4, width=8, depth=4, heads=2)
 
 def model(cut: int) -> MaskedModel:
     encoder = build_encoder(CONFIG, seed=0)
-    decoder = build_decoder(DecoderConfig(depth=1, width=8, heads=2), encoder, CONFIG.patch_values, seed=0)
-    return MaskedModel(encoder, decoder, cut, "pixels")
+    heads = build_heads((HeadSpec(4, "pixels"),), DecoderConfig(depth=1, width=8, heads=2), encoder, 4, seed=0)
+    return MaskedModel(encoder, heads, cut)
 
 
 def names_in(learner: MaskedModel, groups: list[dict]) -> list[set[str]]:
@@ -67,9 +67,9 @@ def test_only_matrices_decay() -> None:
     assert {
         "encoder.vit.patch_embed.proj.weight",
         "encoder.vit.blocks.3.attn.qkv.weight",
-        "decoder.head.weight",
+        "heads.block4.readout.head.weight",
     } < names
-    assert {"decoder.mask_token", "encoder.vit.norm.weight", "encoder.vit.blocks.0.mlp.fc1.bias"} < without
+    assert {"heads.block4.decoder.mask_token", "encoder.vit.norm.weight", "encoder.vit.blocks.0.mlp.fc1.bias"} < without
     assert all(name.endswith((".bias", "mask_token")) or "norm" in name for name in without)
 
 
@@ -83,7 +83,7 @@ def test_groups_by_layer_are_freezeouts() -> None:
         assert {layer_of(name) for name in names} == {group["layer"]}
     assert layer_of("encoder.vit.patch_embed.proj.bias") == 0 and layer_of("encoder.vit.blocks.11.norm1.weight") == 12
     assert {layer_of(f"encoder.vit.{name}") for name in ("cls_token", "pos_embed", "reg_token")} == {0}
-    assert layer_of("encoder.vit.norm.weight") == layer_of("decoder.blocks.0.norm1.weight") == -1
+    assert layer_of("encoder.vit.norm.weight") == layer_of("heads.block4.decoder.blocks.0.norm1.weight") == -1
 
 
 def test_adamw_decays_by_rate_times_weight() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.config import DecoderConfig, MaskConfig, ModelConfig, TargetConfig
+from models.config import DecoderConfig, HeadSpec, MaskConfig, ModelConfig
 from models.mim import MaskedModel
 from stages.checkpoint import (
     CheckpointError,
@@ -29,7 +29,8 @@ from stages.sources import Inputs, LiveImages, Sampling
 from stages.train import Arm, Build, Diverged, Hooks, build_model, evaluation_due, train_arm, train_step
 
 MODEL = ModelConfig(image_size=16, patch_size=4, width=24, depth=3, heads=2)
-BUILD = Build(0, MODEL, DecoderConfig(depth=1, width=12, heads=3), TargetConfig())
+HEADS = (HeadSpec(3, "pixels"),)
+BUILD = Build(0, MODEL, DecoderConfig(depth=1, width=12, heads=3), HEADS)
 TRAIN = TrainConfig(batch_size=8, precision="float32", device="cpu", threads=1, lr=1e-3, warmup_epochs=0.5)
 SEGMENT = Segment(cut=0, first_epoch=0, epochs=2, first_step=0, steps=8, steps_per_epoch=4)
 
@@ -40,7 +41,7 @@ def images() -> ImageList:
 
 
 def source(images: ImageList, batch_size: int = 8) -> LiveImages:
-    return LiveImages(images, Sampling(0, batch_size, DataConfig(), MODEL, MaskConfig(), "pixels"))
+    return LiveImages(images, Sampling(0, batch_size, DataConfig(), MODEL, MaskConfig(), HEADS))
 
 
 def arm(tmp_path: Path, images: ImageList, segments: tuple[Segment, ...] = (SEGMENT,), **train: object) -> Arm:
@@ -48,7 +49,8 @@ def arm(tmp_path: Path, images: ImageList, segments: tuple[Segment, ...] = (SEGM
     return Arm(
         tag={"stage": 0},
         segments=segments,
-        build=BUILD,
+        make=lambda segment: build_model(BUILD, segment.cut, "cpu", segment.entry),
+        optimizer=lambda model: build_adamw(parameter_groups(model, settings.weight_decay), settings),
         train=settings,
         rates=Rates(settings, ScheduleConfig(), 3, 12, 4),
         source=lambda segment: source(images),
@@ -70,7 +72,8 @@ def gradients(images: ImageList, accumulate: int) -> tuple[float, dict[str, torc
     loss = train_step(
         model, optimizer, from_images, from_images.load(SEGMENT, 0), replace(TRAIN, accumulate=accumulate)
     )
-    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert loss[0] == loss[1]
+    return loss[0].item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("accumulate", [2, 4, 8])
@@ -120,10 +123,10 @@ def test_a_source_is_a_pure_function_of_the_step_and_fresh_in_every_epoch(images
 
 
 def test_inputs_split_into_equal_parts_in_order() -> None:
-    whole = Inputs(torch.arange(12).reshape(6, 2), torch.arange(6.0), group=3)
+    whole = Inputs(torch.arange(12).reshape(6, 2), torch.arange(6.0), 0.5, group=3)
     parts = whole.split(3)
     assert [part.values.tolist() for part in parts] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9], [10, 11]]]
-    assert all(part.ids_BL is None and part.group == 3 for part in parts)
+    assert all(part.ids_BL is None and part.group == 3 and part.progress == 0.5 for part in parts)
 
 
 def test_segments_follow_the_plan_and_max_steps_bounds_each() -> None:

@@ -1,0 +1,65 @@
+"""What a masked step learns from, however it was made, and the loss that scores it. Stands between the sources of
+training and the heads.
+
+Shapes: B batch, K visible tokens, L all tokens, M hidden tokens that are decoded, D width, T values of a target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.masking import Mask, take_tokens
+
+TargetKey = tuple[str, float]
+"""Kind and scale of a target."""
+
+
+@dataclass(frozen=True)
+class MaskedBatch:
+    """The visible tokens at the cut, their mask, and the targets of all tokens."""
+
+    visible_BKD: Tensor
+    mask: Mask
+    scored_BL: Tensor
+    """float32, how much a token counts in the loss: 0 for visible ones and all that visible ones have attended to."""
+    targets: Mapping[TargetKey, Tensor]
+    """(B, L, T), raster order; at scales above 1 T holds all finer places of a token, at scale 0.5 L is a quarter."""
+    ids_decode_BM: Tensor | None = None
+    """The hidden tokens that are decoded and scored; None for all."""
+
+    def scored_at(self, key: TargetKey) -> tuple[Tensor, Tensor]:
+        """(target, weights) of what a head of this target and scale is asked for: (B, S, T) and (B, S)."""
+        target, scored = self.targets[key], self.scored_BL
+        if key[1] < 1:
+            return target, coarse(scored)
+        if self.ids_decode_BM is None:
+            return target, scored
+        return take_tokens(target, self.ids_decode_BM), scored.gather(1, self.ids_decode_BM)
+
+
+def coarse(scored_BL: Tensor) -> Tensor:
+    """(B, L / 4): mean over 2x2 tokens, as LocalMIM's mask of its coarse scale (`recal_mask`)."""
+    batch, tokens = scored_BL.shape
+    side = round(tokens**0.5)
+    return scored_BL.reshape(batch, side // 2, 2, side // 2, 2).mean(dim=(2, 4)).flatten(1)
+
+
+def masked_loss(prediction_BLT: Tensor, target_BLT: Tensor, scored_BL: Tensor) -> Tensor:
+    """Weighted mean over scored tokens of a token's mean squared error, in float32."""
+    error_BL = (prediction_BLT.float() - target_BLT.float()).square().mean(dim=-1)
+    return (error_BL * scored_BL).sum() / scored_BL.sum()
+
+
+def raster_order(stored_BLD: Tensor, ids_BL: Tensor) -> Tensor:
+    """Tokens in stored order put back where they belong in the image."""
+    return take_tokens(stored_BLD, ids_BL.argsort(dim=1))
+
+
+def decode_ids(scored_BL: Tensor, noise_BL: Tensor, share: float) -> Tensor:
+    """(B, M): a random share of the scored tokens of every image, at least one, by the lowest noise."""
+    count = max(1, round(int((scored_BL[0] > 0).sum()) * share))
+    return torch.where(scored_BL > 0, noise_BL, 2.0).argsort(dim=1)[:, :count]
