@@ -17,6 +17,7 @@ from cache.size import cache_bytes
 from models.batch import MaskedBatch
 from models.mim import MaskedModel
 from pipeline.decide import Wanted, judge_stage
+from pipeline.freezing import show_adaptive, show_events
 from pipeline.job import Job
 from pipeline.rates import fresh_model
 from pipeline.runner import refuse_what_does_not_fit
@@ -25,7 +26,7 @@ from pipeline.speedup import break_even
 from pipeline.work import live_source, sampling
 from stages.config import TrainConfig
 from stages.device import autocast, synchronize
-from stages.segment import Segment
+from stages.segment import Segment, as_end_to_end
 from stages.sources import Inputs, Sampling, Source, mask_features
 from stages.train import train_step
 
@@ -48,7 +49,7 @@ class StageCost:
 def show_plan(job: Job) -> None:
     """Measure, predict, print, and write plan.json."""
     wanted = Wanted(job.config, job.paths)
-    refuse_what_does_not_fit(wanted, len(wanted.segments) - 1)
+    refuse_what_does_not_fit(wanted, wanted.candidates - 1)
     costs = [stage_cost(wanted, stage) for stage in range(len(wanted.segments))]
     rows = table("stage", "cut", "epochs", "state", "e2e s", "freeze s", "cached s", "cache s", "cache on disk")
     for cost in costs:
@@ -67,9 +68,10 @@ def show_plan(job: Job) -> None:
         + ("not reached" if even is None else f"at epoch {even:.1f}")
         + f"; disk {found['cache_bytes'] / 1e6:,.0f} MB"
     )
-    atomic_write(
-        job.paths.plan, (json.dumps({"stages": [asdict(cost) for cost in costs]} | found, indent=2) + "\n").encode()
-    )
+    events = show_events(wanted)
+    show_adaptive(wanted)
+    plan = {"stages": [asdict(cost) for cost in costs]} | found | {"freeze_events": events}
+    atomic_write(job.paths.plan, (json.dumps(plan, indent=2) + "\n").encode())
 
 
 def totals(costs: list[StageCost]) -> dict[str, Any]:
@@ -92,29 +94,28 @@ def totals(costs: list[StageCost]) -> dict[str, Any]:
 
 def stage_cost(wanted: Wanted, stage: int) -> StageCost:
     """Measure a stage's steps and its encoding on this machine, and scale them to the stage's length."""
-    segment = wanted.segments[stage]
-    e2e = step_seconds(wanted, stage, "e2e") * segment.steps
+    segment, parts = wanted.segments[stage], wanted.parts(stage)
     verdict = judge_stage(wanted, stage)
     epochs = segment.steps / segment.steps_per_epoch
-    if not stage:
-        return StageCost(stage, 0, epochs, verdict.state, e2e, e2e, e2e, 0.0, 0)
+    freeze = sum(step_seconds(wanted, part, "freeze") * part.steps for part in parts)
+    if not stage:  # the same for all arms
+        return StageCost(stage, 0, epochs, verdict.state, freeze, freeze, freeze, 0.0, 0)
     return StageCost(
         stage=stage,
         cut=segment.cut,
         epochs=epochs,
         state=verdict.state,
-        e2e_seconds=e2e,
-        freeze_seconds=step_seconds(wanted, stage, "freeze") * segment.steps,
-        cached_seconds=step_seconds(wanted, stage, "cached") * segment.steps,
+        e2e_seconds=step_seconds(wanted, as_end_to_end([segment])[0], "e2e") * segment.steps,
+        freeze_seconds=freeze,
+        cached_seconds=sum(step_seconds(wanted, part, "cached") * part.steps for part in parts),
         cache_seconds=encode_seconds(wanted, stage) * wanted.config.cache.views * len(wanted.data.train),
         cache_bytes=cache_bytes(wanted.layout(stage)),
     )
 
 
-def step_seconds(wanted: Wanted, stage: int, arm: str) -> float:
-    """Seconds of one training step of an arm at a stage's cut, its inputs in memory."""
-    segment = wanted.segments[stage] if arm != "e2e" else replace(wanted.segments[stage], cut=0)
-    model, optimizer = fresh_model(wanted, segment.cut)
+def step_seconds(wanted: Wanted, segment: Segment, arm: str) -> float:
+    """Seconds of one training step of an arm in a segment, its inputs in memory."""
+    model, optimizer = fresh_model(wanted, segment.cut, segment.entry)
     train = wanted.config.train
     if arm == "cached":
         source: Source = Imagined(sampling(wanted), model.encoder.width)

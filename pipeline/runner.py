@@ -186,7 +186,8 @@ def refuse_epochs_that_never_end(wanted: Wanted) -> None:
 
 def refuse_what_does_not_fit(wanted: Wanted, last: int) -> None:
     """Raise ConfigError before anything runs when the caches still to be built need more disk than is free."""
-    missing = [stage for stage in range(1, last + 1) if not judge_cache(wanted, stage).current]
+    stages = [stage for stage in range(1, last + 1) if not wanted.used_up(stage)]
+    missing = [stage for stage in stages if not judge_cache(wanted, stage).current]
     needed = sum(cache_bytes(wanted.layout(stage)) for stage in missing)
     root = wanted.paths.cache_root.absolute()
     free = shutil.disk_usage(next(folder for folder in (root, *root.parents) if folder.exists())).free
