@@ -58,13 +58,16 @@ def run_cache(job: Job) -> None:
 def run_arm(job: Job) -> None:
     """A baseline arm, and first stage 0, which all arms share."""
     with at_work(job) as desk:
+        refuse_what_is_not_labelled(desk.wanted)
+        refuse_epochs_that_never_end(desk.wanted)
         ensure_arm(desk, str(job.target))
 
 
 def ensure_stage(desk: Desk, stage: int) -> None:
     """Train a stage unless it is current; of what lies before it, run what it needs."""
     for earlier in range(stage):
-        ensure_this_stage(desk, earlier)
+        if not desk.wanted.used_up(earlier):
+            ensure_this_stage(desk, earlier)
     refuse_what_does_not_exist(desk.wanted, stage)
     ensure_this_stage(desk, stage)
 

@@ -150,8 +150,7 @@ def test_the_averaged_weights_are_scored_kept_and_handed_on(tmp_path: Path, imag
     assert not torch.equal(z, weight(model))
     steps, weight_sum, largest, training = state["optim/encoder.vit.blocks.1.mlp.fc1.weight/scalars"].tolist()
     assert (steps, largest, training) == (8.0, 1e-3, 0.0), "moments and average went on across the freeze"
-    warmup = 2 * [0.0]  # the rate's largest value so far, squared, weighs every step's point
-    warmup = [(1e-3 / 2) ** 2, (1e-3) ** 2]
+    warmup = [(1e-3 / 2) ** 2, (1e-3) ** 2]  # the largest rate so far, squared, weighs every step's point
     assert weight_sum == pytest.approx(sum(warmup) + 6 * 1e-6)
     assert not [name for name in state if name.startswith("optim/encoder.vit.blocks.0.")]
 
