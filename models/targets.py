@@ -57,6 +57,20 @@ def pixel_target(pixels_BLP: Tensor) -> Tensor:
     return normalize_pixels((pixels_BLP.float() / 255 - mean) / std)
 
 
+def pixels_of(normalised_BLP: Tensor, pixels_BLP: Tensor) -> Tensor:
+    """uint8 (B, L, P): normalised patches as they look, given back the mean and contrast of the original patch.
+
+    The reverse of `pixel_target`. A prediction shows the shape that it found, in the light of the original: what
+    people are misled by in pictures of normalised pixels (facebookresearch/mae, issue 190).
+    """
+    repeats = pixels_BLP.shape[-1] // 3
+    mean, std = (torch.tensor(v, device=pixels_BLP.device).repeat(repeats) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    plain = (pixels_BLP.float() / 255 - mean) / std
+    centre, variance = plain.mean(dim=-1, keepdim=True), plain.var(dim=-1, keepdim=True, unbiased=True)
+    shown = (normalised_BLP.float() * (variance + 1e-6).sqrt() + centre) * std + mean
+    return (shown * 255).round().clamp(0, 255).to(torch.uint8)
+
+
 def hog(images_BCHW: Tensor, num_bins: int = 9, cell: int = 16) -> Tensor:
     """(B, cells, C * num_bins) float32: histograms of oriented gradients, channel by channel, cells in raster order.
 

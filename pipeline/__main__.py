@@ -79,7 +79,7 @@ class Flags:
     """Flags that every verb takes."""
 
     config: Text = "sample"
-    """A recipe (sample, cifar10, vit_b16, original) or a TOML file."""
+    """A recipe (sample, cifar10, vit_b16, localmim, original) or a TOML file."""
     data: Text = ""
     """Short for --data.source."""
     data_val: Text = ""

@@ -1,39 +1,121 @@
-"""`permafrost bench`: what a training step costs in each arm, at each cut, measured side by side; what is quoted is
-medians of ratios within a round, with their spread."""
+"""`permafrost bench`: what a training step costs, measured side by side: in each arm at each cut, and by method
+(target, heads, share decoded) live and at the last cut. What is quoted is medians of ratios within a round, with their
+spread."""
 
 from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable
+from typing import Any
 
 from cache.manifest import atomic_write
-from pipeline.desk import at_work
+from pipeline.config import ConfigError, check
+from pipeline.costs import Imagined, seconds_of
+from pipeline.decide import Wanted
+from pipeline.desk import Desk, at_work
 from pipeline.job import Job
-from pipeline.rates import flop_bound, ratios, stage_rates
+from pipeline.rates import flop_bound, fresh_model, ratios, stage_rates
+from pipeline.reading import parse
 from pipeline.runner import ensure_cache
 from pipeline.show import console, table
+from pipeline.work import live_source, sampling
+from stages.sources import Source
+from stages.train import train_step
+
+ROUNDS = 6
 
 
 def run_bench(job: Job) -> None:
-    """Six rounds of every arm's step at every cut; prints medians and spread, writes bench.json."""
+    """Every arm's step at every cut, then every method's; prints medians and spread, writes bench.json."""
     with at_work(job) as desk:
-        for stage in range(1, len(desk.wanted.segments)):
-            ensure_cache(desk, stage)
-        rows = table("cut", "e2e", "freeze", "cached", "in memory", "cached / e2e", "FLOP bound", "cached / in memory")
-        found = []
-        for stage in range(1, len(desk.wanted.segments)):
-            rates = stage_rates(desk.wanted, stage, seconds=2.0, rounds=6)
-            bound = flop_bound(desk.wanted, stage)
-            rows.add_row(
-                str(desk.wanted.segments[stage].cut),
-                *(f"{statistics.median(rates[arm]):.0f}" for arm in rates),
-                spread(ratios(rates, "cached", "e2e")),
-                f"{bound:.2f}",
-                spread(ratios(rates, "cached", "memory")),
-            )
-            found.append({"cut": desk.wanted.segments[stage].cut, "flop_bound": bound, "images_per_second": rates})
-        console().print(rows)
+        found = {"arms": bench_arms(desk), "methods": bench_methods(desk.wanted)}
         atomic_write(job.paths.root / "bench.json", (json.dumps(found, indent=2) + "\n").encode())
+
+
+def bench_arms(desk: Desk) -> list[dict[str, Any]]:
+    """images/s of every arm's step at every cut, on the run's own caches."""
+    stages = range(1, len(desk.wanted.segments))
+    for stage in stages:
+        ensure_cache(desk, stage)
+    rows = table("cut", "e2e", "freeze", "cached", "in memory", "cached / e2e", "FLOP bound", "cached / in memory")
+    found = []
+    for stage in stages:
+        rates = stage_rates(desk.wanted, stage, seconds=2.0, rounds=ROUNDS)
+        bound = flop_bound(desk.wanted, stage)
+        rows.add_row(
+            str(desk.wanted.segments[stage].cut),
+            *(f"{statistics.median(rates[arm]):.0f}" for arm in rates),
+            spread(ratios(rates, "cached", "e2e")),
+            f"{bound:.2f}",
+            spread(ratios(rates, "cached", "memory")),
+        )
+        found.append({"cut": desk.wanted.segments[stage].cut, "flop_bound": bound, "images_per_second": rates})
+    console().print(rows)
+    return found
+
+
+def methods(depth: int) -> dict[str, dict[str, Any]]:
+    """Settings by method; the first is what the others are compared with. Four heads stand where LocalMIM's do."""
+    four, local = [2, 4, depth - 2, depth], {"heads.scales": [4, 2, 1, 0.5], "target.kind": "hog"}
+    return {
+        "pixels, one decoder": {},
+        "hog": {"target.kind": "hog"},
+        "features": {"target.kind": "features"},
+        "1 head": {"heads.blocks": [depth]},
+        "4 heads": {"heads.blocks": four},
+        "4 heads, hog, scales 4 2 1 ½": {"heads.blocks": four} | local,
+        "a head after every block": {"heads.blocks": list(range(1, depth + 1))},
+        "half of the hidden tokens decoded": {"decoder.share": 0.5},
+        "a quarter decoded": {"decoder.share": 0.25},
+    }
+
+
+PLAIN = {"heads.blocks": [], "heads.scales": [], "heads.targets": [], "heads.weights": "equal", "decoder.share": 1.0}
+
+
+def bench_methods(wanted: Wanted) -> dict[str, dict[str, list[float]]]:
+    """Seconds of a step of every method over those of the first, a number a round: live, and cached at the last cut."""
+    last = len(wanted.segments) - 1
+    names = methods(wanted.identity["depth"])
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+    for where, stage in (("live", 0), ("cached", last))[: 2 if last else 1]:
+        runners = method_runners(wanted, stage)
+        times: dict[str, list[float]] = {name: [] for name in runners}
+        for number in range(ROUNDS):
+            for name in runners if number % 2 == 0 else reversed(runners):
+                times[name].append(runners[name]())
+        first = times[next(iter(names))]
+        for name, seconds in times.items():
+            found[name][where] = [mine / base for mine, base in zip(seconds, first, strict=True)]
+    rows = table("method: seconds of a step over those of the first", "live", "cached, last cut")
+    for name, by_place in found.items():
+        rows.add_row(name, *(spread(by_place[where]) if where in by_place else "-" for where in ("live", "cached")))
+    console().print(rows)
+    return found
+
+
+def method_runners(wanted: Wanted, stage: int) -> dict[str, Callable[[], float]]:
+    """By method a function that times a step; methods that this model or stage cannot have are left out."""
+    found = {}
+    for name, settings in methods(wanted.identity["depth"]).items():
+        config = parse(PLAIN | {"target.kind": "pixels"} | settings, wanted.config)
+        try:
+            check(config)
+        except ConfigError:
+            continue
+        if stage or settings.get("target.kind") != "features":  # before anything is cached, features are pixels
+            found[name] = method_runner(Wanted(config, wanted.paths), stage)
+    return found
+
+
+def method_runner(wanted: Wanted, stage: int) -> Callable[[], float]:
+    """A function that gives the median seconds of a few steps on inputs in memory."""
+    segment = wanted.segments[stage]
+    model, optimizer = fresh_model(wanted, segment.cut)
+    source: Source = Imagined(sampling(wanted), model.encoder.width) if stage else live_source(wanted, segment)
+    inputs, train = source.load(segment, 0), wanted.config.train
+    return lambda: seconds_of(lambda: train_step(model, optimizer, source, inputs, train), train)
 
 
 def spread(values: list[float]) -> str:

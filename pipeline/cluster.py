@@ -48,7 +48,7 @@ def _client(config: ClusterConfig) -> Iterator[Client]:
         n_workers=max(config.workers, 1),
         threads_per_worker=1,
         processes=config.workers > 0,
-        dashboard_address=None,
+        dashboard_address=":0",  # any free port: two runs on a machine must not quarrel over one
         silence_logs=logging.ERROR,
     )
     with local, Client(local) as client:

@@ -6,15 +6,17 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from cache.manifest import atomic_write
 from cache.size import cache_bytes
 from models.batch import MaskedBatch
+from models.config import IMAGE_TARGETS
 from models.mim import MaskedModel
 from pipeline.decide import Wanted, judge_stage
 from pipeline.freezing import show_adaptive, show_events
@@ -29,6 +31,7 @@ from stages.device import autocast, synchronize
 from stages.segment import Segment, as_end_to_end
 from stages.sources import Inputs, Sampling, Source, mask_features
 from stages.train import train_step
+from stages.views import image_batch
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,57 @@ def show_plan(job: Job) -> None:
     )
     events = show_events(wanted)
     show_adaptive(wanted)
-    plan = {"stages": [asdict(cost) for cost in costs]} | found | {"freeze_events": events}
+    prices = choices(wanted) if len(costs) > 1 else {}
+    for line in price_lines(prices):
+        out.print(line)
+    plan = {"stages": [asdict(cost) for cost in costs]} | found | prices | {"freeze_events": events}
     atomic_write(job.paths.plan, (json.dumps(plan, indent=2) + "\n").encode())
+
+
+SHARES = (1.0, 0.5, 0.25)
+
+
+def choices(wanted: Wanted) -> dict[str, Any]:
+    """What two settings would cost otherwise, measured at the last cut.
+
+    `decoder_share`: seconds of a cached step by the share of hidden tokens decoded; empty where a head needs all.
+    `pixels`: bytes of storing the pixels that image targets need, all caches, and seconds of cutting one image again.
+    """
+    config, last = wanted.config, len(wanted.segments) - 1
+    found: dict[str, Any] = {"decoder_share": {}}
+    if all(head.scale >= 1 for head in wanted.heads):
+        for share in SHARES:
+            other = Wanted(replace(config, decoder=replace(config.decoder, share=share)), wanted.paths)
+            found["decoder_share"][str(share)] = step_seconds(other, other.parts(last)[-1], "cached")
+    if sampling(wanted).targets(wanted.segments[last]) & set(IMAGE_TARGETS):
+        values = config.model.num_tokens * config.model.patch_values
+        rows = np.arange(min(RECUT_IMAGES, len(wanted.data.train)))
+        size = config.model.image_size
+        started = time.perf_counter()
+        image_batch(wanted.data.train, rows, 0, config.data, size, config.seed)
+        seconds = (time.perf_counter() - started) / len(rows)
+        found["pixels"] = {
+            "stored_bytes": last * config.cache.views * len(wanted.data.train) * values,
+            "recut_seconds": seconds,
+        }
+    return found
+
+
+RECUT_IMAGES = 64
+
+
+def price_lines(prices: dict[str, Any]) -> Iterator[str]:
+    """The choices as people read them."""
+    if shares := prices.get("decoder_share"):
+        steps = ", ".join(
+            f"{share} {1e3 * seconds:.0f} ms ({shares['1.0'] / seconds:.2f}×)" for share, seconds in shares.items()
+        )
+        yield f"a cached step at the last cut by decoder.share: {steps}"
+    if pixels := prices.get("pixels"):
+        yield (
+            f"image targets: cache.pixels=stored adds {pixels['stored_bytes'] / 1e6:,.0f} MB; "
+            f"recut adds none and {1e3 * pixels['recut_seconds']:.2f} ms of a loader thread an image and step"
+        )
 
 
 def totals(costs: list[StageCost]) -> dict[str, Any]:

@@ -10,11 +10,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PLAIN_EVERY = 10.0
 """Seconds between two progress lines where there is no terminal."""
@@ -56,6 +59,11 @@ class EventLog:
         self._scalars(event)
         self._show(event)
 
+    def picture(self, place: str, sheet: np.ndarray, step: int) -> None:
+        """Shows a picture (H, W, 3) uint8 in TensorBoard, at a step of a stage or arm such as `stage-1`."""
+        if self._tensorboard_dir is not None:
+            self._writer().add_image(f"{place}/reconstructions", sheet, step, dataformats="HWC")
+
     def message(self, text: str) -> None:
         """Prints a line for people."""
         if self._console is not None:
@@ -80,12 +88,16 @@ class EventLog:
         step = values.pop("step", round(values.get("epoch", -1)))  # probes are counted in epochs
         if self._tensorboard_dir is None or step < 0:
             return
+        board = self._writer()
+        for key in sorted(values.keys() - {"time", "stage", "steps"}):
+            board.add_scalar(f"{_place(event)}/{key}", values[key], int(step), walltime=event["time"])
+
+    def _writer(self) -> Any:
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(self._tensorboard_dir))
-        for key in sorted(values.keys() - {"time", "stage", "steps"}):
-            self._board.add_scalar(f"{_place(event)}/{key}", values[key], int(step), walltime=event["time"])
+        return self._board
 
     def _show(self, event: dict[str, Any]) -> None:
         if self._console is None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -16,6 +17,25 @@ STYLE = {
     "cached": ("frozen, cached", "#1f77b4", "D"),
 }
 PROBES = {"knn_top1": "kNN top-1", "linear_top1": "linear probe top-1"}
+
+
+RECONSTRUCTION_ROWS = ("masked input", "reconstruction", "original")
+
+
+def reconstructions(rows: np.ndarray, title: str, path: Path) -> None:
+    """Pictures (3, N, S, S, 3) uint8 as a sheet: masked inputs, what the decoder fills in, originals."""
+    count = rows.shape[1]
+    figure, axes = plt.subplots(3, count, figsize=(1.15 * count, 4.1), layout="constrained", squeeze=False)
+    for pictures, axis_row, name in zip(rows, axes, RECONSTRUCTION_ROWS, strict=True):
+        for picture, axis in zip(pictures, axis_row, strict=True):
+            axis.imshow(picture, interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+        axis_row[0].set_ylabel(name, fontsize=9)
+    figure.suptitle(f"{title}: each hidden patch with the mean and contrast of the original", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def accuracy_against_time(speedup: dict[str, Any], path: Path) -> None:

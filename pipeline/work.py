@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
@@ -17,6 +18,7 @@ from cache import open_cache
 from cache.layout import Layout
 from cache.manifest import atomic_write
 from models.learner import Learner
+from models.mim import MaskedModel
 from models.vit import Encoder, build_encoder, frozen_hash
 from pipeline.cluster import task_runner
 from pipeline.config import ConfigError, PipelineConfig
@@ -32,6 +34,7 @@ from stages.encode import EncodeJob, build
 from stages.endings import Settling
 from stages.images import spread
 from stages.optim import Rates, build_optimizer, parameter_groups
+from stages.pictures import reconstructions
 from stages.probe import ProbeResult, evaluate
 from stages.segment import Segment
 from stages.sources import CachedFeatures, LiveFeatures, LiveImages, Sampling, Source
@@ -51,6 +54,8 @@ def train_stage(desk: Desk, stage: int) -> None:
         built = read_seconds(wanted.paths.stage(stage), spec.fingerprint)
     else:
         source, built, spec = LiveImages(wanted.data.train, how), 0.0, None
+    if gone := [head.name for head in wanted.heads if head.block <= wanted.segments[stage].cut]:
+        desk.log.message(f"stage {stage}: {', '.join(gone)} read frozen blocks and are gone, with their losses")
     train(
         desk,
         paths=wanted.paths.stage(stage),
@@ -151,6 +156,20 @@ def train(
             "the same command goes on from there"
         )
     finish_record(paths, record, progress, model, segments)
+    if isinstance(model, MaskedModel):
+        show_reconstructions(desk, model, paths, arm.label)
+
+
+def show_reconstructions(desk: Desk, model: MaskedModel, paths: StagePaths, label: str) -> None:
+    """A figure of what the decoder fills in, where it predicts pixels; also in TensorBoard."""
+    from pipeline.figures import reconstructions as draw
+
+    config = desk.wanted.config
+    rows = reconstructions(model, desk.wanted.data.val, sampling(desk.wanted), config.train.precision)
+    if rows is not None:
+        place = paths.root.name
+        draw(rows, label, desk.wanted.paths.figures / f"reconstructions-{place}.png")
+        desk.log.picture(place, np.concatenate(np.concatenate(rows, axis=2), axis=0), 0)
 
 
 def finish_record(

@@ -342,10 +342,9 @@ class Book:
             )
 
     def mean_losses(self, losses: list[list[float]]) -> dict[str, float]:
-        """`loss`, what is learned from, and, where it is a sum of several, each as `loss_<head>`."""
+        """`loss`, what is learned from, and each head's as `loss_<head>`: comparable over stages with other heads."""
         means = [sum(column) / len(losses) for column in zip(*losses, strict=True)]
-        heads = dict(zip((f"loss_{name}" for name in self.loss_names), means[1:], strict=True))
-        return {"loss": means[0]} | (heads if len(heads) > 1 else {})
+        return {"loss": means[0]} | dict(zip((f"loss_{name}" for name in self.loss_names), means[1:], strict=True))
 
     def evaluate(self, model: Learner) -> None:
         """Add a point to the probe curve; its time is not training time."""

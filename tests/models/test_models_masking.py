@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.masking import group_ids, mask_group, random_mask, restore_tokens, take_tokens
+from models.masking import (
+    block_noise,
+    distance_to_visible,
+    group_ids,
+    mask_group,
+    random_mask,
+    restore_tokens,
+    take_tokens,
+    weigh_by_distance,
+)
 
 
 def slow_mask(noise: list[float], ratio: float) -> tuple[list[int], list[int], list[float]]:
@@ -135,3 +146,63 @@ def test_more_tokens_than_the_group_has_are_refused() -> None:
         ValueError, match=r"^keeping 5 tokens needs a group of as many, this one has 4; raise mask.ratio$"
     ):
         mask_group(torch.arange(4).expand(1, 4), torch.rand(1, 4), 5, 16)
+
+
+# --- block-wise masks and distance ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("side", "block"), [(14, 2), (8, 2), (9, 3), (7, 2)])
+def test_block_wise_masks_hide_and_keep_whole_squares(side: int, block: int) -> None:
+    """With MAE's exact count; at most one square of an image is split, where the count is no multiple of it."""
+    noise = torch.rand(20, side * side)
+    mask = random_mask(block_noise(noise, block), 0.75)
+    assert mask.ids_keep.shape == (20, int(side * side * 0.25))
+    for hidden in mask.hidden.reshape(20, side, side):
+        squares = [
+            hidden[y : y + block, x : x + block] for y in range(0, side, block) for x in range(0, side, block)
+        ]
+        assert sum(square.unique().numel() > 1 for square in squares) <= 1
+
+
+def test_block_wise_noise_of_block_1_is_maes() -> None:
+    noise = torch.rand(3, 16)
+    assert block_noise(noise, 1) is noise
+
+
+def test_every_square_is_as_likely_to_be_kept() -> None:
+    kept = 1 - random_mask(block_noise(torch.rand(2000, 36), 2), 0.75).hidden
+    assert (kept.mean(dim=0) - 0.25).abs().max() < 0.04
+
+
+def test_distance_is_that_to_the_nearest_visible_token() -> None:
+    ids = torch.tensor([[0, 15], [5, 6]])
+    found = distance_to_visible(ids, 16)
+    for row in range(2):
+        for token in range(16):
+            y, x = divmod(token, 4)
+            want = min(math.hypot(y - k // 4, x - k % 4) for k in ids[row].tolist())
+            assert found[row, token].item() == pytest.approx(want)
+
+
+def test_far_tokens_weigh_more_and_an_image_weighs_as_before() -> None:
+    mask = random_mask(torch.rand(5, 64), 0.75)
+    distance = distance_to_visible(mask.ids_keep, 64)
+    weights = weigh_by_distance(mask.hidden, distance, 2.0, 1.0)
+    torch.testing.assert_close(weights.sum(dim=1), torch.full((5,), 48.0))
+    for row in range(5):
+        own = distance[row] ** 2 * mask.hidden[row]
+        torch.testing.assert_close(weights[row], own * 48 / own.sum())
+    assert torch.equal(weigh_by_distance(mask.hidden, distance, 0.0, 1.0), mask.hidden)
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.01, 1), (0.25, 12), (0.5, 24), (1.0, 48)])
+def test_the_curriculum_counts_the_nearest_tokens_first(share: float, count: int) -> None:
+    mask = random_mask(torch.rand(5, 64), 0.75)
+    distance = distance_to_visible(mask.ids_keep, 64)
+    weights = weigh_by_distance(mask.hidden, distance, 0.0, share)
+    torch.testing.assert_close(weights.sum(dim=1), torch.full((5,), 48.0))
+    for row in range(5):
+        counted = weights[row] > 0
+        assert int(counted.sum()) == count and not (counted & (mask.hidden[row] == 0)).any()
+        left_out = (mask.hidden[row] == 1) & ~counted
+        assert count == 48 or distance[row][counted].max() <= distance[row][left_out].min()

@@ -48,13 +48,20 @@ def test_bench_gives_rates_of_every_arm_at_every_cut(
     copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "stage_rates", lambda *args, **_: stage_rates(*args, seconds=0.05, rounds=2))
+    monkeypatch.setattr(bench, "ROUNDS", 2)
     bench.run_bench(job(copy))
-    found = json.loads((copy / "bench.json").read_text())
+    found = json.loads((copy / "bench.json").read_text())["arms"]
     assert [row["cut"] for row in found] == [1, 3]
     for row in found:
         assert row["images_per_second"].keys() == {"e2e", "freeze", "cached", "memory"}
         assert all(len(rates) == 2 and min(rates) > 0 for rates in row["images_per_second"].values())
     assert found[1]["flop_bound"] > found[0]["flop_bound"] > 1
+    methods = json.loads((copy / "bench.json").read_text())["methods"]
+    assert methods["pixels, one decoder"] == {"live": [1.0, 1.0], "cached": [1.0, 1.0]}
+    assert all(len(values) == 2 and min(values) > 0 for ratios in methods.values() for values in ratios.values())
+    absent = {name for name, ratios in methods.items() if "cached" not in ratios}
+    assert absent == {"4 heads", "4 heads, hog, scales 4 2 1 ½"}, "this model is too shallow for LocalMIM's places"
+    assert {name for name, ratios in methods.items() if "live" not in ratios} == absent | {"features"}
     assert "cached / in memory" in capsys.readouterr().out
 
 
