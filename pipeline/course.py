@@ -126,15 +126,18 @@ class Course:
 
     @property
     def work(self) -> Work:
-        """The sizes that decide what training and caches cost."""
+        """The sizes that decide what training and caches cost; a ratio that changes counts as half way through."""
         config, identity = self.config, self.identity
+        tokens = config.model.num_tokens
+        visible = int(tokens * (1 - config.mask.ratio_at(0.5)))
         return Work(
             depth=identity["depth"],
             width=identity["width"],
-            tokens=config.model.num_tokens,
-            visible=int(config.model.num_tokens * (1 - config.mask.ratio)),
+            tokens=tokens,
+            visible=visible,
             groups=config.mask.groups,
             patch_values=config.model.patch_values,
+            decoded=visible + round(config.decoder.share * (tokens - visible)),
             decoder_depth=config.decoder.depth,
             decoder_width=config.decoder.sizes(identity["width"])[0],
             samples=len(self.data.train),

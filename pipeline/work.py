@@ -54,8 +54,12 @@ def train_stage(desk: Desk, stage: int) -> None:
         built = read_seconds(wanted.paths.stage(stage), spec.fingerprint)
     else:
         source, built, spec = LiveImages(wanted.data.train, how), 0.0, None
-    if gone := [head.name for head in wanted.heads if head.block <= wanted.segments[stage].cut]:
-        desk.log.message(f"stage {stage}: {', '.join(gone)} read frozen blocks and are gone, with their losses")
+    before = 0
+    for part in wanted.asked(stage):
+        if gone := [head.name for head in wanted.heads if before < head.block <= part.cut]:
+            names = (f"from epoch {part.first_epoch} on " if part.in_place else "") + ", ".join(gone)
+            desk.log.message(f"stage {stage}: {names} read frozen blocks and are gone, with their losses")
+        before = part.cut
     train(
         desk,
         paths=wanted.paths.stage(stage),
@@ -155,6 +159,8 @@ def train(
             f"interrupted: {arm.label} is saved at step {done} of {sum(s.steps for s in segments)}; "
             "the same command goes on from there"
         )
+    if progress.ended:
+        desk.log.message(f"{arm.label}: ended at epoch {progress.ended['epoch']:g}, {progress.ended['why']}")
     finish_record(paths, record, progress, model, segments)
     if isinstance(model, MaskedModel):
         show_reconstructions(desk, model, paths, arm.label)

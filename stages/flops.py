@@ -23,8 +23,8 @@ class Work:
     A block over n tokens of width D takes 24 n D² for its matrices (4 D² weights in the attention, 8 D² in the MLP) and
     4 n² D for attention itself; the count is the usual one, for instance in Kaplan et al., arXiv 2001.08361, section
     2.1, with the attention term kept. Backward costs twice a forward. A step runs the blocks over the visible tokens
-    and the decoder over all of them; encoding a cache runs its blocks over all tokens, group by group, of every view.
-    Norms, softmax, reading and writing are left out.
+    and the decoder over what is decoded; encoding a cache runs its blocks over all tokens, group by group, of every
+    view. Norms, softmax, reading and writing are left out.
     """
 
     depth: int
@@ -34,6 +34,8 @@ class Work:
     """Tokens of an image that the encoder sees in a step."""
     groups: int
     patch_values: int
+    decoded: int
+    """Tokens that pass the decoder: the visible ones and the share of the hidden ones that is decoded."""
     decoder_depth: int
     decoder_width: int
     samples: int
@@ -48,9 +50,12 @@ class Work:
 
     @property
     def decoder(self) -> int:
-        """Forward of the decoder: visible tokens in, its blocks over all tokens, features and pixels out."""
-        ends = self.visible * self.decoder_width + self.tokens * (self.decoder_width + self.patch_values)
-        return 2 * self.width * ends + self.decoder_depth * block_flops(self.tokens, self.decoder_width)
+        """Forward of the matching decoder: visible tokens in, its blocks, features and pixels out.
+
+        Other heads cost something else, but the same whichever freeze events get caches.
+        """
+        ends = self.visible * self.decoder_width + self.decoded * (self.decoder_width + self.patch_values)
+        return 2 * self.width * ends + self.decoder_depth * block_flops(self.decoded, self.decoder_width)
 
     def step(self, entry: int, cut: int) -> int:
         """One image of a training step that reads a cache at `entry` (0: images) while the blocks before `cut` are

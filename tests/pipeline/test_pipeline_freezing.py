@@ -244,6 +244,7 @@ def test_what_is_open_is_told_and_the_arms_wait_for_it(tmp_path: Path, capsys: p
     with pytest.raises(ConfigError, match=r"arm e2e follows the plan, .* stage 0 is not done; run `make all`"):
         runner.run_arm(job(root, config, target="e2e"))
     runner.run_stage(job(root, config, target=0))
+    assert "stage 0: ended at epoch 1, blocks before 1 settled: change" in capsys.readouterr().out
     course = wanted(root, config)
     assert not course.decided and [stage.epochs for stage in course.plan] == [1, 5]
     with pytest.raises(ConfigError, match="stage 1 is not done"):

@@ -21,6 +21,7 @@ WORK = Work(
     visible=4,
     groups=4,
     patch_values=12,
+    decoded=16,
     decoder_depth=1,
     decoder_width=4,
     samples=100,
@@ -45,6 +46,8 @@ def test_a_step_by_hand() -> None:
     assert WORK.step(0, 2) == (2 + 6) * BLOCK + 3 * DECODER + EMBEDDING, "frozen in place from images"
     assert WORK.step(1, 2) == (1 + 6) * BLOCK + 3 * DECODER, "one block in place behind a cache at 1"
     assert WORK.step(2, 2) == 6 * BLOCK + 3 * DECODER, "all frozen blocks read"
+    half = 2 * (4 * 8 * 4 + 10 * 4 * 8 + 10 * 8 * 12) + (24 * 10 * 16 + 4 * 100 * 4)
+    assert replace(WORK, decoded=10).decoder == half, "four visible and half of twelve hidden tokens"
 
 
 def test_a_cache_by_hand() -> None:
