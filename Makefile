@@ -60,7 +60,7 @@ freeze: $(READY) ## the baseline arm whose frozen blocks still run forward
 speedup: $(READY) ## the three arms side by side, written to speedup.json
 	@$(PERMAFROST) speedup $(FLAGS)
 
-probe: $(READY) ## kNN and linear probe of the stages' and arms' encoders
+probe: $(READY) ## kNN, linear and other probes of the stages' and arms' encoders
 	@$(PERMAFROST) probe $(FLAGS)
 
 report: $(READY) ## report.html with its figures (not built yet)
@@ -78,10 +78,10 @@ equivalence: $(READY) ## recompute samples live and compare them with the cache
 gc: $(READY) ## remove caches that no current stage needs; asks first
 	@$(PERMAFROST) gc $(FLAGS)
 
-finetune: $(READY) ## supervised fine-tuning from a stage's encoder (not built yet)
+finetune: $(READY) ## supervised fine-tuning of the last stage's encoder (ARGS=2: of stage 2's)
 	@$(PERMAFROST) finetune $(FLAGS)
 
-export: $(READY) ## a checkpoint that timm loads (not built yet)
+export: $(READY) ## an encoder as a folder that timm loads: <run>/export
 	@$(PERMAFROST) export $(FLAGS)
 
 study: $(READY) ## a grid of overrides as one table (not built yet)

@@ -86,6 +86,8 @@ class Layout:
             arrays.append(RowArray("token_ids", (tokens,), "|u1" if tokens <= 256 else "<u2", spec.groups))
         if spec.pixels:
             arrays.append(RowArray("pixels", (tokens, 3 * spec.patch_size**2), "|u1"))
+        if spec.prefix:  # every group has run behind a prefix of its own
+            arrays.append(RowArray("prefix", (spec.groups * spec.prefix, spec.width), "<f2", spec.groups))
         return tuple(arrays)
 
     @cached_property

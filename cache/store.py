@@ -1,8 +1,8 @@
 """What every backend of the cache agrees on: the batch that a reader hands to training, the protocol of a reader, and
 the errors. Stands between the files on disk and the loader.
 
-Shapes: B batch, L all tokens, D width, P values of a pixel patch. When one token group is read, the L of features and
-ids is the group's size; pixels always cover all tokens.
+Shapes: B batch, L all tokens, S prefix tokens of all groups, D width, P values of a pixel patch. When one token group
+is read, the L of features and ids is the group's size and the S of prefixes its own; pixels always cover all tokens.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class FeatureBatch:
     labels_B: torch.Tensor
     """int64, -1 where unknown."""
     keys: tuple[str, ...]
+    prefix_BSD: torch.Tensor | None = None
+    """float32, the class and register tokens of the groups read, group after group; None where the model has none."""
 
 
 @runtime_checkable

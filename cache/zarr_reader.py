@@ -2,7 +2,8 @@
 every chunk's checksum checked. What the loader's threads call; never imports zarr, for which a missing chunk is a chunk
 of zeros.
 
-Shapes: B batch, L all tokens (or one group's), D width, P values of a pixel patch.
+Shapes: B batch, L all tokens (or one group's), S prefix tokens of all groups (or one's), D width, P values of a pixel
+patch.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class ZarrCache:
         if group is not None and not 0 <= group < groups:
             raise CacheError(f"group {group} is not in the cache at {self.folder}; it has groups 0..{groups - 1}")
         features_BLD = to_float32(self._gather("features", rows_B, view, group))
+        prefix_BSD = to_float32(self._gather("prefix", rows_B, view, group)) if "prefix" in self._arrays else None
         if "token_ids" in self._arrays:
             ids_BL = torch.from_numpy(self._gather("token_ids", rows_B, view, group).astype(np.int64))
         else:
@@ -71,6 +73,7 @@ class ZarrCache:
             pixels_BLP=torch.from_numpy(self._gather("pixels", rows_B, view)) if "pixels" in self._arrays else None,
             labels_B=torch.from_numpy(self._labels[rows_B]),
             keys=tuple(self._keys[rows_B]),
+            prefix_BSD=prefix_BSD,
         )
 
     def crops(self, rows: Sequence[int] | np.ndarray, view: int = 0) -> np.ndarray:

@@ -2,14 +2,14 @@
 process, `finish` last. A shard that is durably written leaves a receipt, so that a build that was stopped anywhere goes
 on at the first shard without one. zarr-python writes the metadata; shards are written whole by our own encoder.
 
-Shapes: N the samples of a shard, L tokens, D width, P values of a pixel patch.
+Shapes: N the samples of a shard, L tokens, S prefix tokens of all groups, D width, P values of a pixel patch.
 """
 
 from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -54,6 +54,8 @@ class RowBlock:
     """Raster position of each stored token; with more than one group only."""
     pixels_NLP: np.ndarray | None = None
     """uint8 patches in raster order; where the spec stores pixels only."""
+    prefix_NSD: np.ndarray | None = None
+    """float32, the prefix of every group, group after group; where the model has one only."""
 
     @classmethod
     def join(cls, blocks: Sequence[RowBlock]) -> RowBlock:
@@ -66,7 +68,7 @@ class RowBlock:
         keys = tuple(chain.from_iterable(block.keys for block in blocks))
         features, crops = stack("features_NLD"), stack("crop_N5")
         assert features is not None and crops is not None
-        return cls(features, crops, keys, stack("token_ids_NL"), stack("pixels_NLP"))
+        return cls(features, crops, keys, stack("token_ids_NL"), stack("pixels_NLP"), stack("prefix_NSD"))
 
 
 def create_store(folder: Path, layout: Layout, labels: np.ndarray, keys: Sequence[str]) -> None:
@@ -99,11 +101,13 @@ def write_rows(folder: Path, layout: Layout, view: int, first_row: int, block: R
     shard = Shard(view, first_row, len(block.keys))
     assert shard in layout.shards, f"{shard} is no shard of the layout: one writer per shard"
     features_NLD = _to_float16(block, layout, view)
+    prefix_NSD = None if block.prefix_NSD is None else _prefix_to_float16(block, block.prefix_NSD, layout, view)
     values = {
         "features": features_NLD,
         "crop": block.crop_N5,
         "token_ids": block.token_ids_NL,
         "pixels": block.pixels_NLP,
+        "prefix": prefix_NSD,
     }
     entries = []
     for array in layout.arrays:
@@ -179,18 +183,35 @@ def _static_files(layout: Layout, labels: np.ndarray, keys: Sequence[str]) -> di
 
 
 def _to_float16(block: RowBlock, layout: Layout, view: int) -> np.ndarray:
-    features_NLD = torch.from_numpy(block.features_NLD).half().numpy()  # numpy takes twenty times as long
-    bad_NLD = ~np.isfinite(features_NLD)
+    def token(sample: int, stored: int) -> str:
+        return f"token {stored if block.token_ids_NL is None else block.token_ids_NL[sample, stored]}"
+
+    return _rounded(block.features_NLD, block, layout, view, token)
+
+
+def _prefix_to_float16(block: RowBlock, prefix_NSD: np.ndarray, layout: Layout, view: int) -> np.ndarray:
+    def token(sample: int, stored: int) -> str:
+        group, place = divmod(stored, layout.spec.prefix)
+        return f"prefix token {place} of group {group}"
+
+    return _rounded(prefix_NSD, block, layout, view, token)
+
+
+def _rounded(
+    values_NLD: np.ndarray, block: RowBlock, layout: Layout, view: int, token: Callable[[int, int], str]
+) -> np.ndarray:
+    """The values in float16; Unrepresentable, naming sample and token, when one does not fit."""
+    rounded_NLD = torch.from_numpy(values_NLD).half().numpy()  # numpy takes twenty times as long
+    bad_NLD = ~np.isfinite(rounded_NLD)
     if bad_NLD.any():
         sample, stored, channel = (int(i) for i in np.argwhere(bad_NLD)[0])
-        value = float(block.features_NLD[sample, stored, channel])
-        token = stored if block.token_ids_NL is None else int(block.token_ids_NL[sample, stored])
+        value = float(values_NLD[sample, stored, channel])
         remedy = "cut earlier" if math.isfinite(value) else "the encoder has diverged: lower train.lr and train again"
         raise Unrepresentable(
-            f"sample {block.keys[sample]!r} view {view} token {token}: feature {value:g} at cut {layout.spec.cut} "
-            f"does not fit float16 (finite, magnitude at most {FLOAT16_MAX:g}); {remedy}"
+            f"sample {block.keys[sample]!r} view {view} {token(sample, stored)}: feature {value:g} at cut "
+            f"{layout.spec.cut} does not fit float16 (finite, magnitude at most {FLOAT16_MAX:g}); {remedy}"
         )
-    return features_NLD
+    return rounded_NLD
 
 
 def _encode(rows: np.ndarray, array: RowArray, layout: Layout) -> bytes:

@@ -1,7 +1,8 @@
 """What a masked step learns from, however it was made, and the loss that scores it. Stands between the sources of
 training and the heads.
 
-Shapes: B batch, K visible tokens, L all tokens, M hidden tokens that are decoded, D width, T values of a target.
+Shapes: B batch, K visible tokens (and the prefix in front of them), L all tokens, M hidden tokens that are decoded, D
+width, T values of a target.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class MaskedBatch:
     """The visible tokens at the cut, their mask, and the targets of all tokens."""
 
     visible_BKD: Tensor
+    """Behind the class and register tokens, where the model has them."""
     mask: Mask
     scored_BL: Tensor
     """float32, how much a token counts in the loss: 0 for visible ones and all that visible ones have attended to."""

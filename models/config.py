@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
@@ -15,7 +15,8 @@ class ModelConfig:
     name: str = "vit_tiny"
     """vit_tiny, vit_small, vit_base, or the name of any plain ViT in timm."""
     weights: str = ""
-    """Checkpoint to start stage 0 from; empty starts from scratch."""
+    """Checkpoint file to start from (.safetensors, .pt, .pth, .bin; timm's names, MAE's and DINO's too); empty starts
+    from scratch. Its positions take the place of the sin-cos ones. A stage 0 of 0 epochs takes it as it is."""
     image_size: int = 224
     """Side of the square input image, in pixels."""
     patch_size: int = 16
@@ -26,6 +27,10 @@ class ModelConfig:
     """Number of blocks; 0 takes the named model's own."""
     heads: int = 0
     """Attention heads; 0 takes the named model's own."""
+    class_token: bool = False
+    """Put a class token before the patches, as checkpoints that have one need; nothing here is read from it."""
+    registers: int = 0
+    """Register tokens before the patches; 0 takes the named model's own."""
     attention: Literal["auto", "plain", "fused"] = "auto"
     """plain softmax(QKᵀ)V, torch's fused kernel, or auto: plain on a CPU, where it is faster, fused elsewhere."""
 
@@ -71,9 +76,38 @@ class MaskConfig:
 class TargetConfig:
     """What the decoder predicts for hidden tokens."""
 
-    kind: Literal["pixels", "features", "hog"] = "pixels"
+    kind: Literal["pixels", "features", "hog", "teacher"] = "pixels"
     """pixels: per-patch normalised; hog: histograms of oriented gradients, 9 bins a channel, as LocalMIM's; features:
-    the learning blocks' input, layer-normalised (pixels in stage 0, whose input is the image)."""
+    the learning blocks' input, layer-normalised (pixels in stage 0, whose input is the image); teacher: what `teacher`
+    makes of the whole view, layer-normalised."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Self-distillation: whose features hidden tokens are predicted from, where target.kind is teacher."""
+
+    kind: Literal["frozen", "ema"] = "frozen"
+    """frozen: the encoder at the end of stage 0, computed once and cached (stage 0 predicts pixels).
+    ema: an exponential moving average of the encoder that learns, from the first step on."""
+    block: int = 0
+    """The target is the output of so many of the teacher's blocks; 0 takes all of them."""
+    pairs: Literal["last", "same", "earlier", "later"] = "last"
+    """What a head after block d predicts. last: the teacher's `block`; same: its block d; earlier, later: the block of
+    the head before, or after (transitive distillation; the first, or the last, head predicts its own)."""
+    momentum: float = 0.999
+    """ema: share of the average that an optimiser step keeps."""
+    ramp: int = 10
+    """ema: step t keeps at most (1 + t) / (ramp + t), so that the untrained start is soon forgotten; 1 has no ramp."""
+
+    def blocks(self, heads: Sequence[int], depth: int) -> tuple[int, ...]:
+        """The teacher's block whose output each head predicts; `heads` are the blocks they stand after, from 1."""
+        own = tuple(heads)
+        chosen = {"last": (self.block or depth,) * len(own), "same": own, "earlier": own[:1] + own[:-1]}
+        return chosen.get(self.pairs, own[1:] + own[-1:])
+
+    def momentum_at(self, step: int) -> float:
+        """The share of the average that is kept after optimiser step `step`, the first being 0."""
+        return min(self.momentum, (1 + step) / (self.ramp + step))
 
 
 @dataclass(frozen=True)
@@ -85,7 +119,7 @@ class HeadsConfig:
     cached stage the heads of frozen blocks disappear with their losses."""
     scales: tuple[float, ...] = ()
     """Side of each head's grid over that of the tokens: 4, 2, 1 or 0.5, LocalMIM's are [4,2,1,0.5]; empty: all 1."""
-    targets: tuple[Literal["pixels", "features", "hog"], ...] = ()
+    targets: tuple[Literal["pixels", "features", "hog", "teacher"], ...] = ()
     """Target of each head; empty: target.kind for all."""
     weights: str = "equal"
     """Weights of the heads' losses: equal (1 each), a list such as 4,3,2,1 or 1/4,1/3,1/2,1, or start:end, for instance
@@ -105,12 +139,19 @@ class HeadSpec:
     weight_end: float = 1.0
     matching: bool = True
     """Whether its decoder gives features of the encoder's width first, from which an image target is read."""
+    teacher: int = 0
+    """Where the target is teacher: the block of the teacher, counted from 1, whose output is predicted."""
+
+    @property
+    def key(self) -> tuple[str, float]:
+        """What it must find among a batch's targets: kind, of a teacher with the block, and scale."""
+        return f"{self.target}{self.teacher}" if self.target == "teacher" else self.target, self.scale
 
     @property
     def name(self) -> str:
-        """`block12_pixels`, with the scale where it is not 1."""
+        """`block12_pixels`, with the scale where it is not 1; `block4_teacher12`."""
         scale = {4.0: "_x4", 2.0: "_x2", 0.5: "_half"}.get(self.scale, "")
-        return f"block{self.block}_{self.target}{scale}"
+        return f"block{self.block}_{self.key[0]}{scale}"
 
     def weight_at(self, progress: float) -> float:
         """The weight of its loss when `progress` (0..1) of the run is done."""
@@ -120,15 +161,24 @@ class HeadSpec:
 SCALES = (4.0, 2.0, 1.0, 0.5)
 
 
-def head_specs(heads: HeadsConfig, target: TargetConfig, depth: int) -> tuple[HeadSpec, ...]:
+def head_specs(
+    heads: HeadsConfig, target: TargetConfig, depth: int, teacher: TeacherConfig = TeacherConfig()
+) -> tuple[HeadSpec, ...]:
     """The heads that the settings ask for, over an encoder of `depth` blocks. Raises ValueError for bad weights."""
     if not heads.blocks:
-        return (HeadSpec(depth, target.kind),)
+        return paired((HeadSpec(depth, target.kind),), teacher, depth)
     count = len(heads.blocks)
     kinds = heads.targets or (target.kind,) * count
     start, end = loss_weights(heads.weights, count)
     rows = zip(heads.blocks, kinds, heads.scales or (1.0,) * count, start, end, strict=True)
-    return tuple(HeadSpec(*row, matching=row[1] not in IMAGE_TARGETS) for row in rows)
+    return paired(tuple(HeadSpec(*row, matching=row[1] not in IMAGE_TARGETS) for row in rows), teacher, depth)
+
+
+def paired(specs: tuple[HeadSpec, ...], teacher: TeacherConfig, depth: int) -> tuple[HeadSpec, ...]:
+    """The heads, those that a teacher gives their target each with its block of the teacher."""
+    taught = [spec.block for spec in specs if spec.target == "teacher"]
+    block_of = dict(zip(taught, teacher.blocks(taught, depth), strict=True))
+    return tuple(replace(spec, teacher=block_of[spec.block]) if spec.target == "teacher" else spec for spec in specs)
 
 
 IMAGE_TARGETS = ("pixels", "hog")
@@ -142,10 +192,13 @@ def learning_heads(specs: Iterable[HeadSpec], cut: int, entry: int | None = None
     are images and there are no features yet: heads that ask for them predict pixels.
     """
     features = cut if entry is None else entry
-    behind = (spec for spec in specs if spec.block > cut)
-    return tuple(
-        spec if features or spec.target in IMAGE_TARGETS else replace(spec, target="pixels") for spec in behind
-    )
+    behind = tuple(spec for spec in specs if spec.block > cut)
+    return behind if features else without(behind, "features")
+
+
+def without(specs: Iterable[HeadSpec], target: str) -> tuple[HeadSpec, ...]:
+    """The heads with pixels in place of a target that is not there."""
+    return tuple(replace(spec, target="pixels", teacher=0) if spec.target == target else spec for spec in specs)
 
 
 def loss_weights(text: str, count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

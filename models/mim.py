@@ -1,23 +1,27 @@
 """Masked image modelling: blocks that learn, heads that reconstruct, and a loss on hidden tokens. The model takes what
 it learns from as a `MaskedBatch`, made from images (live training) or from features (cached training).
 
-Shapes: B batch, C channels, H and W pixels, L all tokens, G tokens of a group, K kept tokens, D width.
+Shapes: B batch, C channels, H and W pixels, L all tokens, G tokens of a group, K kept tokens, R prefix tokens, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from models.batch import MaskedBatch, raster_order
 from models.config import IMAGE_TARGETS, HeadSpec
-from models.learner import Learner
+from models.learner import Learner, Part
 from models.masking import keep_lowest, mask_group, take_tokens
 from models.multiscale import Head
-from models.targets import Targets, feature_target, image_target, normalize_images
+from models.targets import Targets, feature_target, image_target, normalize_images, target_std
+from models.teacher import EmaTeacher, Teacher
 from models.vit import Encoder, use_attention
+
+COLLAPSED = 0.1
+"""Standard deviation of a layer-normalised target over tokens below which it is of no use; data2vec's own bound."""
 
 
 class MaskedModel(Learner):
@@ -25,6 +29,9 @@ class MaskedModel(Learner):
 
     Features enter at block `entry`, the cut unless blocks before it freeze in place: those run without gradient.
     """
+
+    teacher: Teacher | None = None
+    """Gives some heads their targets, where these are not read from a cache."""
 
     def __init__(self, encoder: Encoder, heads: Sequence[Head], cut: int, entry: int | None = None) -> None:
         super().__init__()
@@ -38,12 +45,12 @@ class MaskedModel(Learner):
         return torch.stack([head(latents[head.spec.block], batch) for head in self.each_head])
 
     def encode(self, visible_BKD: Tensor) -> dict[int, Tensor]:
-        """The visible tokens after every block that a head reads, those behind the last block normalised."""
+        """The visible patch tokens after every block that a head reads, those behind the last block normalised."""
         found, block = {}, self.cut
         for spec in self.specs:
             visible_BKD = self.encoder.run(visible_BKD, block, spec.block)
-            found[spec.block], block = visible_BKD, spec.block
-        return found | {self.encoder.depth: self.encoder.norm(visible_BKD)}
+            found[spec.block], block = self.encoder.patches(visible_BKD), spec.block
+        return found | {self.encoder.depth: self.encoder.norm(self.encoder.patches(visible_BKD))}
 
     @property
     def each_head(self) -> list[Head]:
@@ -63,12 +70,38 @@ class MaskedModel(Learner):
         return tuple(spec.weight_at(progress) for spec in self.specs)
 
     @property
-    def parts(self) -> dict[str, nn.Module]:
-        return {"encoder": self.encoder.vit, "decoder": self.heads}
+    def parts(self) -> Mapping[str, Part]:
+        average = {"teacher": self.teacher} if isinstance(self.teacher, EmaTeacher) else {}
+        return {"encoder": self.encoder.vit, "decoder": self.heads, **average}
+
+    def after_step(self, step: int) -> None:
+        """A teacher that is an average follows."""
+        if isinstance(self.teacher, EmaTeacher):
+            self.teacher.after(self.encoder, step)
+
+    @property
+    def taught(self) -> dict[int, str]:
+        """The blocks of the teacher that heads predict, ascending, and what their targets are called."""
+        return dict(sorted({(spec.teacher, spec.key[0]) for spec in self.specs if spec.target == "teacher"}))
+
+    @property
+    def watch_names(self) -> tuple[str, ...]:
+        """`target_std_teacher12`: falls towards 0 when the teacher gives all tokens the same features."""
+        return tuple(f"target_std_{name}" for name in self.taught.values())
+
+    def watch(self, batch: MaskedBatch) -> Tensor:
+        """(W,): how much each teacher target varies from token to token."""
+        stds = [target_std(batch.targets[name, 1.0]) for name in self.taught.values()]
+        return torch.stack(stds) if stds else batch.visible_BKD.new_empty(0)
 
     def set_attention(self, kind: str, device: torch.device | str) -> None:
         """Choose the attention kernel of every block and decoder for a device."""
         use_attention(self, kind, device)
+
+    def warning(self, watched: Mapping[str, float]) -> str:
+        """Names the teacher's blocks whose features no longer tell tokens apart."""
+        flat = [name for name in self.taught.values() if watched[f"target_std_{name}"] < COLLAPSED]
+        return f"collapsed: {', '.join(flat)}" if flat else ""
 
     def from_images(self, images_BCHW: Tensor, noise_BL: Tensor, keep: int) -> MaskedBatch:
         """Masked before the first block: uint8 images, of which frozen blocks see the visible tokens only.
@@ -78,16 +111,29 @@ class MaskedModel(Learner):
         mask = keep_lowest(noise_BL, keep)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.cut == 0):
             tokens_BLD = self.encoder.embed(normalize_images(images_BCHW))
-            visible_BKD = self.encoder.run(take_tokens(tokens_BLD, mask.ids_keep), 0, self.cut)
-        return MaskedBatch(visible_BKD, mask, mask.hidden, self.image_targets(images_BCHW))
+            prefix_BRD = self.encoder.prefix(len(images_BCHW))
+            visible_BKD = self.encoder.with_prefix(take_tokens(tokens_BLD, mask.ids_keep), prefix_BRD)
+            visible_BKD = self.encoder.run(visible_BKD, 0, self.cut)
+        targets = {**self.image_targets(images_BCHW), **self.seen_in_images(images_BCHW)}
+        return MaskedBatch(visible_BKD, mask, mask.hidden, targets)
 
     def from_features(
-        self, features_BGD: Tensor, ids_BG: Tensor, noise_BG: Tensor, keep: int, targets: Targets
+        self,
+        features_BGD: Tensor,
+        ids_BG: Tensor,
+        noise_BG: Tensor,
+        keep: int,
+        targets: Targets,
+        prefix_BRD: Tensor | None = None,
     ) -> MaskedBatch:
-        """Masked after the frozen blocks: features of one token group, `ids` their raster positions."""
+        """Masked after the frozen blocks: features of one token group, `ids` their raster positions.
+
+        `prefix` is what the frozen blocks made of the group's class and register tokens, where the model has them.
+        """
         chosen = mask_group(ids_BG, noise_BG, keep, self.encoder.num_tokens)
+        visible_BKD = self.encoder.with_prefix(take_tokens(features_BGD, chosen.take_BK), prefix_BRD)
         with torch.no_grad():
-            visible_BKD = self.encoder.run(take_tokens(features_BGD, chosen.take_BK), self.entry, self.cut)
+            visible_BKD = self.encoder.run(visible_BKD, self.entry, self.cut)
         return MaskedBatch(visible_BKD, chosen.mask, chosen.scored_BL, targets)
 
     def image_targets(self, images_BCHW: Tensor) -> Targets:
@@ -102,8 +148,25 @@ class MaskedModel(Learner):
             return {}
         return {("features", 1.0): feature_target(raster_order(stored_BLD, ids_BL))}
 
+    def seen_in_images(self, images_BCHW: Tensor) -> Targets:
+        """What the heads ask of the teacher, which sees all tokens of uint8 images."""
+        return self.teacher_targets(self.teacher.of_images(images_BCHW, list(self.taught))) if self.teacher else {}
+
+    def seen_in_features(self, stored_BLD: Tensor, ids_BL: Tensor, prefix_BRD: Tensor | None = None) -> Targets:
+        """The same of a teacher that goes on from the features at `entry`, given of all tokens in stored order."""
+        if self.teacher is None:
+            return {}
+        tokens_BLD = self.encoder.with_prefix(raster_order(stored_BLD, ids_BL), prefix_BRD)
+        return self.teacher_targets(self.teacher.of_tokens(tokens_BLD, self.entry, list(self.taught)))
+
+    def teacher_targets(self, features: Mapping[int, Tensor]) -> Targets:
+        """Targets of the teacher's features (B, L, D), raster order, by its blocks."""
+        return {(name, 1.0): feature_target(features[block]) for block, name in self.taught.items()}
+
     @torch.no_grad()
-    def frozen_features(self, images_BCHW: Tensor, ids_BL: Tensor, groups: int) -> Tensor:
-        """(B, L, D): what a cache at `entry` holds of uint8 images, in stored order `ids`, before it is rounded."""
+    def frozen_features(self, images_BCHW: Tensor, ids_BL: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        """What a cache at `entry` holds of uint8 images before it is rounded: features (B, L, D) in stored order
+        `ids`, and the prefix of every group, (B, groups * R, D)."""
         tokens_BLD = take_tokens(self.encoder.embed(normalize_images(images_BCHW)), ids_BL)
-        return self.encoder.run_groups(tokens_BLD, groups, 0, self.entry)
+        prefix_BSD = self.encoder.prefix(len(images_BCHW)).repeat(1, groups, 1)
+        return self.encoder.run_groups(tokens_BLD, prefix_BSD, groups, 0, self.entry)

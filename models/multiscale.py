@@ -27,7 +27,7 @@ class Head(nn.Module):
     @property
     def target(self) -> TargetKey:
         """What it must find in a batch."""
-        return self.spec.target, self.spec.scale
+        return self.spec.key
 
     def forward(self, latent_BKD: Tensor, batch: MaskedBatch) -> Tensor:
         """The mean squared error over what is scored at the head's scale."""

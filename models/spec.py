@@ -63,6 +63,8 @@ class FeatureSpec:
     parent: str
     """Fingerprint of the cache that this one was built from; empty when built from images."""
     version: int
+    prefix: int = 0
+    """Class and register tokens of the model, stored once for every group; left out of the record where it is 0."""
 
     @property
     def num_tokens(self) -> int:
@@ -75,11 +77,11 @@ class FeatureSpec:
 
     def differences(self, other: FeatureSpec) -> list[tuple[str, Any, Any]]:
         """(field, mine, theirs) of every field that differs, in the order of the fields."""
-        mine, theirs = self.to_dict(), other.to_dict()
+        mine, theirs = asdict(self), asdict(other)
         return [(name, mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "prefix" or value}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FeatureSpec:
@@ -87,6 +89,6 @@ class FeatureSpec:
         names = {field.name for field in fields(cls)}
         if unknown := sorted(values.keys() - names):
             raise ValueError(f"feature spec has unknown field {unknown[0]}; it was written by another version")
-        if missing := sorted(names - values.keys()):
+        if missing := sorted(names - values.keys() - {"prefix"}):
             raise ValueError(f"feature spec lacks field {missing[0]}; it was written by another version")
         return cls(**values)

@@ -123,6 +123,12 @@ def by_token(values_BLT: Tensor) -> Tensor:
     return grid.transpose(2, 3).reshape(batch, side * side, 4 * values)
 
 
+def target_std(target_BLD: Tensor) -> Tensor:
+    """(): how much a target varies over tokens, mean over channels of the standard deviation; 1 at most when
+    layer-normalised, 0 when all tokens are alike. data2vec watches the same number (`min_target_var`)."""
+    return target_BLD.flatten(0, 1).std(dim=0, correction=0).mean()
+
+
 def feature_target(features_BLD: Tensor) -> Tensor:
     """The target that features make: each token to mean 0 and variance 1 (LayerNorm without affine, eps 1e-6)."""
     return layer_norm(features_BLD.float(), features_BLD.shape[-1:], eps=1e-6)

@@ -1,8 +1,8 @@
 """The encoder: a vision transformer made of timm's parts, which can be run from any block to any other. The only place
-that knows about class tokens (there is none, so nothing at the input keeps learning behind frozen blocks) and positions
-(fixed sin-cos).
+that knows about class and register tokens (they freeze with the patch embedding, so nothing at the input keeps learning
+behind frozen blocks) and positions (fixed: sin-cos, or those of a checkpoint file).
 
-Shapes: B batch, C channels, H and W pixels, L tokens, D width.
+Shapes: B batch, C channels, H and W pixels, L tokens, R prefix tokens, S the prefix tokens of all groups, D width.
 """
 
 from __future__ import annotations
@@ -10,60 +10,102 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from typing import Any
 
-import timm
 import torch
-from timm.layers import PatchEmbed
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from timm.layers import DiffAttention
+from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
-from models.config import ModelConfig, model_name
+from models.config import ModelConfig
+from models.families import ModelError, build_vit
 from models.spec import derive_seed
 
-
-class ModelError(ValueError):
-    """A model that cannot be built as asked."""
+__all__ = ["Encoder", "ModelError", "build_encoder", "frozen_hash", "sincos_2d", "use_attention"]
 
 
 class Encoder(nn.Module):
-    """timm's VisionTransformer, split: `embed`, then `run` over the blocks, then `norm`."""
+    """timm's VisionTransformer, split: `embed` and `prefix`, then `run` over the blocks, then `norm`.
+
+    The prefix are the class and register tokens, where the model has them. They stand in front of the patch tokens of
+    every image, and of every token group, that runs through the blocks; frozen blocks and a cache keep them apart.
+    """
 
     def __init__(self, vit: VisionTransformer, attention: str) -> None:
         super().__init__()
         self.vit = vit
         self.attention = attention
         self.depth, self.width, self.num_tokens = len(vit.blocks), vit.embed_dim, vit.patch_embed.num_patches
+        self.num_prefix: int = vit.num_prefix_tokens
         self.cut = 0
+        self.skipped: frozenset[int] = frozenset()
+        """Learning blocks that do not run: set for a training step by `models.drop`, empty at all other times."""
         self.freeze(0)
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
-        """(B, L, D): normalised images as tokens with their positions."""
-        return self.vit.norm_pre(self.vit.patch_embed(images_BCHW) + self.vit.pos_embed)
+        """(B, L, D): normalised images as patch tokens with their positions."""
+        positions_1LD = self.vit.get_parameter("pos_embed")[:, -self.num_tokens :]
+        return self.vit.norm_pre(self.vit.patch_embed(images_BCHW) + positions_1LD)
+
+    def prefix(self, batch: int) -> Tensor:
+        """(B, R, D): class token, then registers, with their positions; R is 0 where the model has neither."""
+        positions_1RD = self.vit.get_parameter("pos_embed")[:, : self.num_prefix]
+        if not self.num_prefix:
+            return positions_1RD.expand(batch, -1, -1)
+        prefix_1RD = torch.cat(self._prefix_tokens, dim=1)
+        if not self.vit.no_embed_class:
+            prefix_1RD = prefix_1RD + positions_1RD
+        return self.vit.norm_pre(prefix_1RD).expand(batch, -1, -1)
 
     def run(self, tokens_BLD: Tensor, start: int, stop: int) -> Tensor:
-        """The blocks start..stop-1."""
-        for block in self.vit.blocks[start:stop]:
-            tokens_BLD = block(tokens_BLD)
+        """The blocks start..stop-1 over any tokens, a prefix in front of them or not."""
+        for index, block in enumerate(self.vit.blocks[start:stop], start):
+            if index not in self.skipped:
+                tokens_BLD = block(tokens_BLD)
         return tokens_BLD
 
-    def run_groups(self, tokens_BLD: Tensor, groups: int, start: int, stop: int) -> Tensor:
-        """The blocks start..stop-1 over each of `groups` token groups on its own; tokens lie group after group."""
+    def run_groups(
+        self, tokens_BLD: Tensor, prefix_BSD: Tensor, groups: int, start: int, stop: int
+    ) -> tuple[Tensor, Tensor]:
+        """The blocks start..stop-1 over each of `groups` token groups on its own, behind its own copy of the prefix.
+
+        Tokens lie group after group, and so do the prefixes: S = groups * R. Returns (tokens, prefixes).
+        """
         batch, tokens, width = tokens_BLD.shape
-        grouped = tokens_BLD.reshape(batch * groups, tokens // groups, width)
-        return self.run(grouped, start, stop).reshape(batch, tokens, width)
+        grouped = [part.reshape(batch * groups, -1, width) for part in (prefix_BSD, tokens_BLD) if part.shape[1]]
+        found = self.run(torch.cat(grouped, dim=1), start, stop)
+        prefix, patches = found.split([self.num_prefix, tokens // groups], dim=1)
+        return patches.reshape(batch, tokens, width), prefix.reshape(batch, groups * self.num_prefix, width)
+
+    def tokens(self, images_BCHW: Tensor) -> Tensor:
+        """(B, R + L, D): what block 0 sees of whole images, the prefix in front."""
+        patches_BLD = self.embed(images_BCHW)
+        return self.with_prefix(patches_BLD, self.prefix(len(patches_BLD)))
+
+    def with_prefix(self, tokens_BLD: Tensor, prefix_BRD: Tensor | None) -> Tensor:
+        """Patch tokens behind their prefix; None where the model has none."""
+        if not self.num_prefix:
+            return tokens_BLD
+        assert prefix_BRD is not None, "a model with prefix tokens needs them"
+        return torch.cat([prefix_BRD, tokens_BLD], dim=1)
+
+    def patches(self, tokens_BLD: Tensor) -> Tensor:
+        """The patch tokens alone, of tokens behind their prefix."""
+        return tokens_BLD[:, self.num_prefix :]
 
     def norm(self, tokens_BLD: Tensor) -> Tensor:
         """The norm behind the last block."""
         return self.vit.norm(tokens_BLD)
 
     def freeze(self, cut: int) -> None:
-        """Let only the blocks from `cut` on, and the last norm, learn; with cut 0 the patch embedding too."""
+        """Let only the blocks from `cut` on, and the last norm, learn; with cut 0 what makes the tokens too."""
         self.cut = cut
         self.requires_grad_(True)
         for part in self._frozen_parts():
             part.requires_grad_(False)
         self.vit.get_parameter("pos_embed").requires_grad_(False)
+        if cut:  # a class token that learned would draw the backward pass through all frozen blocks
+            for token in self._prefix_tokens:
+                token.requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Encoder:
@@ -77,6 +119,10 @@ class Encoder(nn.Module):
         """Choose every block's attention kernel for a device."""
         use_attention(self.vit.blocks, self.attention, device)
 
+    @property
+    def _prefix_tokens(self) -> list[Tensor]:
+        return [token for token in (self.vit.cls_token, self.vit.reg_token) if token is not None]
+
     def _frozen_parts(self) -> list[nn.Module]:
         return [self.vit.patch_embed, self.vit.norm_pre, *self.vit.blocks[: self.cut]] if self.cut else []
 
@@ -88,66 +134,24 @@ def use_attention(blocks: nn.Module, kind: str, device: torch.device | str) -> N
     """
     fused = kind == "fused" or (kind == "auto" and torch.device(device).type != "cpu")
     for module in blocks.modules():
-        if isinstance(module, Attention):
+        if isinstance(module, Attention | DiffAttention):
             module.fused_attn = fused  # type: ignore[misc] # Final only for TorchScript
 
 
 def build_encoder(config: ModelConfig, seed: int) -> Encoder:
-    """The encoder that the settings ask for, its weights a pure function of the seed. Raises ModelError."""
-    if config.weights:
-        raise ModelError(f"model.weights={config.weights} is not built yet in this version; leave it empty")
-    if config.image_size % config.patch_size:
-        raise ModelError(f"model.patch_size={config.patch_size} does not divide model.image_size={config.image_size}")
-    asked = {"embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
+    """The encoder that the settings ask for, its weights a pure function of the seed. Raises ModelError.
+
+    A checkpoint file that `model.weights` names is loaded where training starts, not here.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "encoder"))
-        vit = _create(config, {name: value for name, value in asked.items() if value})
-    encoder = Encoder(vit, config.attention)
-    grid = config.image_size // config.patch_size
-    with torch.no_grad():
-        vit.get_parameter("pos_embed").copy_(sincos_2d(encoder.width, grid))
-    return encoder
-
-
-def _create(config: ModelConfig, sizes: dict[str, Any]) -> VisionTransformer:
-    name = model_name(config.name)
-    if not timm.is_model(name):
-        raise ModelError(f"model.name={config.name} is no model that timm knows; try vit_tiny, vit_small or vit_base")
-    try:
-        vit = timm.create_model(
-            name,
-            img_size=config.image_size,
-            patch_size=config.patch_size,
-            num_classes=0,
-            global_pool="",
-            class_token=False,
-            **sizes,
-        )
-    except (TypeError, AssertionError, ValueError) as error:
-        reason = str(error) or f"timm refuses image_size={config.image_size} with patch_size={config.patch_size}"
-        raise ModelError(
-            f"model.name={config.name} cannot be built as a plain ViT without class token: {reason}"
-        ) from error
-    if odd := _odd_part(vit):
-        raise ModelError(
-            f"model.name={config.name} is built on {odd}, not on timm's plain VisionTransformer, PatchEmbed and Block, "
-            "so it cannot be cut between blocks; try vit_tiny, vit_small or vit_base"
-        )
-    assert isinstance(vit, VisionTransformer)
-    if vit.num_prefix_tokens or vit.pos_embed is None:
-        raise ModelError(
-            f"model.name={config.name} has register tokens or no absolute positions, which is not built yet"
-        )
-    return vit
-
-
-def _odd_part(vit: nn.Module) -> str:
-    """Class name of the first part that is not timm's plain one; empty where there is none."""
-    if type(vit) is not VisionTransformer:
-        return type(vit).__name__
-    if type(vit.patch_embed) is not PatchEmbed:  # a hybrid: its convolutions make the tokens
-        return type(vit.patch_embed).__name__
-    return next((type(block).__name__ for block in vit.blocks if not isinstance(block, Block)), "")
+        vit = build_vit(config)
+    positions_1LD = vit.get_parameter("pos_embed")
+    with torch.no_grad():  # the prefix stands nowhere: its positions are zero, as MAE's class token's
+        positions_1LD.zero_()
+        grid = config.image_size // config.patch_size
+        positions_1LD[:, -vit.patch_embed.num_patches :] = sincos_2d(vit.embed_dim, grid)
+    return Encoder(vit, config.attention)
 
 
 def sincos_2d(width: int, grid: int) -> Tensor:
@@ -170,8 +174,9 @@ def _sincos_1d(width: int, place: Tensor) -> Tensor:
 
 
 def frozen_hash(state: Mapping[str, Tensor], cut: int) -> str:
-    """sha256 over names, types, shapes and bytes of all before block `cut`: patch embedding, positions, blocks."""
-    before = ("patch_embed.", "pos_embed", "norm_pre.", *(f"blocks.{block}." for block in range(cut)))
+    """sha256 over names, types, shapes and bytes of all before block `cut`: embedding, prefix, positions, blocks."""
+    made = ("patch_embed.", "cls_token", "reg_token", "pos_embed", "norm_pre.")
+    before = (*made, *(f"blocks.{block}." for block in range(cut)))
     sha = hashlib.sha256()
     for name in sorted(name for name in state if name.startswith(before)):
         value = state[name].detach().cpu().contiguous()

@@ -56,15 +56,17 @@ VERBS = {
     "status": Verb("pipeline.status:show_status", "where the run stands", torch=False),
     "arm": Verb("pipeline.runner:run_arm", "run a baseline arm: e2e or freeze", "ARM", saves=True),
     "speedup": Verb("pipeline.speedup:run_speedup", "the three arms side by side, written to speedup.json", saves=True),
-    "probe": Verb("pipeline.runner:run_probe", "kNN and linear probe of a stage's or an arm's encoder", "[N|ARM]"),
+    "probe": Verb("pipeline.runner:run_probe", "kNN and linear probes of a stage's or an arm's encoder", "[N|ARM]"),
     "verify": Verb("pipeline.care:run_verify", "hash every shard of every cache again"),
     "repair": Verb("pipeline.care:run_repair", "rebuild only the shards that are bad", saves=True),
     "equivalence": Verb("pipeline.equivalence:run_equivalence", "recompute samples live, compare them with the cache"),
     "gc": Verb("pipeline.care:run_gc", "remove caches that no current stage needs; asks first, --yes does not"),
+    "export": Verb("pipeline.export:run_export", "an encoder as a folder that timm loads: <run>/export", "[N|ARM]"),
     "bench": Verb("pipeline.bench:run_bench", "the benchmarks; prints ratios"),
     "report": Verb("", "report.html with its figures", instead="`speedup` writes speedup.json and a figure"),
-    "finetune": Verb("", "supervised fine-tuning from a stage's encoder", "[N]", instead="`probe` scores an encoder"),
-    "export": Verb("", "a checkpoint that timm loads", "[N]", instead="stage-<k>/model.safetensors has timm's names"),
+    "finetune": Verb(
+        "pipeline.runner:run_finetune", "supervised fine-tuning of a stage's or an arm's encoder", "[N|ARM]", saves=True
+    ),
     "study": Verb("", "a grid of overrides as one table", "[NAME]", instead="repeat a verb with --run and --set"),
 }
 
@@ -79,7 +81,7 @@ class Flags:
     """Flags that every verb takes."""
 
     config: Text = "sample"
-    """A recipe (sample, cifar10, vit_b16, localmim, original) or a TOML file."""
+    """A recipe (sample, cifar10, vit_b16, localmim, original, adapt) or a TOML file."""
     data: Text = ""
     """Short for --data.source."""
     data_val: Text = ""

@@ -112,8 +112,11 @@ def method_runners(wanted: Wanted, stage: int) -> dict[str, Callable[[], float]]
 def method_runner(wanted: Wanted, stage: int) -> Callable[[], float]:
     """A function that gives the median seconds of a few steps on inputs in memory."""
     segment = wanted.segments[stage]
-    model, optimizer = fresh_model(wanted, segment.cut)
-    source: Source = Imagined(sampling(wanted), model.encoder.width) if stage else live_source(wanted, segment)
+    model, optimizer = fresh_model(wanted, stage, segment.cut, cached=stage > 0)
+    source: Source = live_source(wanted, segment)
+    if stage:
+        encoder = model.encoder
+        source = Imagined(sampling(wanted), encoder.width, encoder.num_prefix, wanted.teacher_blocks(stage))
     inputs, train = source.load(segment, 0), wanted.config.train
     return lambda: seconds_of(lambda: train_step(model, optimizer, source, inputs, train), train)
 

@@ -9,9 +9,12 @@ from cache.manifest import MANIFEST, read_manifest
 from cache.receipts import RECEIPTS
 from cache.verify import Damage, drop_damaged, remove_cache, verify_cache
 from pipeline.config import ConfigError
+from pipeline.decide import Wanted, new_needs
 from pipeline.desk import Desk, at_work
 from pipeline.job import Job, RunFailed
-from pipeline.runner import ensure_cache
+from pipeline.needs import Need
+from pipeline.runner import ensure_built, ensure_maker
+from pipeline.tuned import last_tuning
 
 
 def run_verify(job: Job) -> None:
@@ -44,13 +47,20 @@ def size(folder: Path) -> str:
 def run_repair(job: Job) -> None:
     """Rebuild the damaged shards of the run's caches, and nothing else."""
     with at_work(job) as desk:
-        for stage in range(1, len(desk.wanted.segments)):
-            repair(desk, stage)
+        for need in all_needs(desk.wanted):
+            repair(desk, need)
 
 
-def repair(desk: Desk, stage: int) -> None:
-    """Mend the cache that a stage reads, where there is one; its parent was mended before it."""
-    spec = desk.wanted.cache_spec(stage)
+def all_needs(wanted: Wanted) -> list[Need]:
+    """The caches that the stages and the fine-tuning of a run read, parents first."""
+    tuning = last_tuning(wanted)
+    tuned = [tuning.need] if tuning and tuning.need else []
+    return [need for stage in range(1, len(wanted.segments)) for need in new_needs(wanted, stage)] + tuned
+
+
+def repair(desk: Desk, need: Need) -> None:
+    """Mend a cache, where there is one; its parent was mended before it."""
+    spec = desk.wanted.spec(need)
     folder = desk.wanted.cache_folder(spec) if spec else None
     if folder is None or not folder.exists() or in_progress(folder):
         return
@@ -58,14 +68,15 @@ def repair(desk: Desk, stage: int) -> None:
     desk.log.message(f"{folder}: {len(damages)} damaged files")
     if damages:
         drop_damaged(folder, damages)
-        ensure_cache(desk, stage)
+        ensure_maker(desk, need.maker)
+        ensure_built(desk, need)
 
 
 def run_gc(job: Job) -> None:
-    """Remove the caches that no stage of the run, as it is now configured, needs."""
+    """Remove the caches that neither a stage of the run, as it is now configured, nor its fine-tuning needs."""
     with at_work(job) as desk:
         wanted = desk.wanted
-        specs = (wanted.cache_spec(stage) for stage in range(1, len(wanted.segments)))
+        specs = map(wanted.spec, all_needs(wanted))
         needed = {wanted.cache_folder(spec) for spec in specs if spec}
         doomed = [folder for folder in caches(job) if folder not in needed]
         if not doomed:

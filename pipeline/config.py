@@ -17,10 +17,12 @@ from models.config import (
     MaskConfig,
     ModelConfig,
     TargetConfig,
+    TeacherConfig,
     loss_weights,
 )
+from pipeline.checks import finetune_problems, probe_problems
 from pipeline.timing import timing_problems
-from stages.config import DataConfig, EvalConfig, ScheduleConfig, TrainConfig
+from stages.config import DataConfig, EvalConfig, FinetuneConfig, ScheduleConfig, TrainConfig
 
 
 class ConfigError(ValueError):
@@ -49,12 +51,14 @@ class PipelineConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     heads: HeadsConfig = field(default_factory=HeadsConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
@@ -67,11 +71,15 @@ BOUNDS = {
     "model.width": "[0, inf)",
     "model.depth": "[0, inf)",
     "model.heads": "[0, inf)",
+    "model.registers": "[0, inf)",
     "mask.ratio": "(0, 1)",
     "mask.ratio_end": "[0, 1)",
     "mask.block": "[1, inf)",
     "mask.distance_power": "[0, inf)",
     "mask.distance_start": "(0, 1]",
+    "teacher.block": "[0, inf)",
+    "teacher.momentum": "[0, 1]",
+    "teacher.ramp": "[1, inf)",
     "decoder.depth": "[1, inf)",
     "decoder.width": "[0, inf)",
     "decoder.heads": "[0, inf)",
@@ -95,6 +103,8 @@ BOUNDS = {
     "train.weight_decay": "[0, inf)",
     "train.beta2": "[0, 1)",
     "train.clip": "[0, inf)",
+    "train.drop_path": "[0, 1)",
+    "train.layer_drop": "[0, 1)",
     "train.threads": "[0, inf)",
     "train.loader_threads": "[1, inf)",
     "train.prefetch": "[1, inf)",
@@ -104,6 +114,28 @@ BOUNDS = {
     "eval.val_limit": "[0, inf)",
     "eval.knn_k": "[1, inf)",
     "eval.batch_size": "[1, inf)",
+    "eval.probe_epochs": "[1, inf)",
+    "eval.attentive_epochs": "[1, inf)",
+    "eval.probe_batch": "[2, inf)",
+    "eval.probe_hold_back": "(0, 1)",
+    "finetune.epochs": "[1, inf)",
+    "finetune.batch_size": "[1, inf)",
+    "finetune.accumulate": "[1, inf)",
+    "finetune.max_steps": "[0, inf)",
+    "finetune.lr": "(0, inf)",
+    "finetune.min_lr": "[0, inf)",
+    "finetune.warmup_epochs": "[0, inf)",
+    "finetune.weight_decay": "[0, inf)",
+    "finetune.beta2": "[0, 1)",
+    "finetune.layer_decay": "(0, 1]",
+    "finetune.clip": "[0, inf)",
+    "finetune.drop_path": "[0, 1)",
+    "finetune.mixup": "[0, inf)",
+    "finetune.cutmix": "[0, inf)",
+    "finetune.label_smoothing": "[0, 1)",
+    "finetune.rand_augment": "[0, 10]",
+    "finetune.freeze": "[0, inf)",
+    "finetune.views": "[1, inf)",
     "cluster.workers": "[0, inf)",
     "cluster.threads": "[0, inf)",
 }
@@ -124,9 +156,7 @@ def check(config: PipelineConfig) -> None:
     for (key, value), remedy in NOT_BUILT.items():
         if get(config, key) == value:
             raise ConfigError(f"{key} = {value} is not built yet in this version; {remedy}")
-    if config.model.weights:
-        raise ConfigError(f"model.weights = {config.model.weights} is not built yet in this version; leave it empty")
-    for problems in (_model_problems, _mask_problems, _heads_problems, _data_problems, _timing_problems):
+    for problems in (*PROBLEMS, probe_problems, finetune_problems):
         for problem in problems(config):
             raise ConfigError(problem)
 
@@ -214,6 +244,26 @@ def _heads_problems(config: PipelineConfig) -> Iterator[str]:
             yield f"heads.scales has {scale}, which needs all tokens, but decoder.share = {config.decoder.share}; use 1"
 
 
+def _teacher_problems(config: PipelineConfig) -> Iterator[str]:
+    teacher, usual, model = config.teacher, TeacherConfig(), config.model
+    depth = model.depth or SIZES.get(model.name, (0, 0))[1]
+    changed = [name for name, value in vars(teacher).items() if value != getattr(usual, name)]
+    if "teacher" not in (config.heads.targets or (config.target.kind,)):
+        for name in changed:
+            yield f"teacher.{name} = {getattr(teacher, name)} teaches no head; set target.kind=teacher"
+        return
+    if teacher.kind == "frozen" and len(config.schedule.cuts) == 1:
+        cuts = list(config.schedule.cuts)
+        yield f"teacher.kind = frozen is what stage 0 ends with, but schedule.cuts = {cuts} ends there; use ema"
+    if teacher.kind == "frozen" and (idle := {"momentum", "ramp"} & set(changed)):
+        name = min(idle)
+        yield f"teacher.{name} = {getattr(teacher, name)} moves nothing with teacher.kind = frozen; use ema"
+    if teacher.pairs != "last" and teacher.block:
+        yield f"teacher.block = {teacher.block} is not asked for with teacher.pairs = {teacher.pairs}; set it to 0"
+    if depth and teacher.block > depth:
+        yield f"teacher.block = {teacher.block} is more than the {depth} blocks there are; use 0..{depth}"
+
+
 def _data_problems(config: PipelineConfig) -> Iterator[str]:
     data, train = config.data, config.train
     for key, (low, high), top in (("scale", data.crop_scale, 1.0), ("ratio", data.crop_ratio, float("inf"))):
@@ -233,3 +283,27 @@ def _data_problems(config: PipelineConfig) -> Iterator[str]:
 
 def _timing_problems(config: PipelineConfig) -> Iterator[str]:
     return timing_problems(config.schedule, config.train, config.eval)
+
+
+def _start_problems(config: PipelineConfig) -> Iterator[str]:
+    """Stage 0 may train for no epoch only where a file has trained its encoder already and a later stage goes on."""
+    epochs = list(config.schedule.epochs)
+    if not epochs or epochs[0]:
+        return
+    if not config.model.weights:
+        yield (
+            f"schedule.epochs = {epochs} starts stage 1 from an encoder that nothing has trained; give a checkpoint "
+            "with model.weights=<file>, or stage 0 at least 1 epoch"
+        )
+    elif config.schedule.kind != "explicit" or not any(epochs):
+        yield (
+            f"schedule.epochs = {epochs} with schedule.kind = {config.schedule.kind} trains stage 0 for 0 epochs; that "
+            "needs explicit and a later stage that trains"
+        )
+
+
+PROBLEMS = (
+    *(_model_problems, _mask_problems, _heads_problems, _teacher_problems),
+    *(_data_problems, _timing_problems, _start_problems),
+)
+"""What does not go together, in the order in which it is looked for."""

@@ -18,9 +18,11 @@ from cache.size import cache_bytes
 from models.batch import MaskedBatch
 from models.config import IMAGE_TARGETS
 from models.mim import MaskedModel
-from pipeline.decide import Wanted, judge_stage
+from models.vit import build_encoder
+from pipeline.decide import Wanted, judge_stage, new_needs
 from pipeline.freezing import show_adaptive, show_events
 from pipeline.job import Job
+from pipeline.needs import Need
 from pipeline.rates import fresh_model
 from pipeline.runner import refuse_what_does_not_fit
 from pipeline.show import console, table
@@ -94,7 +96,7 @@ def choices(wanted: Wanted) -> dict[str, Any]:
     if all(head.scale >= 1 for head in wanted.heads):
         for share in SHARES:
             other = Wanted(replace(config, decoder=replace(config.decoder, share=share)), wanted.paths)
-            found["decoder_share"][str(share)] = step_seconds(other, other.parts(last)[-1], "cached")
+            found["decoder_share"][str(share)] = step_seconds(other, last, other.parts(last)[-1], "cached")
     if sampling(wanted).targets(wanted.segments[last]) & set(IMAGE_TARGETS):
         values = config.model.num_tokens * config.model.patch_values
         rows = np.arange(min(RECUT_IMAGES, len(wanted.data.train)))
@@ -149,46 +151,50 @@ def stage_cost(wanted: Wanted, stage: int) -> StageCost:
     segment, parts = wanted.segments[stage], wanted.parts(stage)
     verdict = judge_stage(wanted, stage)
     epochs = segment.steps / segment.steps_per_epoch
-    freeze = sum(step_seconds(wanted, part, "freeze") * part.steps for part in parts)
+    freeze = sum(step_seconds(wanted, stage, part, "freeze") * part.steps for part in parts)
     if not stage:  # the same for all arms
         return StageCost(stage, 0, epochs, verdict.state, freeze, freeze, freeze, 0.0, 0)
+    needs, images = new_needs(wanted, stage), wanted.data.train
     return StageCost(
         stage=stage,
         cut=segment.cut,
         epochs=epochs,
         state=verdict.state,
-        e2e_seconds=step_seconds(wanted, as_end_to_end([segment])[0], "e2e") * segment.steps,
+        e2e_seconds=step_seconds(wanted, stage, as_end_to_end([segment])[0], "e2e") * segment.steps,
         freeze_seconds=freeze,
-        cached_seconds=sum(step_seconds(wanted, part, "cached") * part.steps for part in parts),
-        cache_seconds=encode_seconds(wanted, stage) * wanted.config.cache.views * len(wanted.data.train),
-        cache_bytes=cache_bytes(wanted.layout(stage)),
+        cached_seconds=sum(step_seconds(wanted, stage, part, "cached") * part.steps for part in parts),
+        cache_seconds=sum(encode_seconds(wanted, need) for need in needs) * wanted.config.cache.views * len(images),
+        cache_bytes=sum(cache_bytes(wanted.layout(need)) for need in needs),
     )
 
 
-def step_seconds(wanted: Wanted, segment: Segment, arm: str) -> float:
-    """Seconds of one training step of an arm in a segment, its inputs in memory."""
-    model, optimizer = fresh_model(wanted, segment.cut, segment.entry)
+def step_seconds(wanted: Wanted, stage: int, segment: Segment, arm: str) -> float:
+    """Seconds of one training step of an arm in a segment of a stage, its inputs in memory."""
+    model, optimizer = fresh_model(wanted, stage, segment.cut, arm == "cached", segment.entry)
     train = wanted.config.train
     if arm == "cached":
-        source: Source = Imagined(sampling(wanted), model.encoder.width)
+        encoder, blocks = model.encoder, wanted.teacher_blocks(stage)
+        source: Source = Imagined(sampling(wanted), encoder.width, encoder.num_prefix, blocks)
     else:
         source = live_source(wanted, segment)
     inputs = source.load(segment, 0)
     return seconds_of(lambda: train_step(model, optimizer, source, inputs, train), train)
 
 
-def encode_seconds(wanted: Wanted, stage: int) -> float:
-    """Seconds that the frozen blocks between the cache before and this one take for one view of one image."""
-    config, segment = wanted.config, wanted.segments[stage]
-    model, _ = fresh_model(wanted, segment.cut)
-    start = wanted.segments[stage - 1].cut if stage > 1 else 0
-    tokens = torch.randn(config.cache.encode_batch, config.model.num_tokens, model.encoder.width).to(
+def encode_seconds(wanted: Wanted, need: Need) -> float:
+    """Seconds that the frozen blocks between a cache's parent and itself take for one view of one image."""
+    config, spec = wanted.config, need.draft
+    encoder = build_encoder(config.model, config.seed).to(config.train.device).eval()
+    encoder.set_attention(config.train.device)
+    tokens = torch.randn(config.cache.encode_batch, config.model.num_tokens, encoder.width).to(
         config.train.device
     )
 
+    prefix = encoder.prefix(len(tokens)).repeat(1, spec.groups, 1)
+
     def encode() -> None:
         with torch.inference_mode(), autocast(config.train.device, config.train.precision):
-            model.encoder.run_groups(tokens, config.mask.groups, start, segment.cut)
+            encoder.run_groups(tokens, prefix, spec.groups, need.start, spec.cut)
 
     return seconds_of(encode, config.train) / config.cache.encode_batch
 
@@ -212,15 +218,20 @@ class Imagined:
 
     sampling: Sampling
     width: int
+    prefix: int
+    teacher_blocks: tuple[int, ...]
 
     def load(self, segment: Segment, step: int) -> Inputs:
         how = self.sampling
-        size = how.model.num_tokens if "features" in how.targets(segment) else how.group_tokens
+        size = how.model.num_tokens if how.reads_all(segment) else how.group_tokens
         order = torch.rand(how.batch_size, how.model.num_tokens).argsort(1)
         side = how.model.image_size
         images = torch.randint(0, 256, (how.batch_size, 3, side, side), dtype=torch.uint8)
         inputs = how.inputs(segment, step, torch.randn(how.batch_size, size, self.width), how.group_tokens)
-        return replace(inputs, ids_BL=order[:, :size], images=images)
+        prefix = torch.randn(how.batch_size, size // how.group_tokens * self.prefix, self.width)
+        whole = (how.batch_size, how.model.num_tokens, self.width)
+        teachers = {block: torch.randn(whole) for block in self.teacher_blocks}
+        return replace(inputs, ids_BL=order[:, :size], images=images, prefix_BSD=prefix, teachers=teachers)
 
     def mask(self, model: MaskedModel, inputs: Inputs) -> MaskedBatch:
         return mask_features(model, self.sampling, inputs)

@@ -14,13 +14,16 @@ from typing import Any, Literal
 from cache.errors import CacheError, MissingCache
 from cache.layout import Layout
 from cache.manifest import cache_folder_name, check_spec, read_manifest
-from models.config import IMAGE_TARGETS, HeadSpec, head_specs, learning_heads
+from models.config import IMAGE_TARGETS, HeadSpec, head_specs, learning_heads, without
 from models.spec import COMPUTATION_VERSION, FeatureSpec, digest
 from pipeline.course import Course
 from pipeline.kept import lost_epochs, never_reached
 from pipeline.layout import StagePaths
+from pipeline.needs import Need
+from pipeline.tuned import Tuning, last_tuning
 from stages.segment import Segment
 from stages.views import view_transform_id
+from stages.weights import weights_digest
 
 TRAINING_VERSION = 1
 """Bumped when training computes other numbers for a reason that no setting tells."""
@@ -56,12 +59,23 @@ class Wanted(Course):
     """The run as its settings ask for it, and what every part of it depends on."""
 
     @cached_property
+    def weights(self) -> str:
+        """sha256 of the checkpoint file to start from: its content, wherever it lies."""
+        return weights_digest(self.config.model.weights, self.paths.index / "weights.json")
+
+    @cached_property
     def heads(self) -> tuple[HeadSpec, ...]:
-        return head_specs(self.config.heads, self.config.target, self.identity["depth"])
+        return head_specs(self.config.heads, self.config.target, self.identity["depth"], self.config.teacher)
+
+    def heads_of(self, stage: int) -> tuple[HeadSpec, ...]:
+        """The heads of a stage and of arms from it on: a frozen teacher is there only once stage 0 has ended."""
+        early = not stage and self.config.teacher.kind == "frozen"
+        return without(self.heads, "teacher") if early else self.heads
 
     def stage_inputs(self, stage: int) -> dict[str, Any]:
         """Everything that can change the outcome of a stage, by the setting's name."""
-        inputs = self._common() | {"schedule.stage": [asdict(part) for part in self.asked(stage)]}
+        inputs = self._common() | self._taught(stage)
+        inputs |= {"schedule.stage": [asdict(part) for part in self.asked(stage)]}
         if self.adaptive:
             inputs |= self._adaptive_inputs(stage)
         if stage:
@@ -73,7 +87,8 @@ class Wanted(Course):
     def arm_inputs(self, arm: str) -> dict[str, Any]:
         """The same for a baseline arm, which goes on from stage 0."""
         segments = self.arm_segments(arm)
-        inputs = self._common(arm) | {"arm": arm, "schedule.stages": [asdict(segment) for segment in segments]}
+        inputs = self._common(arm) | self._taught(1) | {"arm": arm}
+        inputs |= {"schedule.stages": [asdict(segment) for segment in segments]}
         if arm == "freeze" and any(self.reads_features(segment) for segment in segments):
             inputs |= {"mask.groups": self.config.mask.groups}
         return inputs | {"parent state": (self.record(self.paths.stage(0)) or {}).get("state")}
@@ -92,33 +107,76 @@ class Wanted(Course):
             f"schedule.{name}": getattr(schedule, name) for name in names
         }
 
+    def _taught(self, stage: int) -> dict[str, Any]:
+        """What a stage's teacher depends on; nothing where no head has one."""
+        if not any(head.teacher for head in self.heads_of(stage)):
+            return {}
+        if self.config.teacher.kind == "ema":
+            return _named("teacher", self.config.teacher)
+        record = self.record(self.paths.stage(0)) or {}
+        weights = record.get("frozen_weights", {}).get(str(self.identity["depth"]))
+        return _named("teacher", self.config.teacher, {"momentum", "ramp"}) | {"teacher weights": weights}
+
     def _common(self, arm: str = "") -> dict[str, Any]:
         config, train = self.config, self.config.train
         inputs: dict[str, Any] = {"seed": config.seed, "data": self.data.train.digest, "version": TRAINING_VERSION}
         inputs |= {"data.views": view_transform_id(config.data, config.model.image_size)}
-        inputs |= _named("model", config.model, {"attention"}) | _named("mask", config.mask, {"groups"})
+        inputs |= _named("model", config.model, {"attention", "weights"}) | _named("mask", config.mask, {"groups"})
+        inputs |= {"model.weights": self.weights} if config.model.weights else {}
         inputs |= _named("target", config.target) | _named("decoder", config.decoder) | _named("heads", config.heads)
         unused = set() if train.lr_schedule == "wsd" else {"decay_share"}
         inputs |= _named("train", train, {name.removeprefix("train.") for name in NO_INFLUENCE} | unused)
         by_layer = config.schedule.kind == "freezeout" and arm != "e2e"
-        by_progress = config.mask.changes or ":" in config.heads.weights
+        by_progress = config.mask.changes or ":" in config.heads.weights or train.layer_drop > 0
         if by_layer or by_progress or (train.lr_schedule in ("cosine", "wsd") and not train.lr_restart):
             inputs |= {"schedule.total_steps": self.total_steps}
         if by_layer:
             names = ("kind", "t0", "scale", "scale_lr", "layer_rates", "freeze_embed")
             inputs |= {f"schedule.{name}": getattr(config.schedule, name) for name in names}
         if train.early_stop:
-            inputs |= _named("eval", config.eval, {"batch_size"}) | {"data.val": self.data.val.digest}
+            told = ("every", "train_limit", "val_limit", "knn_k")
+            inputs |= {f"eval.{name}": getattr(config.eval, name) for name in told}
+            inputs |= {"data.val": self.data.val.digest}
         return inputs
 
-    def cache_spec(self, stage: int) -> FeatureSpec | None:
-        """The identity of the cache that a stage reads; None as long as the stage before it has not been trained."""
-        parent = self.cache_spec(stage - 1) if stage > 1 else None
-        record = self.record(self.paths.stage(stage - 1)) or {}
-        weights = record.get("frozen_weights", {}).get(str(self.cut(stage)))
-        if not weights or (stage > 1 and parent is None):
+    def needs(self, stage: int) -> tuple[Need, ...]:
+        """The caches that a stage reads: the features that it learns from, then those of its teacher."""
+        return (self.features(stage), *self.teachers(stage))
+
+    def features(self, stage: int) -> Need:
+        """The cache of what a stage learns from; it continues that of the stage before."""
+        parent = self.features(stage - 1) if stage > 1 else None
+        return Need(f"cache {stage}", stage - 1, self.draft_spec(stage), parent)
+
+    def teachers(self, stage: int) -> tuple[Need, ...]:
+        """The caches of the frozen teacher's blocks that a stage's heads predict, each continuing the one before.
+
+        All tokens of a view run together, unmasked. Later stages read some of those that stage 1 reads.
+        """
+        found: list[Need] = []
+        for block in self.teacher_blocks(1):
+            draft = replace(self.draft_spec(1), cut=block, groups=1, mask_ratio=0.0, mask_block=1, pixels=False)
+            found.append(Need(f"cache teacher-{block}", 0, draft, found[-1] if found else None))
+        return tuple(need for need in found if need.draft.cut in self.teacher_blocks(stage))
+
+    def teacher_blocks(self, stage: int) -> tuple[int, ...]:
+        """The blocks of a frozen teacher that a stage's heads predict, ascending."""
+        if self.config.teacher.kind != "frozen":
+            return ()
+        return tuple(sorted({head.teacher for head in learning_heads(self.heads, self.cut(stage))} - {0}))
+
+    def spec(self, need: Need) -> FeatureSpec | None:
+        """The whole identity of a cache; None as long as the stage that its weights come from has not been trained."""
+        parent = self.spec(need.parent) if need.parent else None
+        record = self.record(self.paths.encoder(need.maker)) or {}
+        weights = record.get("frozen_weights", {}).get(str(need.draft.cut))
+        if not weights or (need.parent and parent is None):
             return None
-        return replace(self.draft_spec(stage), weights=weights, parent=parent.fingerprint if parent else "")
+        return replace(need.draft, weights=weights, parent=parent.fingerprint if parent else "")
+
+    def cache_spec(self, stage: int) -> FeatureSpec | None:
+        """The identity of the features that a stage reads; None as long as the stage before it has not been trained."""
+        return self.spec(self.features(stage))
 
     def draft_spec(self, stage: int) -> FeatureSpec:
         """The cache's identity as far as it is known before anything is trained: weights and parent are open."""
@@ -143,9 +201,9 @@ class Wanted(Course):
             version=COMPUTATION_VERSION,
         )
 
-    def layout(self, stage: int) -> Layout:
-        """How a stage's cache lies on disk, known before it is built."""
-        return Layout(self.draft_spec(stage), len(self.data.train), self.config.cache.shard_rows)
+    def layout(self, need: Need) -> Layout:
+        """How a cache lies on disk, known before it is built."""
+        return need.layout(len(self.data.train), self.config.cache.shard_rows)
 
     def cache_folder(self, spec: FeatureSpec) -> Path:
         return self.paths.cache_root / cache_folder_name(spec)
@@ -166,11 +224,17 @@ def judge_arm(wanted: Wanted, arm: str) -> Verdict:
     return _judge(wanted, f"arm {arm}", wanted.paths.arm(arm), wanted.arm_inputs(arm), wanted.arm_segments(arm))
 
 
-def judge_cache(wanted: Wanted, stage: int) -> Verdict:
-    """Whether the cache that a stage reads is on disk, complete and the very one that is wanted."""
-    name, spec = f"cache {stage}", wanted.cache_spec(stage)
+def judge_finetune(tuning: Tuning) -> Verdict:
+    """Whether fine-tuning is current, given that the encoder that it starts from is."""
+    wanted = tuning.wanted
+    return _judge(wanted, "finetune", wanted.paths.finetune, tuning.inputs(), ())
+
+
+def judge_cache(wanted: Wanted, need: Need) -> Verdict:
+    """Whether a cache is on disk, complete and the very one that is wanted."""
+    name, spec = need.name, wanted.spec(need)
     if spec is None:
-        return Verdict(name, "missing", f"stage {stage - 1} has to be trained first")
+        return Verdict(name, "missing", f"{need.maker} has to be trained first")
     folder = wanted.cache_folder(spec)
     try:
         check_spec(read_manifest(folder), spec)
@@ -190,23 +254,47 @@ def judge_all(wanted: Wanted) -> list[Verdict]:
 
     Whatever follows a stage that will run again is stale; a cache is not needed for a stage that is current.
     """
-    found: list[Verdict] = []
-    broken = ""
+    stages: list[Verdict] = []
+    broken: list[str] = []  # of every stage: the first before it, or itself, that will run again
     for stage in range(wanted.candidates):
         if wanted.used_up(stage):
             break
-        verdict = _after(broken, judge_stage(wanted, stage))
-        if stage and wanted.asked(stage):
-            found.append(_cache_verdict(wanted, stage, broken, needed=not verdict.current))
+        stages.append(_after(broken[-1] if broken else "", judge_stage(wanted, stage)))
+        broken.append((broken[-1] if broken else "") or ("" if stages[-1].current else stages[-1].what))
+    found: list[Verdict] = []
+    for stage, verdict in enumerate(stages):
+        for need in new_needs(wanted, stage) if wanted.asked(stage) else ():
+            readers = [later for later in range(stage, len(stages)) if need in wanted.needs(later)]
+            used = [reader for reader in readers if not stages[reader].current]
+            found.append(_cache_verdict(_after(broken[need.after], judge_cache(wanted, need)), stage, bool(used)))
         found.append(verdict)
-        broken = broken or ("" if verdict.current else verdict.what)
-    first = "" if found[0].current else found[0].what
     arms = ARMS if len(wanted.segments) > 1 or not wanted.decided else ()
-    return found + [_after(first, judge_arm(wanted, arm)) for arm in arms]
+    found += [_after(broken[0], judge_arm(wanted, arm)) for arm in arms]
+    return found + _judge_tuned(wanted, found)
 
 
-def _cache_verdict(wanted: Wanted, stage: int, broken: str, needed: bool) -> Verdict:
-    verdict = _after(broken, judge_cache(wanted, stage))
+def _judge_tuned(wanted: Wanted, before: list[Verdict]) -> list[Verdict]:
+    """The same of fine-tuning, where the run has been fine-tuned: the cache that it reads, and itself."""
+    tuning = last_tuning(wanted)
+    if tuning is None:
+        return []
+    state = {verdict.what: verdict for verdict in before}
+    broken = "" if tuning.encoder in state and state[tuning.encoder].current else tuning.encoder
+    verdict = _after(broken, judge_finetune(tuning))
+    if tuning.need is None:
+        return [verdict]
+    cache = _after(broken, judge_cache(wanted, tuning.need))
+    if verdict.current and not cache.current:
+        cache = replace(cache, reason="not needed, finetune is current")
+    return [cache, verdict]
+
+
+def new_needs(wanted: Wanted, stage: int) -> tuple[Need, ...]:
+    """The caches that a stage is the first to read; none for stage 0, which reads images."""
+    return tuple(need for need in wanted.needs(stage) if need.stage == stage) if stage else ()
+
+
+def _cache_verdict(verdict: Verdict, stage: int, needed: bool) -> Verdict:
     if verdict.current or needed:
         return verdict
     return replace(verdict, reason=f"not needed, stage {stage} is current")
@@ -249,12 +337,12 @@ def _judge(
         if not file.exists() or file.stat().st_size != size:
             return Verdict(what, "missing", f"{file} is gone or has another size than {size} bytes")
     epochs = wanted.config.train.save_epochs
-    if lost := lost_epochs(epochs, segments, record, paths):
+    if segments and (lost := lost_epochs(epochs, segments, record, paths)):
         return Verdict(what, "stale", f"train.save_epochs wants {paths.epoch(lost[0])}, which was not kept")
     reason = f"fingerprint {record['fingerprint'][:8]}"
     if record.get("ended"):
         reason += f"; {record['ended']['why']}"
-    if later := never_reached(epochs, segments, record):
+    if segments and (later := never_reached(epochs, segments, record)):
         reason += f"; ended before epoch {later[0]} of train.save_epochs"
     return Verdict(what, "current", reason)
 

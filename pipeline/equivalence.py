@@ -1,5 +1,5 @@
 """`permafrost equivalence`: is training from the cache the same as training live? Recomputes a batch of every cache
-from the images with the frozen blocks, and compares features and the first step's loss."""
+from the images with the frozen blocks, and compares features, prefix tokens and the first step's loss."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from cache import open_cache
-from cache.store import CacheReader
 from pipeline.config import ConfigError
 from pipeline.decide import Wanted, judge_cache
 from pipeline.job import Job, RunFailed
 from pipeline.show import console, table
-from pipeline.work import masked_build, optimizer_of, sampling, state_file
+from pipeline.work import cached_source, masked_build, optimizer_of, sampling, state_file
 from stages.checkpoint import apply_tensors, read_state
 from stages.device import autocast
-from stages.sources import CachedFeatures, LiveFeatures, Source
+from stages.sources import LiveFeatures, Source
 from stages.train import build_model
 
 FEATURE_BOUND = {"float32": 1e-3, "bfloat16": 1e-2}
@@ -45,7 +43,11 @@ class Comparison:
 def run_equivalence(job: Job) -> None:
     """Compare every cache of the run that is there; RunFailed when one differs by more than its bound."""
     wanted = Wanted(job.config, job.paths)
-    stages = [stage for stage in range(1, len(wanted.segments)) if judge_cache(wanted, stage).current]
+    stages = [
+        stage
+        for stage in range(1, len(wanted.segments))
+        if all(judge_cache(wanted, need).current for need in wanted.needs(stage))
+    ]
     if not stages:
         raise ConfigError(
             f"{job.paths.root} has no current cache to compare; run `make stage-1` first, or see `make explain`"
@@ -71,13 +73,10 @@ def compare_stage(wanted: Wanted, stage: int) -> Comparison:
     """The first batch of a stage, read and recomputed, under the stage's starting weights."""
     config, segment = wanted.config, wanted.segments[stage]
     torch.set_num_threads(config.train.threads)
-    model = build_model(masked_build(wanted), segment.cut, config.train.device)
+    model = build_model(masked_build(wanted, stage, cached=False), segment.cut, config.train.device)
     optimizer = optimizer_of(wanted, model)
     apply_tensors(model, optimizer, read_state(state_file(wanted.paths.stage(stage - 1)))[2])
-    spec = wanted.cache_spec(stage)
-    assert spec is not None
-    cache: CacheReader = open_cache(wanted.cache_folder(spec))
-    cached = CachedFeatures(cache, sampling(wanted), wanted.data.train)
+    cached = cached_source(wanted, stage)
     live = LiveFeatures(wanted.data.train, sampling(wanted), config.cache.views)
 
     def loss(source: Source) -> float:
@@ -87,9 +86,11 @@ def compare_stage(wanted: Wanted, stage: int) -> Comparison:
     inputs = live.load(segment, 0).to(config.train.device)
     assert inputs.ids_BL is not None
     with autocast(config.train.device, config.train.precision):
-        wants = model.frozen_features(inputs.values, inputs.ids_BL, config.mask.groups).float().cpu()
-    rows = live.sampling.rows(segment, 0, len(cache))
-    has = cache.read(rows, live.sampling.slot(segment, 0, config.cache.views)[0]).features_BLD
+        found = model.frozen_features(inputs.values, inputs.ids_BL, config.mask.groups)
+    rows = live.sampling.rows(segment, 0, len(cached.cache))
+    read = cached.cache.read(rows, live.sampling.slot(segment, 0, config.cache.views)[0])
+    wants = torch.cat(found, dim=1).float().cpu()
+    has = torch.cat([read.features_BLD, *([] if read.prefix_BSD is None else [read.prefix_BSD])], dim=1)
     difference = has - wants
     return Comparison(
         stage=stage,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PLAIN_EVERY = 10.0
 """Seconds between two progress lines where there is no terminal."""
 _LIVE_EVERY = 0.2
-SCORES = {"knn_top1": "kNN", "linear_top1": "linear probe"}
+SCORES = {"knn_top1": "kNN", "linear_top1": "linear probe", "top1": "top-1", "top5": "top-5"}
 
 
 class EventLog:
@@ -102,7 +102,7 @@ class EventLog:
     def _show(self, event: dict[str, Any]) -> None:
         if self._console is None:
             return
-        if "knn_top1" in event:
+        if event.keys() & SCORES.keys():
             self.message(probe_line(event))
         if "step" not in event:
             return
@@ -136,6 +136,8 @@ def progress_line(event: dict[str, Any]) -> str:
         parts.append(f"{rate:.0f} images/s")
     if event.get("loss") is not None:
         parts.append(f"loss {event['loss']:.3f}")
+    if event.get("warning"):
+        parts.append(event["warning"])
     if "loader_wait_fraction" in event:
         parts.append(f"waiting {100 * event['loader_wait_fraction']:.0f} %")
     if rate and step < steps and event.get("images"):

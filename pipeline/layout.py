@@ -65,6 +65,11 @@ class RunPaths:
         return self.root / "speedup.json"
 
     @property
+    def probe(self) -> Path:
+        """What `probe` found last, encoder by encoder."""
+        return self.root / "probe.json"
+
+    @property
     def report(self) -> Path:
         return self.root / "report.html"
 
@@ -95,6 +100,16 @@ class RunPaths:
     def arm(self, name: str) -> StagePaths:
         """A baseline arm, e2e or freeze, laid out like a stage."""
         return StagePaths(self.root / "arms" / name)
+
+    @property
+    def finetune(self) -> StagePaths:
+        """Supervised fine-tuning, laid out like a stage."""
+        return StagePaths(self.root / "finetune")
+
+    def encoder(self, name: str) -> StagePaths:
+        """The files of `stage <N>` or `arm <name>`, whose encoder something starts from."""
+        kind, _, which = name.partition(" ")
+        return self.stage(int(which)) if kind == "stage" else self.arm(which)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -12,15 +12,14 @@ from itertools import count
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cache import open_cache
 from cache.loader import prefetch
 from models.batch import MaskedBatch
 from models.mim import MaskedModel
 from pipeline.decide import Wanted
-from pipeline.work import live_source, masked_build, optimizer_of, sampling
+from pipeline.work import cached_source, live_source, masked_build, optimizer_of
 from stages.device import synchronize
 from stages.segment import Segment
-from stages.sources import CachedFeatures, Inputs, Source
+from stages.sources import Inputs, Source, StepInputs
 from stages.train import build_model, train_step
 
 STEPS = ("e2e", "freeze", "cached", "memory")
@@ -33,13 +32,13 @@ class InMemory:
     """A source's first batches, loaded before the clock starts: what training would cost if loading were free."""
 
     source: Source
-    batches: tuple[Inputs, ...]
+    batches: tuple[StepInputs, ...]
 
     @classmethod
     def of(cls, source: Source, segment: Segment, batches: int) -> InMemory:
         return cls(source, tuple(source.load(segment, step % segment.steps) for step in range(batches)))
 
-    def load(self, segment: Segment, step: int) -> Inputs:
+    def load(self, segment: Segment, step: int) -> StepInputs:
         return self.batches[step % len(self.batches)]
 
     def mask(self, model: MaskedModel, inputs: Inputs) -> MaskedBatch:
@@ -64,7 +63,7 @@ def step_runner(wanted: Wanted, stage: int, arm: str) -> Callable[[float], float
     """A function that trains an arm for some seconds, after a step that is not counted, and returns images/s."""
     train = wanted.config.train
     segment = wanted.segments[stage] if arm != "e2e" else replace(wanted.segments[stage], cut=0)
-    model, optimizer = fresh_model(wanted, segment.cut)
+    model, optimizer = fresh_model(wanted, stage, segment.cut, cached=arm in ("cached", "memory"))
     source = live_source(wanted, segment) if arm in ("e2e", "freeze") else cached_source(wanted, stage)
     if arm == "memory":
         source = InMemory.of(source, segment, MEMORY_BATCHES)
@@ -89,28 +88,23 @@ def step_runner(wanted: Wanted, stage: int, arm: str) -> Callable[[float], float
 
 
 def fresh_model(
-    wanted: Wanted, cut: int, entry: int | None = None
+    wanted: Wanted, stage: int, cut: int, cached: bool, entry: int | None = None
 ) -> tuple[MaskedModel, torch.optim.Optimizer]:
-    model = build_model(masked_build(wanted), cut, wanted.config.train.device, entry)
+    model = build_model(masked_build(wanted, stage, cached), cut, wanted.config.train.device, entry)
     return model, optimizer_of(wanted, model)
-
-
-def cached_source(wanted: Wanted, stage: int) -> CachedFeatures:
-    spec = wanted.cache_spec(stage)
-    assert spec is not None, "the cache is built before it is measured"
-    return CachedFeatures(open_cache(wanted.cache_folder(spec)), sampling(wanted), wanted.data.train)
 
 
 def flop_bound(wanted: Wanted, stage: int) -> float:
     """FLOPs of an e2e step over those of a cached step at the stage's cut: the speed-up that skipping could give."""
     segment = wanted.segments[stage]
-    e2e = step_flops(wanted, 0, live_source(wanted, replace(segment, cut=0)), segment)
-    return e2e / step_flops(wanted, segment.cut, cached_source(wanted, stage), segment)
+    e2e, _ = fresh_model(wanted, stage, 0, cached=False)
+    cached, _ = fresh_model(wanted, stage, segment.cut, cached=True)
+    live = step_flops(wanted, e2e, live_source(wanted, replace(segment, cut=0)), segment)
+    return live / step_flops(wanted, cached, cached_source(wanted, stage), segment)
 
 
-def step_flops(wanted: Wanted, cut: int, source: Source, segment: Segment) -> int:
+def step_flops(wanted: Wanted, model: MaskedModel, source: Source, segment: Segment) -> int:
     """FLOPs of one training step's forward and backward, as torch counts them."""
-    model, _ = fresh_model(wanted, cut)
     inputs = source.load(segment, 0).to(wanted.config.train.device)
     with FlopCounterMode(display=False) as counter:
         model(source.mask(model, inputs)).sum().backward()

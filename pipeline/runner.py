@@ -4,14 +4,18 @@ work itself to `work`, which is imported only when there is some, since torch ta
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 
 from cache.size import cache_bytes
 from pipeline.config import ConfigError
-from pipeline.decide import ARMS, Wanted, judge_arm, judge_cache, judge_stage
+from pipeline.decide import ARMS, Wanted, judge_arm, judge_cache, judge_finetune, judge_stage, new_needs
 from pipeline.desk import Desk, at_work
 from pipeline.job import Job
 from pipeline.kept import keep_last, kept_epochs
 from pipeline.layout import StagePaths
+from pipeline.needs import Need
+from pipeline.tuned import Tuning
+from stages.labels import require_labels
 from stages.segment import Segment
 
 
@@ -48,7 +52,7 @@ def run_stage(job: Job) -> None:
 
 
 def run_cache(job: Job) -> None:
-    """The cache that stage N reads, and first whatever before it is missing or stale."""
+    """The caches that stage N reads, and first whatever before it is missing or stale."""
     with at_work(job) as desk:
         stage = _stage(desk.wanted, job.target, first=1)
         look_before(desk, stage)
@@ -61,6 +65,47 @@ def run_arm(job: Job) -> None:
         refuse_what_is_not_labelled(desk.wanted)
         refuse_epochs_that_never_end(desk.wanted)
         ensure_arm(desk, str(job.target))
+
+
+def run_finetune(job: Job) -> None:
+    """Supervised fine-tuning of a stage's or an arm's encoder, the last stage's by default, and first what it needs."""
+    with at_work(job) as desk:
+        require_labels(desk.wanted.data)
+        if job.target is None and not desk.wanted.decided:
+            raise ConfigError(
+                "schedule.kind=adaptive has not decided yet which stage is the last; run `make all` first, or name a "
+                "stage that is done, for instance `permafrost finetune 0`"
+            )
+        last = len(desk.wanted.segments) - 1
+        start = last if job.target is None else job.target
+        tuning = Tuning(desk.wanted, start if isinstance(start, str) else _stage(desk.wanted, start, first=0))
+        look_before(desk, start if isinstance(start, int) else 0, [tuning.need] if tuning.need else [])
+        ensure_finetuned(desk, tuning)
+
+
+def ensure_finetuned(desk: Desk, tuning: Tuning) -> None:
+    """Fine-tune unless that is current; of what lies before it, run what it needs."""
+    ensure_maker(desk, tuning.encoder)
+    verdict = judge_finetune(tuning)
+    desk.say(verdict)
+    if not verdict.current:
+        if tuning.need:
+            ensure_built(desk, tuning.need)
+        from pipeline.finetuning import finetune
+
+        finetune(desk, tuning)
+    from pipeline.tuned import show_finetuned
+
+    show_finetuned(desk.wanted)
+
+
+def ensure_maker(desk: Desk, encoder: str) -> None:
+    """Train the stage or the arm that an encoder comes from, silent when there is nothing to do."""
+    kind, _, which = encoder.partition(" ")
+    if kind == "stage":
+        ensure_trained(desk, int(which))
+    elif not (judge_stage(desk.wanted, 0).current and judge_arm(desk.wanted, which).current):
+        ensure_arm(desk, which)
 
 
 def ensure_stage(desk: Desk, stage: int) -> None:
@@ -88,18 +133,25 @@ def ensure_this_stage(desk: Desk, stage: int) -> None:
 
 
 def ensure_cache(desk: Desk, stage: int) -> None:
-    """Build the cache that a stage reads unless it is current. Its parent is needed only when it has to be built."""
+    """Build the caches that a stage reads unless they are current."""
     ensure_trained(desk, stage - 1)
     refuse_what_does_not_exist(desk.wanted, stage)
-    verdict = judge_cache(desk.wanted, stage)
+    for need in desk.wanted.needs(stage):
+        ensure_built(desk, need)
+
+
+def ensure_built(desk: Desk, need: Need) -> None:
+    """Build a cache unless it is current. Its parent is needed only when it has to be built."""
+    verdict = judge_cache(desk.wanted, need)
     desk.say(verdict)
     if verdict.current:
         return
-    if stage > 1:
-        ensure_cache(desk, stage - 1)
-    from pipeline.work import build_cache
+    if need.parent:
+        ensure_built(desk, need.parent)
+    from pipeline.building import build_cache
 
-    build_cache(desk, stage)
+    paths = desk.wanted.paths
+    build_cache(desk, need, paths.finetune if need.tunes else paths.stage(need.stage))
 
 
 def ensure_trained(desk: Desk, stage: int) -> None:
@@ -152,7 +204,7 @@ def refuse_what_does_not_exist(wanted: Wanted, stage: int) -> None:
         raise ConfigError(f"stage {stage} does not exist: {wanted.why_no_stage(stage)}")
 
 
-def look_before(desk: Desk, last: int) -> None:
+def look_before(desk: Desk, last: int, more: Sequence[Need] = ()) -> None:
     """What is told and refused before anything runs: images left out, caches that do not fit."""
     data = desk.wanted.data
     for name, images in (("training", data.train), ("evaluation", data.val)):
@@ -162,7 +214,7 @@ def look_before(desk: Desk, last: int) -> None:
                 f"{name}: {len(images.skipped)} files are no images and left out, first {first}; "
                 f"{desk.wanted.paths.index} names all"
             )
-    refuse_what_does_not_fit(desk.wanted, last)
+    refuse_what_does_not_fit(desk.wanted, last, more)
     refuse_what_is_not_labelled(desk.wanted)
     refuse_epochs_that_never_end(desk.wanted)
 
@@ -187,18 +239,22 @@ def refuse_epochs_that_never_end(wanted: Wanted) -> None:
         )
 
 
-def refuse_what_does_not_fit(wanted: Wanted, last: int) -> None:
-    """Raise ConfigError before anything runs when the caches still to be built need more disk than is free."""
-    stages = [stage for stage in range(1, last + 1) if not wanted.used_up(stage)]
-    missing = [stage for stage in stages if not judge_cache(wanted, stage).current]
-    needed = sum(cache_bytes(wanted.layout(stage)) for stage in missing)
+def refuse_what_does_not_fit(wanted: Wanted, last: int, more: Sequence[Need] = ()) -> None:
+    """Raise ConfigError before anything runs when the caches still to be built need more disk than is free: those of
+    the stages up to `last`, and `more`."""
+    stages = (stage for stage in range(1, last + 1) if not wanted.used_up(stage))
+    needs = [need for stage in stages for need in new_needs(wanted, stage)] + list(more)
+    missing = [need for need in needs if not judge_cache(wanted, need).current]
+    needed = sum(cache_bytes(wanted.layout(need)) for need in missing)
     root = wanted.paths.cache_root.absolute()
     free = shutil.disk_usage(next(folder for folder in (root, *root.parents) if folder.exists())).free
     if needed > free:
-        views = wanted.config.cache.views
+        which = "finetune.views" if missing[0].tunes else "cache.views"
+        views = f"{which}={missing[0].draft.views}"
+        whose = "of fine-tuning" if missing[0].tunes else f"of stages {missing[0].stage}-{missing[-1].stage}"
         raise ConfigError(
-            f"caches of stages {missing[0]}-{missing[-1]} with cache.views={views} need {needed / 1e9:,.1f} GB, "
-            f"{root} has {free / 1e9:,.1f} GB free; lower cache.views or data.limit, or set CACHE_ROOT to a larger disk"
+            f"caches {whose} with {views} need {needed / 1e9:,.1f} GB, {root} has {free / 1e9:,.1f} GB free; "
+            f"lower {which} or data.limit, or set CACHE_ROOT to a larger disk"
         )
 
 
@@ -212,8 +268,8 @@ def _stage(wanted: Wanted, target: str | int | None, first: int) -> int:
 
 
 def run_probe(job: Job) -> None:
-    """Score the encoder of a stage or an arm again, or of all that are trained, with the settings of `eval`."""
-    from pipeline.work import probe_again
+    """Score the encoder of a stage or an arm, or all that are trained, with the probes that `eval.probes` asks for."""
+    from pipeline.probing import probe_again
 
     wanted = Wanted(job.config, job.paths)
     names = [f"stage {stage}" for stage in range(wanted.candidates)] + [f"arm {arm}" for arm in ARMS]

@@ -31,7 +31,8 @@ VERSIONS = ("torch", "timm", "zarr", "numpy")
 def run_speedup(job: Job) -> None:
     """Compare the arms of a run that has trained them all."""
     with at_work(job) as desk:
-        missing = [v.what for v in judge_all(desk.wanted) if not v.current and not v.what.startswith("cache")]
+        verdicts = [v for v in judge_all(desk.wanted) if not v.what.startswith(("cache", "finetune"))]
+        missing = [verdict.what for verdict in verdicts if not verdict.current]
         if not missing and len(desk.wanted.segments) == 1:
             raise ConfigError(f"{what_freezes_nothing(desk.wanted)}: there are no arms to compare")
         if missing:

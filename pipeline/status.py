@@ -27,7 +27,7 @@ def show_status(job: Job) -> None:
             f"no run in {job.paths.root}; start one with `make all` or `make stage-0`, or name one with RUN="
         )
     out = console()
-    rows = table("part", "status", "steps", "train s", "cache s", "images/s", "loss", "kNN", "linear")
+    rows = table("part", "status", "steps", "train s", "cache s", "images/s", "loss", "kNN", "linear", "top-1")
     for name, record in found:
         rows.add_row(name, record["status"], *(_shown(record.get(key), form) for key, form in COLUMNS))
     out.print(rows)
@@ -47,13 +47,15 @@ COLUMNS = (
     ("final_loss", ".4f"),
     ("knn_top1", ".3f"),
     ("linear_top1", ".3f"),
+    ("top1", ".3f"),
 )
 
 
 def parts(paths: RunPaths) -> list[tuple[str, StagePaths]]:
-    """The stages and arms of a run that have a folder, by name."""
+    """The stages, arms and fine-tuning of a run, by name."""
     stages = sorted(int(folder.name.removeprefix("stage-")) for folder in paths.root.glob("stage-*"))
-    return [(f"stage {k}", paths.stage(k)) for k in stages] + [(f"arm {arm}", paths.arm(arm)) for arm in ARMS]
+    arms = [(f"arm {arm}", paths.arm(arm)) for arm in ARMS]
+    return [*((f"stage {k}", paths.stage(k)) for k in stages), *arms, ("finetune", paths.finetune)]
 
 
 def read_record(paths: StagePaths) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ def _length_problems(schedule: ScheduleConfig) -> Iterator[str]:
     cuts, epochs = list(schedule.cuts), list(schedule.epochs)
     if cuts[:1] != [0] or sorted(set(cuts)) != cuts:
         yield f"schedule.cuts = {cuts} does not start at 0 and rise; write for example schedule.cuts=[0,3,6,9]"
-    if not epochs or min(epochs) < 1:
+    if not epochs or min([epochs[0] + 1, *epochs[1:]]) < 1:
         yield f"schedule.epochs = {epochs} has a stage of less than 1 epoch; raise it or drop the stage"
     if schedule.kind == "explicit" and len(cuts) != len(epochs):
         yield f"schedule.cuts = {cuts} and schedule.epochs = {epochs} differ in length; give every cut its epochs"

@@ -1,36 +1,40 @@
-"""The work that the runner has decided on: train a stage or a baseline arm, build a cache, and write down what came of
-it. A record says `done` only after everything it names is on disk."""
+"""The work that the runner has decided on: train a stage or a baseline arm, and write down what came of it. A record
+says `done` only after everything it names is on disk."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
+from torch import Tensor
 
 from cache import open_cache
-from cache.layout import Layout
 from cache.manifest import atomic_write
+from models.drop import DepthDrop
 from models.learner import Learner
 from models.mim import MaskedModel
-from models.vit import Encoder, build_encoder, frozen_hash
-from pipeline.cluster import task_runner
-from pipeline.config import ConfigError, PipelineConfig
-from pipeline.decide import Wanted, inputs_digest
+from models.teacher import EmaTeacher, Teacher
+from models.vit import Encoder, frozen_hash
+from pipeline.building import read_seconds
+from pipeline.config import PipelineConfig
+from pipeline.decide import Wanted, inputs_digest, new_needs
 from pipeline.desk import Desk
 from pipeline.job import Interrupted, RunFailed
 from pipeline.kept import forget_epochs, kept_epochs
 from pipeline.layout import StagePaths
-from pipeline.show import console, table
 from stages.adaptive import Settle
+from stages.book import Diverged
 from stages.checkpoint import CheckpointError, Progress
-from stages.encode import EncodeJob, build
+from stages.encode import frozen_encoder
 from stages.endings import Settling
 from stages.images import spread
 from stages.optim import Rates, build_optimizer, parameter_groups
@@ -38,22 +42,17 @@ from stages.pictures import reconstructions
 from stages.probe import ProbeResult, evaluate
 from stages.segment import Segment
 from stages.sources import CachedFeatures, LiveFeatures, LiveImages, Sampling, Source
-from stages.train import Arm, Build, Diverged, Hooks, build_model, train_arm
+from stages.train import Arm, Build, Hooks, Result, build_model, train_arm
 from stages.views import centre_batch
+from stages.weights import load_weights
 
 
 def train_stage(desk: Desk, stage: int) -> None:
     """Stage 0 trains everything from images; a later one the blocks behind its cut, from the cache."""
     wanted = desk.wanted
-    how = sampling(wanted)
-    if stage:
-        spec = wanted.cache_spec(stage)
-        assert spec is not None, "ensure_cache comes first"
-        cache = open_cache(wanted.cache_folder(spec))
-        source: Source = CachedFeatures(cache, how, wanted.data.train)
-        built = read_seconds(wanted.paths.stage(stage), spec.fingerprint)
-    else:
-        source, built, spec = LiveImages(wanted.data.train, how), 0.0, None
+    source = cached_source(wanted, stage) if stage else LiveImages(wanted.data.train, sampling(wanted))
+    spec = wanted.cache_spec(stage) if stage else None
+    built = built_seconds(wanted, stage)
     before = 0
     for part in wanted.asked(stage):
         if gone := [head.name for head in wanted.heads if before < head.block <= part.cut]:
@@ -65,12 +64,30 @@ def train_stage(desk: Desk, stage: int) -> None:
         paths=wanted.paths.stage(stage),
         tag={"stage": stage},
         segments=wanted.asked(stage),
+        build=masked_build(wanted, stage, cached=True),
         source=lambda segment: source,
         start=state_file(wanted.paths.stage(stage - 1)) if stage else None,
         inputs=wanted.stage_inputs(stage),
         settling=settling(wanted, stage),
         facts={"cut": wanted.cut(stage), "cache": spec.fingerprint if spec else None, "cache_seconds": built},
     )
+
+
+def built_seconds(wanted: Wanted, stage: int) -> float:
+    """What the caches have cost that a stage was the first to read."""
+    specs = map(wanted.spec, new_needs(wanted, stage))
+    return sum(read_seconds(wanted.paths.stage(stage), spec.fingerprint) for spec in specs if spec)
+
+
+def cached_source(wanted: Wanted, stage: int) -> CachedFeatures:
+    """What a stage learns from: its features and, where they are cached, its teacher's."""
+    caches = []
+    for need in wanted.needs(stage):
+        spec = wanted.spec(need)
+        assert spec is not None, "ensure_cache comes first"
+        caches.append(open_cache(wanted.cache_folder(spec)))
+    teachers = dict(zip(wanted.teacher_blocks(stage), caches[1:], strict=True))
+    return CachedFeatures(caches[0], sampling(wanted), wanted.data.train, teachers)
 
 
 def train_baseline(desk: Desk, arm: str) -> None:
@@ -83,6 +100,7 @@ def train_baseline(desk: Desk, arm: str) -> None:
         paths=wanted.paths.arm(arm),
         tag={"arm": arm},
         segments=segments,
+        build=masked_build(wanted, 1, cached=False),
         source=lambda segment: live_source(wanted, segment),
         start=state_file(wanted.paths.stage(0)),
         inputs=wanted.arm_inputs(arm),
@@ -104,6 +122,7 @@ def train(
     paths: StagePaths,
     tag: dict[str, Any],
     segments: tuple[Segment, ...],
+    build: Build,
     source: Callable[[Segment], Source],
     start: Path | None,
     inputs: dict[str, Any],
@@ -113,40 +132,56 @@ def train(
 ) -> None:
     """Train an arm to its end and write its record, model and final state. Raises Interrupted with the state saved."""
     wanted, config = desk.wanted, desk.wanted.config
-    record = (
-        tag
-        | facts
-        | {
-            "status": "running",
-            "fingerprint": inputs_digest(inputs),
-            "parent": parent_of(wanted, start),
-            "epochs": sum(segment.epochs for segment in segments),
-            "inputs": inputs,
-        }
-    )
-    if (wanted.record(paths) or {}).get("fingerprint") != record["fingerprint"]:
-        forget_epochs(paths)
-    write_record(paths, record)
     arm = Arm(
         tag=tag,
         segments=segments,
-        make=lambda part: build_model(masked_build(wanted), part.cut, config.train.device, part.entry),
+        make=lambda part: build_model(build, part.cut, config.train.device, part.entry),
         optimizer=lambda model: optimizer_of(wanted, model, freezes),
         train=config.train,
         rates=rates(wanted, freezes),
         source=source,
         state=state_file(paths),
         start=start,
-        inputs=record["fingerprint"],
+        inputs=inputs_digest(inputs),
         eval_every=config.eval.every,
         keep={epoch: paths.epoch(epoch) for epoch in kept_epochs(config.train.save_epochs, segments)},
         settling=settling,
+        begin=lambda model: begin_from_file(desk, model),
     )
+    if (wanted.record(paths) or {}).get("fingerprint") != arm.inputs:
+        forget_epochs(paths)
+    record = facts | {"parent": parent_of(wanted, start), "inputs": inputs}
+    done = carry_out(desk, paths, arm, record, lambda model: evaluate_encoder(wanted, model.encoder))
+    last = done.progress.curve[-1]
+    scores = {name: last[name] for name in ("knn_top1", "linear_top1")}
+    finish_record(paths, done, done.model.encoder.vit.state_dict(), scores)
+    if isinstance(done.model, MaskedModel):
+        show_reconstructions(desk, done.model, paths, arm.label)
+
+
+@dataclass(frozen=True)
+class Done:
+    """An arm that has been trained to its end, and its record so far."""
+
+    arm: Arm
+    record: dict[str, Any]
+    progress: Progress
+    model: Learner
+
+
+def carry_out(
+    desk: Desk, paths: StagePaths, arm: Arm, facts: dict[str, Any], evaluate: Callable[[Any], Result]
+) -> Done:
+    """Train an arm, its record saying so from the start. Raises Interrupted with the state saved, or RunFailed."""
+    segments = arm.segments
+    record = arm.tag | facts | {"status": "running", "fingerprint": arm.inputs}
+    record |= {"epochs": sum(segment.epochs for segment in segments)}
+    write_record(paths, record)
     hooks = Hooks(
         log=desk.log,
-        evaluate=lambda model: evaluate_encoder(wanted, model.encoder),
+        evaluate=evaluate,
         stop=desk.job.stop.is_set,
-        keep=lambda path, model: write_encoder(path, model.encoder),
+        keep=lambda path, model: write_weights(path, model.encoder.vit.state_dict()),
     )
     try:
         progress, model = train_arm(arm, hooks)
@@ -161,9 +196,8 @@ def train(
         )
     if progress.ended:
         desk.log.message(f"{arm.label}: ended at epoch {progress.ended['epoch']:g}, {progress.ended['why']}")
-    finish_record(paths, record, progress, model, segments)
-    if isinstance(model, MaskedModel):
-        show_reconstructions(desk, model, paths, arm.label)
+        record["epochs"] = progress.ended["epoch"] - segments[0].first_epoch
+    return Done(arm, record, progress, model)
 
 
 def show_reconstructions(desk: Desk, model: MaskedModel, paths: StagePaths, label: str) -> None:
@@ -178,17 +212,23 @@ def show_reconstructions(desk: Desk, model: MaskedModel, paths: StagePaths, labe
         desk.log.picture(place, np.concatenate(np.concatenate(rows, axis=2), axis=0), 0)
 
 
-def finish_record(
-    paths: StagePaths, record: dict[str, Any], progress: Progress, model: Learner, segments: tuple[Segment, ...]
-) -> None:
-    """Write the encoder, then the record that says `done` and what came of it."""
-    state = write_encoder(paths.model, model.encoder)
-    totals, last = progress.totals, progress.curve[-1]
+def begin_from_file(desk: Desk, model: Learner) -> None:
+    """Load the checkpoint file that the settings name, if any, and tell what of it was left out or changed."""
+    if path := desk.wanted.config.model.weights:
+        notes = load_weights(model.encoder, path)
+        desk.log.message(f"weights {path} ({desk.wanted.weights[:8]}): " + ("; ".join(notes) or "taken as they are"))
+
+
+def finish_record(paths: StagePaths, done: Done, state: dict[str, Tensor], scores: dict[str, Any]) -> None:
+    """Write the weights, then the record that says `done` and what came of it."""
+    progress, depth = done.progress, done.model.encoder.depth
+    write_weights(paths.model, state)
+    totals = progress.totals
     seconds, images = progress.train_seconds, sum(part.images for part in totals)
     files = (paths.model, state_file(paths))
     write_record(
         paths,
-        record
+        done.record
         | {
             "status": "done",
             "steps": sum(part.steps for part in totals),
@@ -196,14 +236,12 @@ def finish_record(
             "train_seconds": seconds,
             "loader_wait_seconds": sum(part.loader_wait_seconds for part in totals),
             "evaluate_seconds": sum(part.evaluate_seconds for part in totals),
-            "images_per_second": images / seconds,
+            "images_per_second": images / seconds if seconds else 0.0,
             "first_loss": totals[0].first_loss,
             "final_loss": totals[-1].mean_loss,
-            "knn_top1": last["knn_top1"],
-            "linear_top1": last["linear_top1"],
+            **scores,
             "curve": progress.curve,
             "ended": progress.ended,
-            **({"epochs": progress.ended["epoch"] - segments[0].first_epoch} if progress.ended else {}),
             **({"checks": progress.checks} if progress.checks else {}),
             "segments": [
                 {
@@ -211,62 +249,21 @@ def finish_record(
                     "epochs": part.steps / segment.steps_per_epoch,
                     "images": part.images,
                     "train_seconds": part.train_seconds,
-                    "images_per_second": part.images / part.train_seconds,
+                    "images_per_second": part.images / part.train_seconds if part.train_seconds else 0.0,
                 }
-                for segment, part in zip(segments, totals, strict=not progress.ended)
+                for segment, part in zip(done.arm.segments, totals, strict=not progress.ended)
             ],
             "state": file_checksum(state_file(paths)),
             "weights": file_checksum(paths.model),
-            "frozen_weights": {str(cut): frozen_hash(state, cut) for cut in range(1, model.encoder.depth + 1)},
+            "frozen_weights": {str(cut): frozen_hash(state, cut) for cut in range(1, depth + 1)},
             "files": {str(file.relative_to(paths.root)): file.stat().st_size for file in files},
         },
     )
 
 
-def write_encoder(path: Path, encoder: Encoder) -> dict[str, torch.Tensor]:
-    """Write an encoder under timm's parameter names; returns what was written."""
-    state = {name: value.detach().cpu().contiguous() for name, value in encoder.vit.state_dict().items()}
-    atomic_write(path, save(state))
-    return state
-
-
-def build_cache(desk: Desk, stage: int) -> None:
-    """Build what is missing of the cache that a stage reads, shard by shard on the cluster."""
-    wanted, config = desk.wanted, desk.wanted.config
-    spec = wanted.cache_spec(stage)
-    assert spec is not None, "ensure_cache trains the stage before it first"
-    parent = wanted.cache_spec(stage - 1) if stage > 1 else None
-    job = EncodeJob(
-        folder=str(wanted.cache_folder(spec)),
-        layout=Layout(spec, len(wanted.data.train), config.cache.shard_rows),
-        weights=str(wanted.paths.stage(stage - 1).model.absolute()),
-        model=config.model,
-        data=config.data,
-        index_folder=str(wanted.paths.index.absolute()),
-        parent=str(wanted.cache_folder(parent)) if parent else None,
-        parent_cut=parent.cut if parent else 0,
-        batch=config.cache.encode_batch,
-        device=config.train.device,
-        threads=config.cluster.threads or max(1, config.train.threads // max(1, config.cluster.workers)),
-        loader_threads=config.train.loader_threads,
-    )
-    paths, spent, started = (
-        wanted.paths.stage(stage),
-        read_seconds(wanted.paths.stage(stage), spec.fingerprint),
-        time.perf_counter(),
-    )
-    with task_runner(config.cluster) as run:
-        for done, total in build(job, wanted.data.train, run):
-            seconds = spent + time.perf_counter() - started
-            write_seconds(paths, spec.fingerprint, seconds)
-            desk.log({"stage": stage, "cut": spec.cut, "shard": done, "shards": total, "cache_seconds": seconds})
-            if desk.job.stop.is_set() and done < total:
-                raise Interrupted(
-                    f"interrupted: cache {stage} has {done} of {total} shards; the same command goes on from there"
-                )
-    seconds = spent + time.perf_counter() - started
-    write_seconds(paths, spec.fingerprint, seconds)
-    desk.log.message(f"cache {stage}: built in {seconds:.1f} s ({wanted.cache_folder(spec)})")
+def write_weights(path: Path, state: dict[str, Tensor]) -> None:
+    """Write weights by timm's parameter names, all or nothing."""
+    atomic_write(path, save({name: value.detach().cpu().contiguous() for name, value in state.items()}))
 
 
 def evaluate_encoder(wanted: Wanted, encoder: Encoder) -> ProbeResult:
@@ -287,13 +284,32 @@ def sampling(wanted: Wanted) -> Sampling:
         heads=wanted.heads,
         share=config.decoder.share,
         total_steps=wanted.total_steps,
+        averages=config.teacher.kind == "ema",
     )
 
 
-def masked_build(wanted: Wanted) -> Build:
-    """What makes the masked model of any stage or arm."""
+def masked_build(wanted: Wanted, stage: int, cached: bool) -> Build:
+    """What makes the masked model of a stage, or of an arm that goes on from stage 0 as stage 1 does.
+
+    A frozen teacher's features are read by `cached` training, which therefore does not run it.
+    """
     config = wanted.config
-    return Build(config.seed, config.model, config.decoder, wanted.heads)
+    teacher: Callable[[Encoder], Teacher] | None = None
+    if config.teacher.kind == "ema":
+        teacher = partial(EmaTeacher, config=config.teacher)
+    elif stage and not cached:
+        teacher = partial(frozen_teacher, wanted)
+    drop = DepthDrop(config.seed, config.train.drop_path, config.train.layer_drop, wanted.total_steps)
+    return Build(config.seed, config.model, config.decoder, wanted.heads_of(stage), teacher, drop)
+
+
+def frozen_teacher(wanted: Wanted, student: Encoder) -> Teacher:
+    """The encoder that stage 0 ended with; an untrained one before that, whose speed is the same."""
+    config, paths, depth = wanted.config, wanted.paths.stage(0), student.depth
+    weights = (wanted.record(paths) or {}).get("frozen_weights", {}).get(str(depth))
+    if weights:
+        return Teacher(frozen_encoder(str(paths.model.absolute()), weights, depth, config.model, config.train.device))
+    return Teacher(copy.deepcopy(student))
 
 
 def optimizer_of(wanted: Wanted, model: Learner, freezes: bool = True) -> torch.optim.Optimizer:
@@ -358,35 +374,3 @@ def file_checksum(path: Path) -> str:
 def write_record(paths: StagePaths, record: dict[str, Any]) -> None:
     paths.root.mkdir(parents=True, exist_ok=True)
     atomic_write(paths.json, (json.dumps(record, indent=2) + "\n").encode())
-
-
-def read_seconds(paths: StagePaths, fingerprint: str) -> float:
-    """What the stage's cache has cost to build so far, in seconds, over all interruptions."""
-    file = paths.root / "cache.json"
-    record = json.loads(file.read_text()) if file.exists() else {}
-    return float(record["seconds"]) if record.get("fingerprint") == fingerprint else 0.0
-
-
-def write_seconds(paths: StagePaths, fingerprint: str, seconds: float) -> None:
-    paths.root.mkdir(parents=True, exist_ok=True)
-    atomic_write(paths.root / "cache.json", json.dumps({"fingerprint": fingerprint, "seconds": seconds}).encode())
-
-
-def probe_again(wanted: Wanted, names: list[str]) -> None:
-    """Print the scores of the encoders that are there, by name. Raises ConfigError when none is."""
-    rows = table("encoder", "kNN", "linear", "effective rank", "feature std")
-    for name in names:
-        kind, _, which = name.partition(" ")
-        paths = wanted.paths.stage(int(which)) if kind == "stage" else wanted.paths.arm(which)
-        if paths.model.exists():
-            torch.set_num_threads(wanted.config.train.threads)
-            encoder = build_encoder(wanted.config.model, wanted.config.seed)
-            encoder.vit.load_state_dict(load_file(paths.model))
-            found = evaluate_encoder(wanted, encoder.to(wanted.config.train.device))
-            scores = (found.knn_top1, found.linear_top1, found.effective_rank, found.feature_std)
-            rows.add_row(name, *("-" if score is None else f"{score:.3f}" for score in scores))
-    if not rows.row_count:
-        raise ConfigError(
-            f"{wanted.paths.root} has no trained {' or '.join(names)}; run `make all` or `make stage-0` first"
-        )
-    console().print(rows)

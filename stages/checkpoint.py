@@ -99,7 +99,8 @@ def apply_tensors(model: Learner, optimizer: torch.optim.Optimizer, tensors: dic
     for part, module in model.parts.items():
         held, wanted = found(f"{part}/"), module.state_dict()
         known = {name.partition(".")[0] for name in held}
-        fresh = {name: value for name, value in wanted.items() if name.partition(".")[0] not in known}
+        absent = {name for name in wanted if part == "decoder" and name.partition(".")[0] not in known}
+        fresh = {name: wanted[name] for name in absent}
         module.load_state_dict(fresh | {name: value for name, value in held.items() if name in wanted})
     learning = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     scalars: dict[torch.nn.Parameter, tuple[float, ...]] = {}
@@ -107,9 +108,10 @@ def apply_tensors(model: Learner, optimizer: torch.optim.Optimizer, tensors: dic
         if id(parameter) in learning and (moments := found(f"optim/{name}/")):
             if "scalars" in moments:
                 scalars[parameter] = tuple(moments.pop("scalars").tolist())
-            optimizer.state[parameter] = {
-                moment: value.to(parameter.device, copy=True) for moment, value in moments.items()
-            }
+            if moments:
+                optimizer.state[parameter] = {
+                    moment: value.to(parameter.device, copy=True) for moment, value in moments.items()
+                }
     if isinstance(optimizer, ScheduleFree):
         optimizer.take_up(scalars)
 

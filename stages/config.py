@@ -96,6 +96,11 @@ class TrainConfig:
     """AdamW's second moment decay; the first is 0.9."""
     clip: float = 0.0
     """Largest gradient norm; 0 does not clip."""
+    drop_path: float = 0.0
+    """Stochastic depth of the learning blocks: the last block's rate, from 0 at the first block on rising linearly."""
+    layer_drop: float = 0.0
+    """Progressive layer dropping: the chance, all but reached after a twentieth of the run, with which the deepest
+    block would be skipped for a step; block i of L has i/L of it. The paper's limit of theta is 1 minus this."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast precision of all blocks, frozen or not; auto: bfloat16 where the hardware has it, else float32."""
     device: str = "auto"
@@ -124,3 +129,69 @@ class EvalConfig:
     """Neighbours that vote."""
     batch_size: int = 100
     """Images that pass the encoder at once."""
+    probes: tuple[Literal["knn", "logistic", "sgd", "lars", "attentive"], ...] = ("knn", "logistic")
+    """What `probe` scores an encoder with: knn; logistic regression; sgd and lars, linear probes trained as MAE's;
+    attentive, one learned query that attends to all tokens. Training itself records the first two."""
+    probe_rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
+    """Learning rates that sgd tries, for 256 images a step; the best on held-back training images is taken."""
+    lars_rates: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0)
+    """The same for lars, whose steps are a thousandth of a weight's norm; MAE's 0.1 for 16,384 images a step is 6.4."""
+    probe_epochs: int = 90
+    """Epochs of sgd and lars."""
+    attentive_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    """The same for the attentive probe's AdamW, whatever the images a step."""
+    attentive_epochs: int = 20
+    """Epochs of the attentive probe."""
+    probe_batch: int = 256
+    """Images of one step of a probe that is trained."""
+    probe_hold_back: float = 0.2
+    """Share of the training images on which a probe's rate is chosen; the winner is then trained on all of them."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Supervised fine-tuning, by MAE's and LocalMIM's recipe scaled to short runs."""
+
+    epochs: int = 10
+    """Epochs."""
+    batch_size: int = 64
+    """Images of one optimiser step."""
+    accumulate: int = 1
+    """Micro-batches that a step's batch is split into, after mixing; gradients equal those of the whole batch."""
+    max_steps: int = 0
+    """Upper bound of the optimiser steps; 0 means none."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW, that of the heads; earlier layers learn more slowly."""
+    min_lr: float = 1e-6
+    """Where the cosine ends."""
+    warmup_epochs: float = 1.0
+    """Epochs of linear warm-up."""
+    weight_decay: float = 0.05
+    """AdamW's weight decay, not applied to biases, norms and tokens."""
+    beta2: float = 0.999
+    """AdamW's second moment decay; the first is 0.9."""
+    layer_decay: float = 0.75
+    """A layer's rate over that of the layer behind it: block i of L learns at lr * layer_decay^(L + 1 - i)."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 does not clip."""
+    drop_path: float = 0.1
+    """Chance that the last block is left out for an image; it grows linearly from 0 at the first block."""
+    mixup: float = 0.8
+    """Alpha of mixup; 0 switches it off."""
+    cutmix: float = 1.0
+    """Alpha of cutmix; 0 switches it off. With mixup as well, each step draws one of the two. Behind frozen blocks
+    tokens are swapped on their grid."""
+    label_smoothing: float = 0.1
+    """Share of a label that is spread over all classes."""
+    rand_augment: float = 9.0
+    """Magnitude, of 10, of RandAugment: two operations on a view, each with a chance of a half; 0 switches it off."""
+    pool: Literal["mean", "token"] = "mean"
+    """What a head reads: the mean of the image's tokens, or the class token where the model has one."""
+    freeze: int = 0
+    """Blocks from the first on that stay as they are. They run once over `views` views, and training reads their
+    output from a cache; 0 trains everything from images, a new view in every epoch."""
+    views: int = 2
+    """Augmented views that the cache behind frozen blocks keeps; epoch e reads view e mod views."""
+    heads: tuple[int, ...] = ()
+    """After how many blocks a further linear head reads the encoder, for instance [6,9,12]; the last block always has
+    one. All are trained together, and each is scored."""

@@ -24,6 +24,7 @@ from models.config import ModelConfig
 from models.masking import take_tokens
 from models.targets import normalize_images, patchify
 from models.vit import Encoder, build_encoder, frozen_hash
+from stages.augment import augmenter
 from stages.config import DataConfig
 from stages.device import autocast
 from stages.images import ImageList, open_data
@@ -48,6 +49,8 @@ class EncodeJob:
     device: str
     threads: int
     loader_threads: int
+    rand_augment: float = 0.0
+    """Magnitude of RandAugment on every view; the spec's view transform names it."""
 
 
 RunTasks = Callable[[Callable[[Any], Shard], Sequence[Any]], Iterator[Shard]]
@@ -77,9 +80,13 @@ class Part:
     keys: tuple[str, ...]
     token_ids_BL: np.ndarray | None
     pixels_BLP: np.ndarray | None
+    prefix_BSD: Tensor | None = None
+    """The parent's prefix, where the model has one."""
 
-    def block(self, features_BLD: np.ndarray) -> RowBlock:
-        return RowBlock(features_BLD, self.crop_B5, self.keys, self.token_ids_BL, self.pixels_BLP)
+    def block(self, features_BLD: Tensor, prefix_BSD: Tensor) -> RowBlock:
+        features, prefix = (part.float().cpu().numpy() for part in (features_BLD, prefix_BSD))
+        kept = prefix if prefix.shape[1] else None
+        return RowBlock(features, self.crop_B5, self.keys, self.token_ids_BL, self.pixels_BLP, kept)
 
 
 @lru_cache(maxsize=2)
@@ -123,31 +130,34 @@ def encode_shard(task: tuple[EncodeJob, Shard]) -> Shard:
     with prefetch(load, batches, job.loader_threads, 2) as loaded, torch.inference_mode():
         for part in loaded:
             with autocast(job.device, spec.dtype):
-                features = frozen_forward(encoder, job, part)
-            blocks.append(part.block(features.float().cpu().numpy()))
+                features, prefix = frozen_forward(encoder, job, part)
+            blocks.append(part.block(features, prefix))
     write_rows(Path(job.folder), job.layout, shard.view, shard.first_row, RowBlock.join(blocks))
     return shard
 
 
-def frozen_forward(encoder: Encoder, job: EncodeJob, part: Part) -> Tensor:
-    """The features of some rows at the cut, (B, L, D) in stored order."""
+def frozen_forward(encoder: Encoder, job: EncodeJob, part: Part) -> tuple[Tensor, Tensor]:
+    """The features of some rows at the cut, (B, L, D) in stored order, and the prefix of every group, (B, S, D)."""
     spec, inputs = job.layout.spec, part.inputs.to(job.device)
+    prefix = encoder.prefix(len(inputs)).repeat(1, spec.groups, 1)
     if job.parent:
-        return encoder.run_groups(inputs, spec.groups, job.parent_cut, spec.cut)
+        prefix = prefix if part.prefix_BSD is None else part.prefix_BSD.to(job.device)
+        return encoder.run_groups(inputs, prefix, spec.groups, job.parent_cut, spec.cut)
     tokens = encoder.embed(normalize_images(inputs))
     if part.token_ids_BL is not None:
         tokens = take_tokens(tokens, torch.from_numpy(part.token_ids_BL).to(tokens.device))
-    return encoder.run_groups(tokens, spec.groups, 0, spec.cut)
+    return encoder.run_groups(tokens, prefix, spec.groups, 0, spec.cut)
 
 
 def from_images(job: EncodeJob, view: int) -> Callable[[np.ndarray], Part]:
     """A function that cuts a view of some rows."""
     spec = job.layout.spec
     images, size = training_images(job.data, job.index_folder, spec.data), job.model.image_size
+    augment = augmenter(job.rand_augment, spec.seed)
 
     def load(rows: np.ndarray) -> Part:
         keys = tuple(images.keys[row] for row in rows)
-        cut, crops = image_batch(images, rows, view, job.data, size, spec.seed)
+        cut, crops = image_batch(images, rows, view, job.data, size, spec.seed, augment)
         tensor = torch.from_numpy(cut)
         orders = (
             token_orders(spec.seed, view, keys, spec.num_tokens, spec.groups, spec.mask_block)
@@ -170,6 +180,6 @@ def from_cache(job: EncodeJob, view: int) -> Callable[[np.ndarray], Part]:
         batch = parent.read(rows, view)
         orders = batch.ids_BL.numpy() if spec.groups > 1 else None
         pixels = None if batch.pixels_BLP is None else batch.pixels_BLP.numpy()
-        return Part(batch.features_BLD, parent.crops(rows, view), batch.keys, orders, pixels)
+        return Part(batch.features_BLD, parent.crops(rows, view), batch.keys, orders, pixels, batch.prefix_BSD)
 
     return load

@@ -31,7 +31,7 @@ def evaluations_without_gain(scores: Sequence[float | None]) -> int:
 
 def stopped_early(curve: Sequence[dict[str, Any]], patience: int) -> str:
     """Why an arm ends by `train.early_stop`, from its curve so far; empty as long as it does not."""
-    scores = [point["knn_top1"] for point in curve]
+    scores = [point.get("knn_top1") for point in curve]
     if not patience or evaluations_without_gain(scores) < patience:
         return ""
     best = max(curve, key=lambda point: point["knn_top1"])
@@ -54,13 +54,13 @@ class Settling:
 
     @torch.no_grad()
     def features(self, encoder: Encoder, train: TrainConfig) -> Tensor:
-        """(N, L, D) float32: all tokens behind the last watched block."""
+        """(N, R + L, D) float32: all tokens behind the last watched block, class and register tokens in front."""
         learning, device = encoder.training, next(encoder.parameters()).device
         encoder.eval()
         found = []
         for images in self.images.split(train.batch_size):
             with autocast(device, train.precision):
-                tokens = encoder.embed(normalize_images(images.to(device)))
+                tokens = encoder.tokens(normalize_images(images.to(device)))
                 found.append(encoder.run(tokens, 0, self.cut).float().cpu())
         encoder.train(learning)
         return torch.cat(found)

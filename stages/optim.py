@@ -17,7 +17,9 @@ from stages.config import ScheduleConfig, TrainConfig
 from stages.schedule import freezeout
 
 BETA1 = 0.9
-LAYER_0 = ("patch_embed.", "norm_pre.", "cls_token", "reg_token", "pos_embed")
+PREFIX = ("cls_token", "reg_token")
+"""timm's names of the tokens in front of the patches: they freeze with the patch embedding, and no decay pulls them."""
+LAYER_0 = ("patch_embed.", "norm_pre.", "pos_embed", *PREFIX)
 SCALARS = ("k", "weight_sum", "lr_max", "train_mode")
 """What a group of schedule-free AdamW remembers: steps, sum of the average's weights, largest rate, which weights."""
 
@@ -31,7 +33,7 @@ def parameter_groups(model: Learner, weight_decay: float, by_layer: bool = False
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            layer, decays = layer_of(name) if by_layer else -1, parameter.ndim > 1
+            layer, decays = layer_of(name) if by_layer else -1, parameter.ndim > 1 and not name.endswith(PREFIX)
             group = groups.setdefault(
                 (layer, decays), {"params": [], "weight_decay": weight_decay if decays else 0.0, "layer": layer}
             )
@@ -82,26 +84,31 @@ class ScheduleFree(AdamWScheduleFree):
         return loss
 
     def scalars(self) -> dict[torch.nn.Parameter, tuple[float, ...]]:
-        """What a group remembers, `SCALARS`, for each of its parameters that has learnt."""
+        """What a group remembers, `SCALARS`, for each of its parameters."""
         return {
             parameter: tuple(float(group[name]) for name in SCALARS)
             for group in self.param_groups
             for parameter in group["params"]
-            if "z" in self.state.get(parameter, {})
         }
 
     def take_up(self, scalars: dict[torch.nn.Parameter, tuple[float, ...]]) -> None:
         """Go on from `scalars`. A group whose parameters remember different things, since some are new in it, is split;
-        the oldest come first, so that the order does not depend on when a run was resumed."""
+        the oldest come first, so that the order does not depend on when a run was resumed.
+
+        In weights that were handed on, a parameter without z is new: it has not learnt in the segments before.
+        """
         found: list[dict[str, Any]] = []
-        fresh = (0.0, 0.0, -1.0, float(all(training for *_, training in scalars.values())))
+        training = all(mode for *_, mode in scalars.values())
+        fresh = (0.0, 0.0, -1.0, float(training))
+        if not training:
+            scalars = {p: values for p, values in scalars.items() if "z" in self.state.get(p, {})}
         for group in self.param_groups:
             parts: dict[tuple[float, ...], list[torch.nn.Parameter]] = {}
             for parameter in group["params"]:
                 parts.setdefault(scalars.get(parameter, fresh), []).append(parameter)
             for values, parameters in sorted(parts.items(), key=lambda part: -part[0][0]):
-                steps, weight_sum, largest, training = values
-                memory = {"k": int(steps), "weight_sum": weight_sum, "lr_max": largest, "train_mode": bool(training)}
+                steps, weight_sum, largest, _ = values
+                memory = {"k": int(steps), "weight_sum": weight_sum, "lr_max": largest, "train_mode": training}
                 found.append(group | memory | {"params": parameters})
         self.param_groups = found
 

@@ -3,12 +3,14 @@ when features collapse. Evaluation is never counted as training time."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from torch import Tensor
 
 from models.targets import normalize_images
 from models.vit import Encoder
@@ -33,6 +35,16 @@ class ProbeResult:
     feature_std: float
     effective_rank: float
     images: int
+
+    def point(self) -> dict[str, float | None]:
+        """As a point of the curve keeps it."""
+        return {
+            "knn_top1": self.knn_top1,
+            "linear_top1": self.linear_top1,
+            "feature_std": self.feature_std,
+            "effective_rank": self.effective_rank,
+            "probe_images": self.images,
+        }
 
 
 def evaluate(
@@ -63,22 +75,31 @@ def labelled(images: ImageList) -> ImageList:
     return images.only(np.flatnonzero(images.labels >= 0))
 
 
-@torch.inference_mode()
 def pooled_features(
     encoder: Encoder, images: ImageList, batch: int, image_size: int, device: str, precision: str
 ) -> np.ndarray:
-    """(N, D) float32: centre views, all tokens visible, mean over tokens behind the last norm."""
+    """(N, D) float32: centre views, all tokens visible, mean over patch tokens behind the last norm."""
+    found = [
+        encoder.patches(tokens).mean(dim=1)
+        for tokens in encoded(encoder, images, batch, image_size, device, precision)
+    ]
+    return torch.cat(found).cpu().numpy()
+
+
+@torch.inference_mode()
+def encoded(
+    encoder: Encoder, images: ImageList, batch: int, image_size: int, device: str, precision: str
+) -> Iterator[Tensor]:
+    """(B, R + L, D) float32, batch after batch: every token of the centre views behind the last norm, prefix first."""
     learning = encoder.training
     encoder.eval()
-    found = []
     for start in range(0, len(images), batch):
         views = centre_batch(images, range(start, min(start + batch, len(images))), image_size)
         with autocast(device, precision):
-            tokens = encoder.embed(normalize_images(torch.from_numpy(views).to(device)))
+            tokens = encoder.tokens(normalize_images(torch.from_numpy(views).to(device)))
             tokens = encoder.norm(encoder.run(tokens, 0, encoder.depth))
-        found.append(tokens.float().mean(dim=1).cpu().numpy())
+        yield tokens.float()
     encoder.train(learning)
-    return np.concatenate(found)
 
 
 def knn_top1(train_x: np.ndarray, train_y: np.ndarray, val_x: np.ndarray, val_y: np.ndarray, k: int) -> float:

@@ -68,6 +68,8 @@ def parts_of(stage: StagePlan, segment: Segment) -> tuple[Segment, ...]:
                     ends_stage=False,
                 )
             )
+    if not found:  # stage 0 of no epoch, which takes a checkpoint as it is
+        return (segment,)
     return (*found[:-1], replace(found[-1], ends_stage=True))
 
 

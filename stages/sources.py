@@ -4,8 +4,8 @@ runs in the training step and makes what the masked model reads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,9 +29,11 @@ from stages.views import Crop, apply_crop, image_batch, token_orders
 class Inputs:
     """One step's inputs: uint8 images (B, 3, S, S) or cached features (B, tokens, D), and the noise that masks them.
 
-    `progress` is the share of the run that is done. `ids_BL` are the raster positions of the features' tokens in stored
-    order, `images` the uint8 pixels behind features whose target needs them, `group` the token group that the step
-    trains on, `decode_noise` what chooses the hidden tokens that are decoded, None for all.
+    `progress` is the share of the run that is done, `step` the optimiser step, both counted from stage 0. `ids_BL` are
+    the raster positions of the features' tokens in stored order, `images` the uint8 pixels behind features whose target
+    needs them, `group` the token group that the step trains on, `decode_noise` what chooses the hidden tokens that are
+    decoded, None for all, `prefix` the class and register tokens beside cached features, of the groups read.
+    `teachers` are the teacher's features (B, L, D), raster order, that were read from caches, by its block.
     """
 
     values: Tensor
@@ -41,6 +43,9 @@ class Inputs:
     images: Tensor | None = None
     group: int = 0
     decode_noise: Tensor | None = None
+    prefix_BSD: Tensor | None = None
+    step: int = 0
+    teachers: Mapping[int, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> Inputs:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -55,15 +60,29 @@ class Inputs:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
         changed: dict[str, Any] = {k: change(value) for k, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **changed)
+        return replace(self, teachers={block: change(value) for block, value in self.teachers.items()}, **changed)
+
+
+class StepInputs(Protocol):
+    """What the training loop must know of a step's inputs, whatever is learned."""
+
+    @property
+    def progress(self) -> float: ...
+
+    @property
+    def step(self) -> int: ...
+
+    def to(self, device: torch.device | str) -> Any: ...
+
+    def split(self, parts: int) -> Sequence[Any]: ...
 
 
 class Source(Protocol):
-    """What feeds the training loop."""
+    """What feeds the training loop: `load` makes a step's inputs, `mask` what the model learns from of each part."""
 
-    def load(self, segment: Segment, step: int) -> Inputs: ...
+    def load(self, segment: Segment, step: int) -> StepInputs: ...
 
-    def mask(self, model: Any, inputs: Inputs) -> Any: ...
+    def mask(self, model: Any, inputs: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -79,6 +98,8 @@ class Sampling:
     share: float = 1.0
     """Share of the hidden tokens that is decoded."""
     total_steps: int = 1
+    averages: bool = False
+    """Whether the teacher is an average of the student, which goes on from all features of a view."""
 
     def keep(self, progress: float) -> int:
         """Visible tokens of an image when `progress` of the run is done."""
@@ -91,6 +112,11 @@ class Sampling:
     def targets(self, segment: Segment) -> set[str]:
         """Kinds of target that the heads which learn in a segment ask for."""
         return {head.target for head in learning_heads(self.heads, segment.cut, segment.entry)}
+
+    def reads_all(self, segment: Segment) -> bool:
+        """Whether a cached step reads all groups of a view, not only its own."""
+        targets = self.targets(segment)
+        return "features" in targets or (self.averages and "teacher" in targets)
 
     def rows(self, segment: Segment, step: int, num_samples: int) -> np.ndarray:
         """The samples of a step: the same whatever the arm."""
@@ -113,7 +139,8 @@ class Sampling:
         place, every = segment.first_step + step, self.model.num_tokens
         noise = self._uniform("mask", place, every if self.mask.block > 1 else tokens)
         decode_noise = self._uniform("decode", place, every) if self.share < 1 else None
-        return Inputs(values, block_noise(noise, self.mask.block), place / self.total_steps, decode_noise=decode_noise)
+        noise = block_noise(noise, self.mask.block)
+        return Inputs(values, noise, place / self.total_steps, decode_noise=decode_noise, step=place)
 
     def _uniform(self, what: str, place: int, tokens: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, what, place))
@@ -156,21 +183,25 @@ class CachedFeatures:
     """Cached training: a step reads its rows' features of one view, and only one group unless the target needs all.
 
     Image targets are made of the pixels that the cache stores, or, where it stores none, of `images`, cut again by the
-    stored parameters of the very crop that the features come from.
+    stored parameters of the very crop that the features come from. `teachers` are the caches of a frozen teacher's
+    blocks, with the same rows and views.
     """
 
     cache: CacheReader
     sampling: Sampling
     images: ImageList | None = None
+    teachers: Mapping[int, CacheReader] = field(default_factory=dict)
 
     def load(self, segment: Segment, step: int) -> Inputs:
         how, targets = self.sampling, self.sampling.targets(segment)
         rows = how.rows(segment, step, len(self.cache))
         view, group = how.slot(segment, step, self.cache.manifest.views)
-        batch = self.cache.read(rows, view, None if "features" in targets else group)
+        batch = self.cache.read(rows, view, None if how.reads_all(segment) else group)
         images = self._images(batch, rows, view) if targets & set(IMAGE_TARGETS) else None
         inputs = how.inputs(segment, step, batch.features_BLD, how.group_tokens)
-        return replace(inputs, ids_BL=batch.ids_BL, images=images, group=group)
+        teachers = {block: cache.read(rows, view).features_BLD for block, cache in self.teachers.items()}
+        inputs = replace(inputs, ids_BL=batch.ids_BL, images=images, group=group, teachers=teachers)
+        return replace(inputs, prefix_BSD=batch.prefix_BSD)
 
     def _images(self, batch: FeatureBatch, rows: np.ndarray, view: int) -> Tensor:
         """uint8 (B, 3, S, S); numpy's copies, since torch would wake its pool of threads in the loader's."""
@@ -210,24 +241,33 @@ class LiveFeatures:
 
     def mask(self, model: MaskedModel, inputs: Inputs) -> MaskedBatch:
         assert inputs.ids_BL is not None
-        features = model.frozen_features(inputs.values, inputs.ids_BL, self.sampling.mask.groups)
-        return mask_features(model, self.sampling, replace(inputs, values=features))
+        features, prefix = model.frozen_features(inputs.values, inputs.ids_BL, self.sampling.mask.groups)
+        return mask_features(model, self.sampling, replace(inputs, values=features, prefix_BSD=prefix))
 
 
 def mask_features(model: MaskedModel, sampling: Sampling, inputs: Inputs) -> MaskedBatch:
     """Mask features in stored order: those of all groups (B, L, D), or of the step's group alone (B, G, D)."""
-    features, ids, noise = inputs.values, inputs.ids_BL, inputs.noise
+    features, ids, noise, prefix = inputs.values, inputs.ids_BL, inputs.noise, inputs.prefix_BSD
     assert ids is not None
     size = sampling.group_tokens
+    own_prefix = prefix
+    if prefix is not None and features.shape[1] > size:
+        own_prefix = prefix.unflatten(1, (sampling.mask.groups, -1))[:, inputs.group]
     targets: dict[TargetKey, Tensor] = {}
     if inputs.images is not None:
         targets |= model.image_targets(inputs.images)
     if features.shape[1] == sampling.model.num_tokens:
         targets |= model.feature_targets(features, ids)
+    if inputs.teachers:
+        targets |= model.teacher_targets(inputs.teachers)
+    elif sampling.averages:
+        targets |= model.seen_in_features(features, ids, own_prefix)
+    elif inputs.images is not None:
+        targets |= model.seen_in_images(inputs.images)
     if features.shape[1] > size:
         own = slice(inputs.group * size, (inputs.group + 1) * size)
         features, ids = features[:, own], ids[:, own]
     if noise.shape[1] > size:  # block-wise noise is drawn over the whole grid
         noise = noise.gather(1, ids)
-    batch = model.from_features(features, ids, noise, sampling.keep(inputs.progress), targets)
+    batch = model.from_features(features, ids, noise, sampling.keep(inputs.progress), targets, own_prefix)
     return sampling.scored(batch, inputs)

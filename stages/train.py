@@ -4,22 +4,24 @@ state is all that a resume needs."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from cache.loader import prefetch
 from models.config import DecoderConfig, HeadSpec, ModelConfig, learning_heads
+from models.drop import DepthDrop
 from models.learner import Learner
 from models.mim import MaskedModel
 from models.multiscale import build_heads
-from models.vit import build_encoder
+from models.teacher import Teacher
+from models.vit import Encoder, build_encoder
+from stages.book import Book
 from stages.checkpoint import (
     CheckpointError,
     Progress,
@@ -32,10 +34,9 @@ from stages.checkpoint import (
 from stages.config import TrainConfig
 from stages.device import autocast
 from stages.endings import PROBE, Settling, Watch, stopped_early
-from stages.optim import Rates, averaged, to_average, to_training
-from stages.probe import ProbeResult
+from stages.optim import averaged, to_average, to_training
 from stages.segment import Segment
-from stages.sources import Inputs, Source
+from stages.sources import Source, StepInputs
 
 LOG_EVERY = 10
 """Optimiser steps between two logged events; the loss is fetched from the device no more often."""
@@ -49,6 +50,25 @@ class Build:
     model: ModelConfig
     decoder: DecoderConfig
     heads: tuple[HeadSpec, ...]
+    teacher: Callable[[Encoder], Teacher] | None = None
+    """Makes the teacher of a student that is on its device; None where no target is made live by one."""
+    drop: DepthDrop | None = None
+
+
+class Pace(Protocol):
+    """How fast everything learns at every step of the plan."""
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """Set the rates of a step; returns the one that is told."""
+        ...
+
+
+class Result(Protocol):
+    """What an evaluation came to."""
+
+    def point(self) -> dict[str, float | None]:
+        """Its numbers by name, as a point of the curve keeps them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -62,18 +82,22 @@ class Arm:
     """The model of a segment, on its device, its weights a pure function of the seed."""
     optimizer: Callable[[Learner], torch.optim.Optimizer]
     train: TrainConfig
-    rates: Rates
+    rates: Pace
     source: Callable[[Segment], Source]
     state: Path
     start: Path | None
     inputs: str
     """Digest of what the arm was asked to do; a saved state of anything else is not gone on from."""
+    section: str = "train"
+    """Where the settings of `train` stand for the user: train, or finetune."""
     eval_every: int = 0
     """Epochs between evaluations; each stage's end is evaluated in any case."""
     keep: Mapping[int, Path] = field(default_factory=dict)
     """Epochs of the whole run after which the encoder is kept, and where."""
     settling: Settling | None = None
     """What ends an adaptive stage."""
+    begin: Callable[[Learner], None] = lambda model: None
+    """What is done to a model that starts from no state, such as loading a checkpoint file."""
 
     @property
     def label(self) -> str:
@@ -85,28 +109,12 @@ class Hooks:
     """The rim: what the loop needs from outside."""
 
     log: Callable[[dict[str, Any]], None]
-    evaluate: Callable[[Any], ProbeResult]
+    evaluate: Callable[[Any], Result]
     """Scores the model that is trained."""
     stop: Callable[[], bool] = lambda: False
     keep: Callable[[Path, Any], object] = lambda path, model: None
     """Writes the encoder of the model that is trained."""
     now: Callable[[], float] = time.perf_counter
-
-
-class Diverged(RuntimeError):
-    """The loss is no longer a number."""
-
-
-class Stopwatch:
-    """Seconds since the last lap."""
-
-    def __init__(self, now: Callable[[], float]) -> None:
-        self.now = now
-        self.last = now()
-
-    def lap(self) -> float:
-        last, self.last = self.last, self.now()
-        return self.last - last
 
 
 def build_model(build: Build, cut: int, device: str, entry: int | None = None) -> MaskedModel:
@@ -119,29 +127,39 @@ def build_model(build: Build, cut: int, device: str, entry: int | None = None) -
     heads = build_heads(specs, build.decoder, encoder, build.model.patch_size, build.seed)
     model = MaskedModel(encoder, heads, cut, entry)
     model.set_attention(build.model.attention, device)
-    return model.to(device)
+    model.to(device)
+    if build.teacher and model.taught:
+        model.teacher = build.teacher(encoder)  # before dropping is installed: an average drops nothing
+    if build.drop:
+        build.drop.install(encoder)
+        model.drop = build.drop
+    return model
 
 
 def train_step(
-    model: Learner, optimizer: torch.optim.Optimizer, source: Source, inputs: Inputs, train: TrainConfig
+    model: Learner, optimizer: torch.optim.Optimizer, source: Source, inputs: StepInputs, train: TrainConfig
 ) -> Tensor:
-    """One optimiser step; returns (1 + H,): the weighted sum that is learned from, then every loss.
+    """One optimiser step; returns (1 + H + W,): the weighted sum that is learned from, every loss, what is watched.
 
     Micro-batches are equal: the mean of their losses is the batch's loss.
     """
     device = next(model.parameters()).device
     optimizer.zero_grad(set_to_none=True)
     weights = torch.tensor(model.loss_weights(inputs.progress), device=device)
-    total = torch.zeros(1 + len(weights), device=device)
-    for micro in inputs.to(device).split(train.accumulate):
-        with autocast(device, train.precision):
-            losses = model(source.mask(model, micro)) / train.accumulate
-            loss = (losses * weights).sum()
-        loss.backward()
-        total += torch.cat([loss.detach().reshape(1), losses.detach()])
+    total = torch.zeros(1 + len(weights) + len(model.watch_names), device=device)
+    with model.dropping(inputs.step):
+        for micro in inputs.to(device).split(train.accumulate):
+            with autocast(device, train.precision):
+                batch = source.mask(model, micro)
+                losses = model(batch) / train.accumulate
+                loss = (losses * weights).sum()
+            loss.backward()
+            watched = model.watch(batch).to(device) / train.accumulate
+            total += torch.cat([loss.detach().reshape(1), losses.detach(), watched])
     if train.clip:
         torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], train.clip)
     optimizer.step()
+    model.after_step(inputs.step)
     return total
 
 
@@ -157,7 +175,9 @@ def train_arm(arm: Arm, hooks: Hooks) -> tuple[Progress, Learner]:
         segment = arm.segments[min(progress.segment, len(arm.segments) - 1)]
         model = arm.make(segment)
         optimizer = arm.optimizer(model)
-        if tensors is not None:
+        if tensors is None:
+            arm.begin(model)
+        else:
             apply_tensors(model, optimizer, tensors)
         if progress.segment == len(arm.segments):
             return progress, model
@@ -207,10 +227,13 @@ def train_segment(
     if len(progress.totals) == progress.segment:
         progress.totals.append(SegmentTotals())
     source = arm.source(segment)
-    book = Book(arm, segment, progress, hooks, model.loss_names)
+    book = Book(arm, segment, progress, hooks, model)
     watch = Watch(arm.settling, arm.train, seen) if arm.settling else None
     if watch:
         watch.look(model.encoder)
+    if not segment.steps:  # a checkpoint taken as it is
+        book.evaluate(model)
+        return
     steps = range(progress.step, segment.steps)
     with prefetch(
         lambda step: source.load(segment, step), steps, arm.train.loader_threads, arm.train.prefetch
@@ -274,114 +297,3 @@ def evaluation_due(arm: Arm, segment: Segment, step: int) -> bool:
     epoch, rest = divmod(step, segment.steps_per_epoch)
     ends = step == segment.steps and segment.ends_stage
     return ends or (rest == 0 and due(segment.first_epoch + epoch, arm.eval_every))
-
-
-class Book:
-    """Keeps the accounts of a segment: losses, seconds by part, events, the probe curve."""
-
-    def __init__(
-        self, arm: Arm, segment: Segment, progress: Progress, hooks: Hooks, loss_names: tuple[str, ...]
-    ) -> None:
-        self.arm, self.segment, self.progress, self.hooks, self.loss_names = arm, segment, progress, hooks, loss_names
-        self.totals = progress.totals[progress.segment]
-        self.watch = Stopwatch(hooks.now)
-        self.pending: list[Tensor] = []
-        self.recent: list[list[float]] = []
-        self.waited = 0.0
-        self.rate = 0.0
-        self.saved = hooks.now()
-
-    def step(self, losses: Tensor, rate: float) -> None:
-        """Count one optimiser step; its losses, the total first, stay on the device until the next flush."""
-        if self.progress.step % self.segment.steps_per_epoch == 0:
-            self.settle()
-            self.totals.loss_sum, self.totals.loss_steps = 0.0, 0
-        self.pending.append(losses)
-        self.progress.step += 1
-        self.totals.steps += 1
-        self.totals.images += self.arm.train.batch_size
-        self.rate = rate
-
-    def settle(self) -> None:
-        """Fetch the pending losses from the device, which waits for its work to be done."""
-        losses = torch.stack(self.pending).tolist() if self.pending else []
-        self.pending.clear()
-        if losses and self.totals.first_loss is None:
-            self.totals.first_loss = losses[0][0]
-        for loss, *_ in losses:
-            if not math.isfinite(loss):
-                raise Diverged(
-                    f"{self.arm.label}: loss={loss} near step {self.progress.step}; "
-                    f"lower train.lr={self.arm.train.lr:g} or set train.clip=1"
-                )
-            self.totals.loss_sum += loss
-        self.totals.loss_steps += len(losses)
-        self.recent += losses
-
-    def flush(self, wait_seconds: float) -> None:
-        """Bring the accounts up to date and log an event. `wait_seconds` is the loader's total since the loop began."""
-        self.settle()
-        losses, self.recent = self.recent, []
-        seconds, waited = self.watch.lap(), wait_seconds - self.waited
-        self.waited = wait_seconds
-        self.totals.train_seconds += seconds
-        self.totals.loader_wait_seconds += waited
-        if losses:
-            self.hooks.log(
-                self.arm.tag
-                | {
-                    "step": sum(totals.steps for totals in self.progress.totals),
-                    "steps": sum(segment.steps for segment in self.arm.segments),
-                    "epoch": self.epoch,
-                    "images": sum(totals.images for totals in self.progress.totals),
-                    **self.mean_losses(losses),
-                    "lr": self.rate,
-                    "images_per_second": len(losses) * self.arm.train.batch_size / seconds if seconds else 0.0,
-                    "loader_wait_fraction": waited / seconds if seconds else 0.0,
-                }
-            )
-
-    def mean_losses(self, losses: list[list[float]]) -> dict[str, float]:
-        """`loss`, what is learned from, and each head's as `loss_<head>`: comparable over stages with other heads."""
-        means = [sum(column) / len(losses) for column in zip(*losses, strict=True)]
-        return {"loss": means[0]} | dict(zip((f"loss_{name}" for name in self.loss_names), means[1:], strict=True))
-
-    def evaluate(self, model: Learner) -> None:
-        """Add a point to the probe curve; its time is not training time."""
-        result = self.hooks.evaluate(model)
-        self.totals.evaluate_seconds += self.watch.lap()
-        point = {
-            "seconds": self.progress.train_seconds,
-            "epoch": self.epoch,
-            "knn_top1": result.knn_top1,
-            "linear_top1": result.linear_top1,
-            "feature_std": result.feature_std,
-            "effective_rank": result.effective_rank,
-            "probe_images": result.images,
-        }
-        self.progress.curve.append(point)
-        self.hooks.log(self.arm.tag | {"probe": True} | point)
-
-    @property
-    def epoch(self) -> float:
-        """Epochs done, counted from stage 0."""
-        return self.segment.first_epoch + self.progress.step / self.segment.steps_per_epoch
-
-    def check(self, watch: Watch, model: Learner) -> None:
-        """Measure how far the watched blocks have moved. It is part of the method, and so of its training time."""
-        numbers = watch.check(model.encoder, self.epoch, self.progress.checks)
-        self.progress.checks.append(numbers)
-        self.hooks.log(self.arm.tag | numbers)
-
-    def end(self, why: str) -> None:
-        """Let the arm end here, if there is a reason."""
-        if why and not self.progress.ended:
-            self.progress.ended = {"why": why, "epoch": self.epoch}
-            self.hooks.log(self.arm.tag | {"ended": why, "epoch": self.epoch})
-
-    def save_due(self) -> bool:
-        """Whether `train.save_every` seconds have gone by since the last saved state."""
-        if self.hooks.now() - self.saved < self.arm.train.save_every:
-            return False
-        self.saved = self.hooks.now()
-        return True

@@ -7,7 +7,7 @@ Shapes: B batch, C channels, S side of a view in pixels, L tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 
 import numpy as np
@@ -19,6 +19,12 @@ from stages.images import ImageList
 
 VIEW_VERSION = 1
 """Bumped when a view's pixels change for a reason that no setting tells."""
+
+AUGMENT_VERSION = 1
+"""The same for what RandAugment makes of a view."""
+
+Augment = Callable[[np.ndarray, int, str], np.ndarray]
+"""What is done to a cut view: (pixels (S, S, 3) uint8, view, sample key) -> pixels of that shape, a pure function."""
 
 EVALUATION_SHARE = 0.875
 """Share of the shorter side that the centre view of evaluation shows."""
@@ -35,10 +41,11 @@ class Crop:
     flip: float
 
 
-def view_transform_id(data: DataConfig, size: int) -> str:
-    """Names everything that decides a view's pixels."""
+def view_transform_id(data: DataConfig, size: int, rand_augment: float = 0.0) -> str:
+    """Names everything that decides a view's pixels; rand_augment is RandAugment's magnitude."""
     settings = {"scale": data.crop_scale, "ratio": data.crop_ratio, "flip": data.flip, "size": size}
-    return f"random-resized-crop bicubic v{VIEW_VERSION} {canonical_json(settings)}"
+    crop = f"random-resized-crop bicubic v{VIEW_VERSION} {canonical_json(settings)}"
+    return f"{crop} rand-augment v{AUGMENT_VERSION} magnitude {rand_augment:g}" if rand_augment else crop
 
 
 def crop_params(seed: int, view: int, key: str, height: int, width: int, data: DataConfig) -> Crop:
@@ -46,7 +53,7 @@ def crop_params(seed: int, view: int, key: str, height: int, width: int, data: D
 
     Source: torchvision's `RandomResizedCrop.get_params`; ratios are drawn log-uniformly, width over height.
     """
-    draws = _uniform(1 + 10 * 4, seed, "crop", view, key)
+    draws = uniform(1 + 10 * 4, seed, "crop", view, key)
     flip = float(draws[0] < data.flip)
     (smallest, largest), (low, high) = data.crop_scale, (math.log(ratio) for ratio in data.crop_ratio)
     for share, shape, down, right in draws[1:].reshape(10, 4):
@@ -77,7 +84,13 @@ def centre_view(image: Image.Image, size: int) -> np.ndarray:
 
 
 def image_batch(
-    images: ImageList, rows: Sequence[int] | np.ndarray, view: int, data: DataConfig, size: int, seed: int
+    images: ImageList,
+    rows: Sequence[int] | np.ndarray,
+    view: int,
+    data: DataConfig,
+    size: int,
+    seed: int,
+    augment: Augment | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One view of some rows: uint8 (B, 3, S, S) and the crops, float32 (B, 5)."""
     pixels = np.empty((len(rows), 3, size, size), np.uint8)
@@ -85,7 +98,9 @@ def image_batch(
     for place, row in enumerate(rows):
         image = images.image(int(row))
         crop = crop_params(seed, view, images.keys[row], image.height, image.width, data)
-        pixels[place] = apply_crop(image, crop, size).transpose(2, 0, 1)
+        cut = apply_crop(image, crop, size)
+        cut = augment(cut, view, images.keys[row]) if augment else cut
+        pixels[place] = cut.transpose(2, 0, 1)
         crops[place] = astuple(crop)
     return pixels, crops
 
@@ -104,7 +119,7 @@ def token_orders(
     """
     if groups == 1:
         return np.tile(np.arange(num_tokens), (len(keys), 1))
-    draws = np.stack([_uniform(num_tokens, seed, "groups", view, key) for key in keys])
+    draws = np.stack([uniform(num_tokens, seed, "groups", view, key) for key in keys])
     if block > 1:
         side = math.isqrt(num_tokens)
         place = np.arange(side) // block
@@ -115,6 +130,6 @@ def token_orders(
     return np.argsort(draws, axis=1, kind="stable")
 
 
-def _uniform(count: int, *parts: str | int) -> np.ndarray:
+def uniform(count: int, *parts: str | int) -> np.ndarray:
     """Numbers in [0, 1). From raw bits, which are the same in every numpy; its distributions may change."""
     return (np.random.PCG64(derive_seed(*parts)).random_raw(count) >> 11) * 2.0**-53

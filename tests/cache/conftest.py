@@ -50,6 +50,7 @@ class Example:
     pixels_VNLP: np.ndarray
     labels_N: np.ndarray
     keys: tuple[str, ...]
+    prefix_VNSD: np.ndarray
 
     @property
     def stored_VNLD(self) -> np.ndarray:
@@ -63,6 +64,7 @@ class Example:
             self.keys[rows],
             self.token_ids_VNL[view, rows] if self.layout.spec.groups > 1 else None,
             self.pixels_VNLP[view, rows] if self.layout.spec.pixels else None,
+            self.prefix_VNSD[view, rows] if self.layout.spec.prefix else None,
         )
 
     def build(self, folder: Path) -> tuple[CacheManifest, list[Shard]]:
@@ -88,6 +90,7 @@ def make_example(num_samples: int = 7, shard_rows: int = 3, **changes: Any) -> E
         random.integers(0, 256, (*shape, 3 * spec.patch_size**2), np.uint8),
         np.arange(num_samples) % 3 - 1,
         tuple(f"sämple/{row}" for row in range(num_samples)),
+        random.normal(size=(*shape[:2], spec.groups * spec.prefix, spec.width)).astype(np.float32),
     )
 
 

@@ -22,7 +22,7 @@ def feature_batch(model: MaskedModel, images: Tensor, groups: int, group: int = 
     """One group's batch, made as cached training makes it."""
     size = TOKENS // groups
     ids = group_ids(torch.rand(len(images), TOKENS), groups)
-    features = model.frozen_features(images, ids, groups)
+    features, _ = model.frozen_features(images, ids, groups)
     own = slice(group * size, (group + 1) * size)
     targets = {**model.image_targets(images), **model.feature_targets(features, ids)}
     return model.from_features(features[:, own], ids[:, own], torch.rand(len(images), size), KEEP, targets)
@@ -119,7 +119,7 @@ def test_grouped_features_are_those_of_masked_training(masked_model: MakeModel, 
     noise = torch.rand(3, TOKENS)
     live = model.from_images(images, noise, KEEP)
     ids = group_ids(noise, 4)
-    features = model.frozen_features(images, ids, 4)
+    features, _ = model.frozen_features(images, ids, 4)
     targets = model.image_targets(images)
     stored = model.from_features(features[:, :KEEP], ids[:, :KEEP], torch.rand(3, KEEP), KEEP, targets)
     assert torch.equal(stored.mask.ids_keep, live.mask.ids_keep)
@@ -140,7 +140,7 @@ def test_full_mode_leaks_and_the_others_do_not(masked_model: MakeModel, images: 
         size = TOKENS // groups
         first, second = (
             model.from_features(
-                model.frozen_features(pixels, ids, groups)[:, :size], ids[:, :size], noise[:, :size], KEEP,
+                model.frozen_features(pixels, ids, groups)[0][:, :size], ids[:, :size], noise[:, :size], KEEP,
                 model.image_targets(pixels),
             )
             for pixels in (images, changed)
@@ -164,8 +164,8 @@ def test_live_frozen_blocks_see_visible_tokens_only(masked_model: MakeModel, ima
 def test_features_come_in_stored_order_and_go_back_to_the_raster(masked_model: MakeModel, images: Tensor) -> None:
     model = masked_model(2).eval()
     ids = group_ids(torch.rand(3, TOKENS), 1)
-    stored = model.frozen_features(images, ids, 1)
-    assert not stored.requires_grad and not masked_model(0).frozen_features(images, ids, 1).requires_grad
+    stored, _ = model.frozen_features(images, ids, 1)
+    assert not stored.requires_grad and not masked_model(0).frozen_features(images, ids, 1)[0].requires_grad
     want = model.encoder.run(model.encoder.embed(normalize_images(images)), 0, 2)
     torch.testing.assert_close(raster_order(stored, ids), want, rtol=0, atol=1e-6)
     numbered = torch.arange(TOKENS).expand(3, TOKENS)

@@ -120,7 +120,7 @@ def test_each_head_has_the_target_that_it_was_given(masked_model: MakeModel, ima
     before = (HeadSpec(2, "features"), HeadSpec(3, "hog", 2.0, matching=False))
     model = masked_model(1, "pixels", *before).eval()
     ids = group_ids(torch.rand(3, TOKENS), 1)
-    stored = model.frozen_features(images, ids, 1)
+    stored, _ = model.frozen_features(images, ids, 1)
     targets = {**model.image_targets(images), **model.feature_targets(stored, ids)}
     batch = model.from_features(stored, ids, torch.rand(3, TOKENS), KEEP, targets)
     shapes = {key: tuple(value.shape) for key, value in sorted(targets.items())}

@@ -114,7 +114,9 @@ def test_later_override_wins_and_data_is_short_for_the_source() -> None:
         ("cache.backend=webdataset", ["not built yet", "zarr"]),
         ("cache.codec=bfloat16", ["not built yet", "float16"]),
         ("cache.codec=int8", ["not built yet", "float16"]),
-        ("model.weights=x.pt", ["model.weights = x.pt is not built yet"]),
+        ("schedule.epochs=[0,1,1,3]", ["starts stage 1 from", "give a checkpoint with model.weights=<file>"]),
+        ("schedule.epochs=[1,0,1,3]", ["has a stage of less than 1 epoch"]),
+        ("model.registers=-1", ["model.registers = -1 is outside [0, inf)"]),
         ("cluster.workers=-1", ["cluster.workers = -1 is outside [0, inf)"]),
     ],
 )
@@ -284,7 +286,7 @@ def test_wrong_file_is_named(text: str, part: str, tmp_path: Path) -> None:
 
 def test_unknown_recipe_and_missing_file() -> None:
     assert "did you mean sample?" in refusal(config="smaple")
-    assert "sample, cifar10, vit_b16, original" in refusal(config="qqqqqq")
+    assert "sample, cifar10, vit_b16, localmim, original" in refusal(config="qqqqqq")
     assert "no config file nowhere.toml" in refusal(config="nowhere.toml")
 
 

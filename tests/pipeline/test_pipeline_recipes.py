@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.config import check
-from pipeline.reading import load_config
-from pipeline.recipes import RECIPES, original, recipe, sample, vit_b16
+from pipeline.config import ConfigError, check
+from pipeline.reading import load_config, parse
+from pipeline.recipes import RECIPES, adapt, original, recipe, sample, vit_b16
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_is_checked_named_and_documented(name: str) -> None:
     make = RECIPES[name]
-    check(recipe(name))
-    assert load_config(name) == (name, make())
+    given = ["model.weights=vit.safetensors"] if name == "adapt" else []
+    assert load_config(name, given) == (name, parse({"model.weights": "vit.safetensors"} if given else {}, make()))
     assert make.__name__ == name
     assert "Expected" in (make.__doc__ or "") and "Command: make" in (make.__doc__ or "")
 
@@ -37,3 +37,13 @@ def test_original_is_full_mode_with_features_and_says_that_it_leaks() -> None:
     assert (original().mask.groups, original().target.kind) == (1, "features")
     assert "It leaks" in (original.__doc__ or "")
     assert original().schedule == sample().schedule
+
+
+def test_adapt_needs_a_checkpoint_and_freezes_its_first_half() -> None:
+    with pytest.raises(ConfigError, match=r"give a checkpoint with model.weights=<file>"):
+        check(recipe("adapt"))
+    config = parse({"model.weights": "vit.safetensors"}, adapt())
+    check(config)
+    assert (config.model.name, config.model.num_tokens, config.model.class_token) == ("vit_base", 196, True)
+    assert (config.schedule.cuts, config.schedule.epochs) == ((0, 6), (0, 8))
+    assert "not measured" in (adapt.__doc__ or "")

@@ -167,7 +167,8 @@ def test_retrained_weights_make_the_cache_stale_and_named(copy: Path) -> None:
     stage = record(copy, "stage-0")
     stage["frozen_weights"]["1"] = "0" * 64
     (copy / "stage-0" / "stage.json").write_text(json.dumps(stage))
-    verdict = judge_cache(Wanted(toy(), RunPaths(copy)), 1)
+    wanted = Wanted(toy(), RunPaths(copy))
+    verdict = judge_cache(wanted, wanted.features(1))
     assert verdict.state == "stale" and "weights=" in verdict.reason
 
 

@@ -26,8 +26,8 @@ def test_plan_prices_every_stage_and_runs_nothing(tmp_path: Path, capsys: pytest
     wanted = Wanted(toy(), RunPaths(tmp_path / "toy"))
     assert [s["cache_bytes"] for s in plan["stages"]] == [
         0,
-        cache_bytes(wanted.layout(1)),
-        cache_bytes(wanted.layout(2)),
+        cache_bytes(wanted.layout(wanted.features(1))),
+        cache_bytes(wanted.layout(wanted.features(2))),
     ]
     cached = sum(s["cached_seconds"] + s["cache_seconds"] for s in plan["stages"])
     assert plan["cached_seconds"] == pytest.approx(cached)
@@ -41,7 +41,7 @@ def test_predicted_bytes_are_those_on_disk(finished: Path) -> None:
     for stage in (1, 2):
         folder = wanted.cache_folder(wanted.cache_spec(stage))
         written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        assert cache_bytes(wanted.layout(stage)) == pytest.approx(written, rel=0.05)
+        assert cache_bytes(wanted.layout(wanted.features(stage))) == pytest.approx(written, rel=0.05)
 
 
 def test_bench_gives_rates_of_every_arm_at_every_cut(

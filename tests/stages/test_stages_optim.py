@@ -23,6 +23,7 @@ from stages.optim import (
     learning_rate,
     parameter_groups,
     to_average,
+    to_training,
 )
 from stages.schedule import FreezeOut
 
@@ -265,7 +266,9 @@ def test_new_parameters_in_an_old_group_begin_with_their_own_bias_correction() -
     run(first, old, [1.0] * 100, 0.1)
     second = ScheduleFree([{"params": [new, old], "layer": -1}], lr=0.1, betas=(0.9, 0.95))
     second.state[old] = first.state[old]
+    to_average(first)
     second.take_up(first.scalars())
+    to_training(second)
     assert [(group["params"][0] is old, group["k"]) for group in second.param_groups] == [(True, 100), (False, 0)]
     assert all(group["train_mode"] and group["layer"] == -1 for group in second.param_groups)
     old.grad, new.grad = torch.ones(2), torch.ones(2)

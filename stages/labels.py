@@ -1,0 +1,28 @@
+"""Labels as supervised training needs them: one for every image, and more than one class. Free of torch, so that what
+is missing is told before anything runs."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from stages.errors import DataError
+from stages.images import Data
+
+
+def require_labels(data: Data) -> None:
+    """Raise DataError when an image that is trained or evaluated on has no label."""
+    for what, images in (("training", data.train), ("evaluation", data.val)):
+        without = np.flatnonzero(images.labels < 0)
+        if len(without):
+            raise DataError(
+                f"{len(without)} of {len(images)} {what} images have no label, first {images.keys[without[0]]}, and "
+                "fine-tuning needs one for each; put images into a folder for each class, or give tars <key>.cls files"
+            )
+
+
+def num_classes(data: Data) -> int:
+    """Classes that the training images tell apart. Raises DataError when there is only one."""
+    classes = max(len(data.train.classes), int(data.train.labels.max()) + 1)
+    if classes < 2:
+        raise DataError("all training images have the same label; fine-tuning needs at least 2 classes")
+    return classes

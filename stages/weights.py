@@ -1,0 +1,88 @@
+"""Checkpoint files to start from: read without running anything in them, and known by their contents. Stands before
+stage 0. Free of torch until a file is read, so that a call that only decides can ask for a file's digest."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cache.manifest import atomic_write
+
+if TYPE_CHECKING:
+    from models.vit import Encoder
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+
+
+class WeightsError(ValueError):
+    """A checkpoint file that is not there or cannot be read."""
+
+
+def load_weights(encoder: Encoder, path: str) -> list[str]:
+    """Load a checkpoint file into an encoder; returns what was left out or changed, in words.
+
+    Raises WeightsError, or ModelError for a key that does not fit.
+    """
+    from models.weights import encoder_state
+
+    state, notes = encoder_state(read_checkpoint(path), encoder.vit, path)
+    encoder.vit.load_state_dict(state)
+    return notes
+
+
+def read_checkpoint(path: str) -> Mapping[str, Any]:
+    """What a file holds. torch's own format is read with `weights_only`: no code in it runs. Raises WeightsError."""
+    import torch
+    from safetensors.torch import load_file
+
+    _stamp(path)
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # MAE and DINO keep their arguments in one
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # on a file that is none, pickle raises more than it says
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise WeightsError(
+            f"model.weights={path} cannot be read as plain tensors ({reason}); where it is whole, save its state_dict()"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"model.weights={path} holds a {type(content).__name__}, not a state; save its state_dict()")
+    return content
+
+
+def weights_digest(path: str, index_file: Path | None) -> str:
+    """sha256 of a file's content, hex; kept in `index_file` by size and time, so that it is read once.
+
+    A file that was read and is gone since is still the file that it was. Raises WeightsError.
+    """
+    try:
+        kept = json.loads(index_file.read_text()) if index_file else {}
+    except (OSError, json.JSONDecodeError):
+        kept = {}
+    if kept.get("path") == str(Path(path).absolute()) and not Path(path).exists():
+        return str(kept["sha256"])
+    stamp = _stamp(path)
+    if kept.items() >= stamp.items():
+        return str(kept["sha256"])
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if index_file:
+        atomic_write(index_file, json.dumps(stamp | {"sha256": found}).encode())
+    return found
+
+
+def _stamp(path: str) -> dict[str, str | int]:
+    """By what a file is known again; WeightsError when there is none of a known kind."""
+    file = Path(path)
+    if not file.is_file():
+        kind = "a folder" if file.is_dir() else "no file"
+        raise WeightsError(f"model.weights={path} is {kind}; give a checkpoint file ({', '.join(SUFFIXES)})")
+    if file.suffix not in SUFFIXES:
+        raise WeightsError(f"model.weights={path} is none of {', '.join(SUFFIXES)}; save the state as one of them")
+    stat = file.stat()
+    return {"path": str(file.absolute()), "size": stat.st_size, "time": stat.st_mtime_ns}

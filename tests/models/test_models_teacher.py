@@ -1,0 +1,148 @@
+"""Teachers: the average is the closed form, the target is an independent forward, and no gradient gets through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from models.config import ModelConfig, TeacherConfig
+from models.drop import DepthDrop
+from models.targets import feature_target
+from models.teacher import EmaTeacher, Teacher
+from models.vit import Encoder, build_encoder
+
+HEADS = (2, 4, 10, 12)
+Small = Callable[..., ModelConfig]
+
+
+@pytest.fixture
+def student(small: Small) -> Encoder:
+    return build_encoder(small(), seed=0)
+
+
+def normalised(images: torch.Tensor) -> torch.Tensor:
+    mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return (images.float() / 255 - mean) / std
+
+
+def layer_norm_by_hand(tokens: torch.Tensor) -> torch.Tensor:
+    mean = tokens.mean(-1, keepdim=True)
+    return (tokens - mean) / ((tokens - mean).square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "block", "want"),
+    [
+        ("last", 0, (12, 12, 12, 12)),
+        ("last", 9, (9, 9, 9, 9)),
+        ("same", 0, (2, 4, 10, 12)),
+        ("earlier", 0, (2, 2, 4, 10)),
+        ("later", 0, (4, 10, 12, 12)),
+    ],
+)
+def test_which_block_of_the_teacher_a_head_predicts(pairs: str, block: int, want: tuple[int, ...]) -> None:
+    assert TeacherConfig(pairs=pairs, block=block).blocks(HEADS, 12) == want  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pairs", ["same", "earlier", "later"])
+def test_a_single_head_predicts_its_own_block(pairs: str) -> None:
+    assert TeacherConfig(pairs=pairs).blocks((12,), 12) == (12,)  # type: ignore[arg-type]
+
+
+def test_momentum_ramps_up_to_its_bound() -> None:
+    config = TeacherConfig(momentum=0.9, ramp=10)
+    assert [config.momentum_at(step) for step in (0, 1, 10, 80, 81)] == pytest.approx([0.1, 2 / 11, 11 / 20, 0.9, 0.9])
+    assert [TeacherConfig(momentum=0.9, ramp=1).momentum_at(step) for step in (0, 5)] == [0.9, 0.9]
+
+
+def test_the_average_after_n_steps_is_the_closed_form(student: Encoder) -> None:
+    student.freeze(2)
+    config = TeacherConfig(momentum=0.5, ramp=4)
+    teacher = EmaTeacher(student, config)
+    courses = [{name: p.detach().clone().double() for name, p in student.vit.named_parameters()}]
+    for step in range(6):
+        with torch.no_grad():
+            for parameter in student.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter))
+        courses.append({name: p.detach().clone().double() for name, p in student.vit.named_parameters()})
+        teacher.after(student, step)
+    # w = sum over t of (1 - m_t) w_t times all later m, and the start times all m; here m = 1/4, 2/5, 1/2, ...
+    momenta = [0.25, 0.4, 0.5, 0.5, 0.5, 0.5]
+    shares = [0.25 * 0.4 * 0.5**4, 0.75 * 0.4 * 0.5**4, 0.6 * 0.5**4, 0.5**4, 0.5**3, 0.5**2, 0.5]
+    assert sum(shares) == pytest.approx(1) and [config.momentum_at(step) for step in range(6)] == momenta
+    average = teacher.state_dict()
+    assert {"blocks.2.attn.qkv.weight", "blocks.3.mlp.fc2.bias", "norm.weight"} <= average.keys()
+    for name, value in average.items():
+        want = sum(share * course[name] for share, course in zip(shares, courses, strict=True))
+        torch.testing.assert_close(value.double(), want, rtol=1e-6, atol=1e-6)
+
+
+def test_frozen_parts_are_the_student_s_own_and_are_not_averaged(student: Encoder) -> None:
+    student.freeze(2)
+    teacher = EmaTeacher(student, TeacherConfig())
+    theirs, mine = dict(student.vit.named_parameters()), dict(teacher.encoder.vit.named_parameters())
+    shared = {name for name in mine if mine[name] is theirs[name]}
+    frozen = {name for name in mine if name.startswith(("patch_embed.", "pos_embed", "blocks.0.", "blocks.1."))}
+    assert shared == frozen and teacher.state_dict().keys() == mine.keys() - frozen
+
+
+def test_with_momentum_0_the_average_is_the_student_and_with_1_it_stays(student: Encoder) -> None:
+    teacher, start = EmaTeacher(student, TeacherConfig()), student.vit.blocks[3].mlp.fc1.weight.detach().clone()
+    with torch.no_grad():
+        student.vit.blocks[3].mlp.fc1.weight.mul_(3)
+    teacher.follow(student, 1.0)
+    assert torch.equal(teacher.state_dict()["blocks.3.mlp.fc1.weight"], start)
+    teacher.follow(student, 0.0)
+    assert torch.equal(teacher.state_dict()["blocks.3.mlp.fc1.weight"], 3 * start)
+
+
+def test_a_saved_average_is_taken_over_without_what_has_frozen_since(student: Encoder) -> None:
+    first = EmaTeacher(student, TeacherConfig())
+    saved = {name: torch.full_like(value, 7.0) for name, value in first.state_dict().items()}
+    student.freeze(3)
+    before = student.vit.blocks[0].mlp.fc1.weight.detach().clone()
+    second = EmaTeacher(student, TeacherConfig())
+    second.load_state_dict(saved)
+    assert all(bool((value == 7).all()) for value in second.state_dict().values())
+    assert torch.equal(student.vit.blocks[0].mlp.fc1.weight, before)
+    assert not bool((student.vit.blocks[3].mlp.fc1.weight == 7).all())
+
+
+def test_targets_equal_an_independent_forward(student: Encoder, images: torch.Tensor) -> None:
+    vit = student.vit
+    tokens = vit.patch_embed(normalised(images)) + vit.pos_embed
+    wants = {}
+    for number, block in enumerate(vit.blocks, start=1):
+        tokens = block(tokens)
+        wants[number] = tokens
+    found = Teacher(student).of_images(images, [4, 2, 4])
+    assert found.keys() == {2, 4}
+    for block, features in found.items():
+        torch.testing.assert_close(features, wants[block].detach(), rtol=1e-5, atol=1e-5)
+        by_hand = layer_norm_by_hand(wants[block]).detach()
+        torch.testing.assert_close(feature_target(features), by_hand, rtol=1e-4, atol=1e-4)
+
+
+def test_targets_from_tokens_go_on_where_the_tokens_stand(student: Encoder, images: torch.Tensor) -> None:
+    teacher = Teacher(student)
+    whole = teacher.of_images(images, [1, 3])
+    after_two = student.run(student.embed(normalised(images)), 0, 2)
+    found = teacher.of_tokens(after_two, 2, [1, 3])
+    torch.testing.assert_close(found[3], whole[3], rtol=1e-5, atol=1e-5)
+    assert torch.equal(found[1], after_two)
+
+
+def test_no_gradient_and_no_dropping_in_a_teacher(student: Encoder, images: torch.Tensor) -> None:
+    DepthDrop(0, 0.5, 0.5, 10).install(student)
+    teacher = EmaTeacher(student, TeacherConfig())
+    student.train()
+    assert not any(module.training for module in teacher.encoder.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.encoder.parameters())
+    assert all(p.requires_grad for p in student.vit.blocks.parameters())
+    target = teacher.of_images(images, [4])[4]
+    assert not target.requires_grad
+    torch.manual_seed(1)
+    assert torch.equal(teacher.of_images(images, [4])[4], target)
