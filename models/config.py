@@ -185,10 +185,15 @@ IMAGE_TARGETS = ("pixels", "hog")
 """Targets that are made of the image alone."""
 
 
-def learning_heads(specs: Iterable[HeadSpec], cut: int) -> tuple[HeadSpec, ...]:
-    """The heads that can learn at a cut: those behind it. At cut 0 there are no features yet: those predict pixels."""
+def learning_heads(specs: Iterable[HeadSpec], cut: int, entry: int | None = None) -> tuple[HeadSpec, ...]:
+    """The heads that can learn at a cut: those behind it.
+
+    entry: the block at which a step's inputs enter, the cut itself unless blocks before it freeze in place. At 0 inputs
+    are images and there are no features yet: heads that ask for them predict pixels.
+    """
+    features = cut if entry is None else entry
     behind = tuple(spec for spec in specs if spec.block > cut)
-    return behind if cut else without(behind, "features")
+    return behind if features else without(behind, "features")
 
 
 def without(specs: Iterable[HeadSpec], target: str) -> tuple[HeadSpec, ...]:
