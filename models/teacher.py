@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from models.config import TeacherConfig
 from models.targets import normalize_images
 from models.vit import Encoder
 
@@ -56,20 +55,20 @@ class EmaTeacher(Teacher):
     A cached stage has no features from before the cut, so that none are looked at live either.
     """
 
-    def __init__(self, student: Encoder, config: TeacherConfig) -> None:
+    def __init__(self, student: Encoder, momentum: float) -> None:
         super().__init__(copy.deepcopy(student, {id(p): p for p in student.parameters() if not p.requires_grad}))
-        self.config, self.floor = config, student.cut
+        self.momentum, self.floor = momentum, student.cut
         self.names = tuple(name for name, p in student.vit.named_parameters() if p.requires_grad)
 
-    def after(self, student: Encoder, step: int) -> None:
-        """Follow the student that optimiser step `step` of the run, the first being 0, has left."""
-        self.follow(student, self.config.momentum_at(step))
-
     @torch.no_grad()
-    def follow(self, student: Encoder, momentum: float) -> None:
-        """average <- momentum * average + (1 - momentum) * student; with momentum 0 it begins anew with the student."""
+    def follow(self, student: Encoder) -> None:
+        """average <- momentum * average + (1 - momentum) * student, after an optimiser step."""
         theirs = [student.vit.get_parameter(name) for name in self.names]
-        get_ema_multi_avg_fn(momentum)(list(self.state_dict().values()), theirs, None)
+        get_ema_multi_avg_fn(self.momentum)(list(self.state_dict().values()), theirs, None)
+
+    def restart(self, student: Encoder) -> None:
+        """The average begins anew with the student as it is."""
+        self.load_state_dict(student.vit.state_dict())
 
     def state_dict(self) -> dict[str, Tensor]:
         """What is averaged, all that learns in the student, by timm's names."""

@@ -21,6 +21,7 @@ from models.config import (
     loss_weights,
 )
 from pipeline.checks import finetune_problems, probe_problems
+from pipeline.timing import timing_problems
 from stages.config import DataConfig, EvalConfig, FinetuneConfig, ScheduleConfig, TrainConfig
 
 
@@ -78,12 +79,15 @@ BOUNDS = {
     "mask.distance_start": "(0, 1]",
     "teacher.block": "[0, inf)",
     "teacher.momentum": "[0, 1]",
-    "teacher.ramp": "[1, inf)",
     "decoder.depth": "[1, inf)",
     "decoder.width": "[0, inf)",
     "decoder.heads": "[0, inf)",
     "decoder.share": "(0, 1]",
     "schedule.t0": "(0, 1]",
+    "schedule.check_every": "(0, inf)",
+    "schedule.probe_images": "[1, inf)",
+    "schedule.settle_below": "(0, inf)",
+    "schedule.settle_checks": "[1, inf)",
     "cache.views": "[1, inf)",
     "cache.shard_rows": "[1, inf)",
     "cache.encode_batch": "[1, inf)",
@@ -92,7 +96,9 @@ BOUNDS = {
     "train.max_steps": "[0, inf)",
     "train.lr": "(0, inf)",
     "train.min_lr": "[0, inf)",
+    "train.decay_share": "(0, 1]",
     "train.warmup_epochs": "[0, inf)",
+    "train.early_stop": "[0, inf)",
     "train.weight_decay": "[0, inf)",
     "train.beta2": "[0, 1)",
     "train.clip": "[0, inf)",
@@ -135,7 +141,6 @@ BOUNDS = {
 """The interval in which a single number makes sense."""
 
 NOT_BUILT = {
-    ("schedule.kind", "adaptive"): "use explicit or freezeout",
     ("cache.backend", "webdataset"): "use zarr",
     ("cache.codec", "bfloat16"): "use float16",
     ("cache.codec", "int8"): "use float16",
@@ -249,9 +254,8 @@ def _teacher_problems(config: PipelineConfig) -> Iterator[str]:
     if teacher.kind == "frozen" and len(config.schedule.cuts) == 1:
         cuts = list(config.schedule.cuts)
         yield f"teacher.kind = frozen is what stage 0 ends with, but schedule.cuts = {cuts} ends there; use ema"
-    if teacher.kind == "frozen" and (idle := {"momentum", "ramp"} & set(changed)):
-        name = min(idle)
-        yield f"teacher.{name} = {getattr(teacher, name)} moves nothing with teacher.kind = frozen; use ema"
+    if teacher.kind == "frozen" and "momentum" in changed:
+        yield f"teacher.momentum = {teacher.momentum} moves nothing with teacher.kind = frozen; use ema"
     if teacher.pairs != "last" and teacher.block:
         yield f"teacher.block = {teacher.block} is not asked for with teacher.pairs = {teacher.pairs}; set it to 0"
     if depth and teacher.block > depth:
@@ -275,15 +279,8 @@ def _data_problems(config: PipelineConfig) -> Iterator[str]:
         yield f"train.device = {train.device} is none of auto, cpu, cuda, cuda:<n>; choose one of them"
 
 
-def _schedule_problems(config: PipelineConfig) -> Iterator[str]:
-    schedule = config.schedule
-    cuts, epochs = list(schedule.cuts), list(schedule.epochs)
-    if cuts[:1] != [0] or sorted(set(cuts)) != cuts:
-        yield f"schedule.cuts = {cuts} does not start at 0 and rise; write for example schedule.cuts=[0,3,6,9]"
-    if not epochs or min([epochs[0] + 1, *epochs[1:]]) < 1:
-        yield f"schedule.epochs = {epochs} has a stage of less than 1 epoch; raise it or drop the stage"
-    if schedule.kind == "explicit" and len(cuts) != len(epochs):
-        yield f"schedule.cuts = {cuts} and schedule.epochs = {epochs} differ in length; give every cut its epochs"
+def _timing_problems(config: PipelineConfig) -> Iterator[str]:
+    return timing_problems(config.schedule, config.train, config.eval)
 
 
 def _start_problems(config: PipelineConfig) -> Iterator[str]:
@@ -305,6 +302,6 @@ def _start_problems(config: PipelineConfig) -> Iterator[str]:
 
 PROBLEMS = (
     *(_model_problems, _mask_problems, _heads_problems, _teacher_problems),
-    *(_data_problems, _schedule_problems, _start_problems),
+    *(_data_problems, _timing_problems, _start_problems),
 )
 """What does not go together, in the order in which it is looked for."""

@@ -247,7 +247,7 @@ def test_the_average_teaches_from_the_first_step_and_is_saved(ema: Path) -> None
 
 
 def test_the_average_in_a_run_is_the_closed_form(tmp_path: Path) -> None:
-    config = toy(**EMA | {"teacher.ramp": 1, "schedule.cuts": [0], "schedule.epochs": [1]})
+    config = toy(**EMA | {"schedule.cuts": [0], "schedule.epochs": [1]})
     courses = []
     for stopped in range(1, 7):  # six optimiser steps, the state read after each
         stop = StopAfter(0)
@@ -346,7 +346,6 @@ def test_other_targets_have_no_teacher(finished: Path) -> None:
         (FROZEN | {"teacher.block": 2}, "teacher.block = 2 is not asked for with teacher.pairs = same; set it to 0"),
         (HEADS | {"teacher.momentum": 0.5}, "teacher.momentum = 0.5 moves nothing with teacher.kind = frozen; use ema"),
         (EMA | {"teacher.momentum": 1.5}, "teacher.momentum = 1.5 is outside [0, 1]; choose a value inside"),
-        (EMA | {"teacher.ramp": 0}, "teacher.ramp = 0 is outside [1, inf); choose a value inside"),
         (
             HEADS | {"schedule.cuts": [0], "schedule.epochs": [1]},
             "teacher.kind = frozen is what stage 0 ends with, but schedule.cuts = [0] ends there; use ema",
