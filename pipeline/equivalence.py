@@ -82,6 +82,7 @@ def compare_stage(wanted: Wanted, stage: int) -> Comparison:
     model = build_model(masked_build(wanted, stage, cached=False), segment.cut, config.train.device)
     optimizer = optimizer_of(wanted, model)
     apply_tensors(model, optimizer, read_state(state_file(wanted.paths.stage(stage - 1)))[2])
+    model.eval()  # what is dropped at random would differ between the two
     cached = cached_source(wanted, stage)
     live = LiveFeatures(wanted.data.train, sampling(wanted), config.cache.views)
 
