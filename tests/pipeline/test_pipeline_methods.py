@@ -127,7 +127,7 @@ def test_a_reconstruction_shows_the_image_and_guesses_only_what_is_hidden(tmp_pa
     from stages.train import build_model
 
     wanted = Wanted(toy(), RunPaths(tmp_path))
-    model = build_model(masked_build(wanted), 1, "cpu")
+    model = build_model(masked_build(wanted, 1, cached=False), 1, "cpu")
     rows = reconstructions(model, wanted.data.val, sampling(wanted), "float32")
     assert rows is not None and rows.shape == (3, 8, 16, 16, 3) and rows.dtype == np.uint8
     masked, filled, original = rows
