@@ -219,7 +219,7 @@ def test_what_no_longer_fits_is_stale_and_not_an_error(run: Path, monkeypatch: p
     assert large.startswith("stale") and "finetune.steps: 12 -> 0" in large
     data = Wanted(tuned(), RunPaths(run)).data
     bare = replace(data.train, entries=tuple(replace(entry, label=-1) for entry in data.train.entries))
-    monkeypatch.setattr("pipeline.decide.open_data", lambda *_: replace(data, train=bare))
+    monkeypatch.setattr("pipeline.course.open_data", lambda *_: replace(data, train=bare))
     assert "classes: 10 -> 0" in verdicts(run, tuned())["finetune"]
 
 
@@ -328,7 +328,7 @@ def test_images_without_labels_and_batches_that_do_not_fit_are_refused_before_an
         runner.run_finetune(job(tmp_path / "b", tuned(**{"finetune.batch_size": 128})))
     data = Wanted(tuned(), RunPaths(tmp_path / "a")).data
     bare = replace(data.train, entries=tuple(replace(entry, label=-1) for entry in data.train.entries))
-    monkeypatch.setattr("pipeline.decide.open_data", lambda *_: replace(data, train=bare))
+    monkeypatch.setattr("pipeline.course.open_data", lambda *_: replace(data, train=bare))
     with pytest.raises(DataError, match="96 of 96 training images have no label"):
         runner.run_finetune(job(tmp_path / "b", tuned()))
     assert not (tmp_path / "b" / "stage-0").exists()
