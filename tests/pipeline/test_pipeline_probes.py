@@ -25,6 +25,7 @@ def test_probe_prints_and_writes_every_probe_with_the_setting_that_won(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = shutil.copytree(finished, tmp_path / "toy")
+    (root / "probe.json").unlink(missing_ok=True)  # another test may have probed the run that all share
     runner.run_probe(job(root, toy(**PROBES), target=2))
     out = capsys.readouterr().out
     written = json.loads((root / "probe.json").read_text())
