@@ -19,7 +19,8 @@ from typing import Annotated, Any
 import tyro
 
 from pipeline import __version__
-from pipeline.config import ConfigError, check
+from pipeline.checks import check
+from pipeline.config import ConfigError
 from pipeline.job import Interrupted, Job, RunFailed
 from pipeline.layout import run_paths
 from pipeline.machine import resolve

@@ -12,7 +12,8 @@ from typing import Any
 
 from cache.manifest import atomic_write
 from models.config import TeacherConfig
-from pipeline.config import ConfigError, check
+from pipeline.checks import check
+from pipeline.config import ConfigError
 from pipeline.costs import Imagined, seconds_of
 from pipeline.decide import Wanted
 from pipeline.desk import Desk, at_work

@@ -52,6 +52,13 @@ class Course:
         return self.config.schedule.kind == "adaptive"
 
     @property
+    def why_nothing_freezes(self) -> str:
+        """Why a run of one stage is one, for people."""
+        if self.adaptive:
+            return f"nothing settled in the {sum(self.config.schedule.epochs)} epochs of the run, and nothing froze"
+        return f"schedule.cuts={list(self.config.schedule.cuts)} freezes nothing"
+
+    @property
     def plan(self) -> tuple[StagePlan, ...]:
         """The stages; of an adaptive run those that are finished and the open one after them."""
         return self._plan_after(len(self.config.schedule.cuts)) if self.adaptive else self._plan

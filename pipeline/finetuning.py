@@ -20,6 +20,7 @@ from pipeline.desk import Desk
 from pipeline.layout import StagePaths
 from pipeline.tuned import Tuning
 from pipeline.work import carry_out, file_checksum, finish_record, state_file
+from stages.arm import Arm
 from stages.checkpoint import CheckpointError
 from stages.finetune import (
     CachedPrefix,
@@ -34,7 +35,6 @@ from stages.finetune import (
 from stages.labels import num_classes
 from stages.optim import build_adamw
 from stages.sources import Source
-from stages.train import Arm
 
 
 def finetune(desk: Desk, tuning: Tuning) -> None:

@@ -29,7 +29,7 @@ def run_all(job: Job) -> None:
                 break
             ensure_this_stage(desk, stage)
         if len(wanted.segments) == 1:
-            desk.log.message(f"{what_freezes_nothing(wanted)}: there are no arms to compare")
+            desk.log.message(f"{wanted.why_nothing_freezes}: there are no arms to compare")
             return
         for arm in ARMS:
             ensure_arm(desk, arm)
@@ -168,7 +168,7 @@ def ensure_arm(desk: Desk, arm: str) -> None:
             f"{len(wanted.taken)} is not done; run `make all`, or `make stage-N` up to the last, first"
         )
     if len(wanted.segments) == 1:
-        raise ConfigError(f"{what_freezes_nothing(wanted)}, so arm {arm} is stage 0; {a_later_cut(wanted)}")
+        raise ConfigError(f"{wanted.why_nothing_freezes}, so arm {arm} is stage 0; {a_later_cut(wanted)}")
     ensure_trained(desk, 0)
     verdict = judge_arm(wanted, arm)
     desk.say(verdict)
@@ -185,12 +185,6 @@ def complete(wanted: Wanted, paths: StagePaths, segments: tuple[Segment, ...]) -
     record = wanted.record(paths)
     assert record is not None, "a current part has a record"
     keep_last(wanted.config.train.save_epochs, segments, record, paths)
-
-
-def what_freezes_nothing(wanted: Wanted) -> str:
-    if wanted.adaptive:
-        return f"nothing settled in the {sum(wanted.config.schedule.epochs)} epochs of the run, and nothing froze"
-    return f"schedule.cuts={list(wanted.config.schedule.cuts)} freezes nothing"
 
 
 def a_later_cut(wanted: Wanted) -> str:

@@ -20,7 +20,6 @@ from pipeline.decide import ARMS, Wanted, judge_all
 from pipeline.desk import Desk, at_work
 from pipeline.job import Job
 from pipeline.layout import StagePaths
-from pipeline.runner import what_freezes_nothing
 from pipeline.show import console, table
 
 ARM_SECONDS, ROUNDS = 1.0, 4
@@ -34,7 +33,7 @@ def run_speedup(job: Job) -> None:
         verdicts = [v for v in judge_all(desk.wanted) if not v.what.startswith(("cache", "finetune"))]
         missing = [verdict.what for verdict in verdicts if not verdict.current]
         if not missing and len(desk.wanted.segments) == 1:
-            raise ConfigError(f"{what_freezes_nothing(desk.wanted)}: there are no arms to compare")
+            raise ConfigError(f"{desk.wanted.why_nothing_freezes}: there are no arms to compare")
         if missing:
             raise ConfigError(f"not current: {', '.join(missing)}; `make all` runs them, `make explain` says why")
         compare(desk)

@@ -32,6 +32,7 @@ from pipeline.job import Interrupted, RunFailed
 from pipeline.kept import forget_epochs, kept_epochs
 from pipeline.layout import StagePaths
 from stages.adaptive import Settle
+from stages.arm import Arm, Hooks, Result
 from stages.book import Diverged
 from stages.checkpoint import CheckpointError, Progress
 from stages.encode import frozen_encoder
@@ -42,7 +43,7 @@ from stages.pictures import reconstructions
 from stages.probe import ProbeResult, evaluate
 from stages.segment import Segment
 from stages.sources import CachedFeatures, LiveFeatures, LiveImages, Sampling, Source
-from stages.train import Arm, Build, Hooks, Result, build_model, train_arm
+from stages.train import Build, build_model, train_arm
 from stages.views import centre_batch
 from stages.weights import load_weights
 

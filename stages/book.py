@@ -5,18 +5,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.learner import Learner
+from stages.arm import Arm, Hooks
 from stages.checkpoint import Progress
 from stages.endings import Watch
 from stages.segment import Segment
-
-if TYPE_CHECKING:
-    from stages.train import Arm, Hooks
 
 
 class Diverged(RuntimeError):

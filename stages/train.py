@@ -4,11 +4,8 @@ state is all that a resume needs."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,6 +18,7 @@ from models.mim import MaskedModel
 from models.multiscale import build_heads
 from models.teacher import Teacher
 from models.vit import Encoder, build_encoder
+from stages.arm import Arm, Hooks
 from stages.book import Book
 from stages.checkpoint import (
     CheckpointError,
@@ -33,7 +31,7 @@ from stages.checkpoint import (
 )
 from stages.config import TrainConfig
 from stages.device import autocast
-from stages.endings import PROBE, Settling, Watch, stopped_early
+from stages.endings import PROBE, Watch, stopped_early
 from stages.optim import averaged, to_average, to_training
 from stages.segment import Segment
 from stages.sources import Source, StepInputs
@@ -53,68 +51,6 @@ class Build:
     teacher: Callable[[Encoder], Teacher] | None = None
     """Makes the teacher of a student that is on its device; None where no target is made live by one."""
     drop: DepthDrop | None = None
-
-
-class Pace(Protocol):
-    """How fast everything learns at every step of the plan."""
-
-    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
-        """Set the rates of a step; returns the one that is told."""
-        ...
-
-
-class Result(Protocol):
-    """What an evaluation came to."""
-
-    def point(self) -> dict[str, float | None]:
-        """Its numbers by name, as a point of the curve keeps them."""
-        ...
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What to train: the segments in turn, from a state on disk or from scratch, into a folder."""
-
-    tag: dict[str, Any]
-    """{"stage": 1} or {"arm": "e2e"}: how events and messages name it."""
-    segments: tuple[Segment, ...]
-    make: Callable[[Segment], Learner]
-    """The model of a segment, on its device, its weights a pure function of the seed."""
-    optimizer: Callable[[Learner], torch.optim.Optimizer]
-    train: TrainConfig
-    rates: Pace
-    source: Callable[[Segment], Source]
-    state: Path
-    start: Path | None
-    inputs: str
-    """Digest of what the arm was asked to do; a saved state of anything else is not gone on from."""
-    section: str = "train"
-    """Where the settings of `train` stand for the user: train, or finetune."""
-    eval_every: int = 0
-    """Epochs between evaluations; each stage's end is evaluated in any case."""
-    keep: Mapping[int, Path] = field(default_factory=dict)
-    """Epochs of the whole run after which the encoder is kept, and where."""
-    settling: Settling | None = None
-    """What ends an adaptive stage."""
-    begin: Callable[[Learner], None] = lambda model: None
-    """What is done to a model that starts from no state, such as loading a checkpoint file."""
-
-    @property
-    def label(self) -> str:
-        return " ".join(str(part) for pair in self.tag.items() for part in pair)
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """The rim: what the loop needs from outside."""
-
-    log: Callable[[dict[str, Any]], None]
-    evaluate: Callable[[Any], Result]
-    """Scores the model that is trained."""
-    stop: Callable[[], bool] = lambda: False
-    keep: Callable[[Path, Any], object] = lambda path, model: None
-    """Writes the encoder of the model that is trained."""
-    now: Callable[[], float] = time.perf_counter
 
 
 def build_model(build: Build, cut: int, device: str, entry: int | None = None) -> MaskedModel:

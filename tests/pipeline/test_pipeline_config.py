@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from cache.config import CacheConfig
 from models.config import ModelConfig
 from pipeline import machine as machine_module
-from pipeline.config import BOUNDS, ConfigError, PipelineConfig, check, get
+from pipeline.checks import BOUNDS, check
+from pipeline.config import ConfigError, PipelineConfig, get
 from pipeline.machine import resolve
 from pipeline.reading import flatten, load_config, parse, parse_override, read_toml, to_toml
 from pipeline.recipes import RECIPES, sample

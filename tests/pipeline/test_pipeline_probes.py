@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import runner
-from pipeline.config import ConfigError, check
+from pipeline.checks import check
+from pipeline.config import ConfigError
 from tests.pipeline.toy import job, record, toy
 
 FROZEN = {"finetune.batch_size": 16, "finetune.lr": 3e-3, "finetune.heads": [3, 4], "finetune.freeze": 2}

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from models.targets import normalize_images
 from models.vit import build_encoder
 from pipeline import costs, equivalence, export, runner, status
-from pipeline.config import ConfigError, PipelineConfig, check
+from pipeline.checks import check
+from pipeline.config import ConfigError, PipelineConfig
 from pipeline.decide import Wanted, judge_all, judge_stage
 from pipeline.job import Interrupted
 from pipeline.layout import RunPaths

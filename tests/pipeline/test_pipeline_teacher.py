@@ -21,7 +21,8 @@ from models.targets import feature_target
 from models.teacher import EmaTeacher
 from models.vit import build_encoder
 from pipeline import care, equivalence, runner
-from pipeline.config import ConfigError, PipelineConfig, check
+from pipeline.checks import check
+from pipeline.config import ConfigError, PipelineConfig
 from pipeline.decide import Wanted, judge_all
 from pipeline.job import Interrupted, RunFailed
 from pipeline.layout import RunPaths

@@ -11,6 +11,7 @@ import torch
 
 from models.config import DecoderConfig, HeadSpec, MaskConfig, ModelConfig
 from models.learner import Learner
+from stages.arm import Arm, Hooks
 from stages.checkpoint import Progress, read_state
 from stages.config import DataConfig, ScheduleConfig, TrainConfig
 from stages.images import ImageList
@@ -18,7 +19,7 @@ from stages.optim import Rates, build_optimizer, parameter_groups
 from stages.probe import ProbeResult
 from stages.segment import Segment
 from stages.sources import LiveImages, Sampling
-from stages.train import Arm, Build, Hooks, build_model, train_arm
+from stages.train import Build, build_model, train_arm
 
 MODEL = ModelConfig(image_size=16, patch_size=4, width=24, depth=3, heads=2)
 HEADS = (HeadSpec(3, "pixels"),)

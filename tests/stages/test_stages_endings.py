@@ -14,6 +14,7 @@ from models.config import MaskConfig
 from models.drop import DepthDrop
 from models.learner import Learner
 from models.mim import MaskedModel
+from stages.arm import Arm
 from stages.checkpoint import read_state
 from stages.config import DataConfig
 from stages.endings import evaluations_without_gain, stopped_early
@@ -21,7 +22,7 @@ from stages.images import ImageList, open_images
 from stages.optim import build_optimizer, parameter_groups
 from stages.segment import Segment
 from stages.sources import Inputs, LiveImages, Sampling
-from stages.train import Arm, build_model, train_arm, train_step
+from stages.train import build_model, train_arm, train_step
 from tests.stages.loop import (
     BUILD,
     HEADS,

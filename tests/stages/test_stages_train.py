@@ -10,6 +10,7 @@ import torch
 
 from models.config import DecoderConfig, HeadSpec, MaskConfig, ModelConfig
 from models.mim import MaskedModel
+from stages.arm import Arm, Hooks
 from stages.book import Diverged
 from stages.checkpoint import (
     CheckpointError,
@@ -27,7 +28,7 @@ from stages.probe import ProbeResult
 from stages.schedule import StagePlan
 from stages.segment import Segment, as_end_to_end, segments_of
 from stages.sources import Inputs, LiveImages, Sampling
-from stages.train import Arm, Build, Hooks, build_model, evaluation_due, train_arm, train_step
+from stages.train import Build, build_model, evaluation_due, train_arm, train_step
 
 MODEL = ModelConfig(image_size=16, patch_size=4, width=24, depth=3, heads=2)
 HEADS = (HeadSpec(3, "pixels"),)
