@@ -6,6 +6,7 @@ Shapes: B batch, L tokens (the class and register tokens first, where the model 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -33,10 +34,9 @@ class Head(nn.Module):
     Source: facebookresearch/mae, models_vit.py: the mean of the tokens first, then a norm of its own.
     """
 
-    def __init__(self, block: int, width: int, classes: int) -> None:
+    def __init__(self, block: int, norm: nn.Module, width: int, classes: int) -> None:
         super().__init__()
-        self.block = block
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.block, self.norm = block, norm
         self.linear = nn.Linear(width, classes)
         nn.init.trunc_normal_(self.linear.weight, std=2e-5)
         nn.init.zeros_(self.linear.bias)
@@ -125,8 +125,15 @@ def build_classifier(
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "classifier"))
-        last = Head(encoder.depth, encoder.width, classes)  # first, so that further heads do not change it
-        heads = [Head(block, encoder.width, classes) for block in places[:-1]]
-    if pool == "token":
-        last.norm.load_state_dict(encoder.vit.norm.state_dict())
+        norm = copy.deepcopy(encoder.vit.norm) if pool == "token" else fresh_norm(encoder)
+        last = Head(encoder.depth, norm, encoder.width, classes)  # first, so that further heads do not change it
+        heads = [Head(block, fresh_norm(encoder), encoder.width, classes) for block in places[:-1]]
     return Classifier(encoder, [*heads, last], cut, pool)
+
+
+def fresh_norm(encoder: Encoder) -> nn.Module:
+    """A norm like that behind the encoder's last block, untrained."""
+    norm = copy.deepcopy(encoder.vit.norm)
+    for name, parameter in norm.named_parameters():
+        nn.init.constant_(parameter, float(name == "weight"))
+    return norm

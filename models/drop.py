@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.spec import derive_seed
-from models.vit import Encoder, ModelError
+from models.vit import Encoder
 
 PACE = 100.0
 """Progressive layer dropping's gamma times the steps of the run: a twentieth of it brings 99 % of the way."""
@@ -51,17 +51,12 @@ class DepthDrop:
         return self.drop_path > 0 or self.layer_drop > 0
 
     def install(self, encoder: Encoder) -> None:
-        """Fill the places that timm's blocks have for it. Raises ModelError for blocks without such places."""
+        """Fill the places that timm's blocks have for it."""
         if not self.active:
             return
-        for block, rate in zip(encoder.vit.blocks, drop_path_rates(self.drop_path, encoder.depth), strict=True):
-            if not all(hasattr(block, place) for place in PLACES):
-                raise ModelError(
-                    f"train.drop_path={self.drop_path:g} and train.layer_drop={self.layer_drop:g} need blocks that can "
-                    f"drop a branch, which {type(block).__name__} cannot; set both to 0"
-                )
+        for block in encoder.vit.blocks:
             for place in PLACES:
-                setattr(block, place, BranchDrop(rate))
+                setattr(block, place, BranchDrop())
         encoder.train(encoder.training)  # frozen blocks, and what they now hold, are in eval mode
 
     @contextmanager
@@ -71,10 +66,8 @@ class DepthDrop:
             yield
             return
         keeps = self.keep_probabilities(encoder.depth, step)
-        for block, keep in zip(encoder.vit.blocks, keeps, strict=True):
-            for branch in branch_drops(block):
-                branch.gain = 1 / keep
         device = next(encoder.parameters()).device
+        set_branches(encoder, drop_path_rates(self.drop_path, encoder.depth), keeps)
         encoder.skipped = skipped_blocks(self.seed, step, keeps, encoder.cut)
         try:
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -82,6 +75,7 @@ class DepthDrop:
                 yield
         finally:
             encoder.skipped = frozenset()
+            set_branches(encoder, [0.0] * encoder.depth, [1.0] * encoder.depth)
 
     def keep_probabilities(self, depth: int, step: int) -> list[float]:
         """Chance of each block to run at a step."""
@@ -93,9 +87,12 @@ PLACES = ("drop_path1", "drop_path2")
 """Where timm's blocks drop their two branches."""
 
 
-def branch_drops(block: nn.Module) -> list[Any]:
-    """The parts of a block that drop its branches."""
-    return [getattr(block, place) for place in PLACES]
+def set_branches(encoder: Encoder, rates: list[float], keeps: list[float]) -> None:
+    """Set every block's stochastic depth and its chance to run, which its branches make up for."""
+    for block, rate, keep in zip(encoder.vit.blocks, rates, keeps, strict=True):
+        for place in PLACES:
+            branch: Any = getattr(block, place)
+            branch.drop_prob, branch.gain = rate, 1 / keep
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:

@@ -12,11 +12,14 @@ def model_identity(config: ModelConfig) -> dict[str, str | int]:
     if config.name in SIZES:
         sizes, prefix = SIZES[config.name], config.class_token + config.registers
     else:
-        from models.vit import build_encoder
+        import torch
 
-        encoder = build_encoder(config, seed=0)
-        attention: Any = encoder.vit.blocks[0].attn
-        sizes, prefix = (encoder.width, encoder.depth, attention.num_heads), encoder.num_prefix
+        from models.families import build_vit
+
+        with torch.device("meta"):  # shapes without values: a large model takes as long as a small one
+            vit = build_vit(config)
+        attention: Any = vit.blocks[0].attn
+        sizes, prefix = (vit.embed_dim, len(vit.blocks), attention.num_heads), vit.num_prefix_tokens
     asked = (config.width, config.depth, config.heads)
     width, depth, heads = (want or own for want, own in zip(asked, sizes, strict=True))
     return {"model": model_name(config.name), "width": width, "depth": depth, "heads": heads, "prefix": prefix}

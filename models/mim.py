@@ -25,14 +25,17 @@ COLLAPSED = 0.1
 
 
 class MaskedModel(Learner):
-    """An encoder frozen before block `cut`, and the heads that train what lies behind, in the order of their blocks."""
+    """An encoder frozen before block `cut`, and the heads that train what lies behind, in the order of their blocks.
+
+    Features enter at block `entry`, the cut unless blocks before it freeze in place: those run without gradient.
+    """
 
     teacher: Teacher | None = None
     """Gives some heads their targets, where these are not read from a cache."""
 
-    def __init__(self, encoder: Encoder, heads: Sequence[Head], cut: int) -> None:
+    def __init__(self, encoder: Encoder, heads: Sequence[Head], cut: int, entry: int | None = None) -> None:
         super().__init__()
-        self.encoder, self.cut = encoder, cut
+        self.encoder, self.cut, self.entry = encoder, cut, cut if entry is None else entry
         self.heads = nn.ModuleDict({f"block{head.spec.block}": head for head in heads})
         encoder.freeze(cut)
 
@@ -74,7 +77,7 @@ class MaskedModel(Learner):
     def after_step(self, step: int) -> None:
         """A teacher that is an average follows."""
         if isinstance(self.teacher, EmaTeacher):
-            self.teacher.after(self.encoder, step)
+            self.teacher.follow(self.encoder)
 
     @property
     def taught(self) -> dict[int, str]:
@@ -129,6 +132,8 @@ class MaskedModel(Learner):
         """
         chosen = mask_group(ids_BG, noise_BG, keep, self.encoder.num_tokens)
         visible_BKD = self.encoder.with_prefix(take_tokens(features_BGD, chosen.take_BK), prefix_BRD)
+        with torch.no_grad():
+            visible_BKD = self.encoder.run(visible_BKD, self.entry, self.cut)
         return MaskedBatch(visible_BKD, chosen.mask, chosen.scored_BL, targets)
 
     def image_targets(self, images_BCHW: Tensor) -> Targets:
@@ -148,11 +153,11 @@ class MaskedModel(Learner):
         return self.teacher_targets(self.teacher.of_images(images_BCHW, list(self.taught))) if self.teacher else {}
 
     def seen_in_features(self, stored_BLD: Tensor, ids_BL: Tensor, prefix_BRD: Tensor | None = None) -> Targets:
-        """The same of a teacher that goes on from the cut's features, given of all tokens in stored order."""
+        """The same of a teacher that goes on from the features at `entry`, given of all tokens in stored order."""
         if self.teacher is None:
             return {}
         tokens_BLD = self.encoder.with_prefix(raster_order(stored_BLD, ids_BL), prefix_BRD)
-        return self.teacher_targets(self.teacher.of_tokens(tokens_BLD, self.cut, list(self.taught)))
+        return self.teacher_targets(self.teacher.of_tokens(tokens_BLD, self.entry, list(self.taught)))
 
     def teacher_targets(self, features: Mapping[int, Tensor]) -> Targets:
         """Targets of the teacher's features (B, L, D), raster order, by its blocks."""
@@ -160,8 +165,8 @@ class MaskedModel(Learner):
 
     @torch.no_grad()
     def frozen_features(self, images_BCHW: Tensor, ids_BL: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-        """What a cache at this cut holds of uint8 images before it is rounded: features (B, L, D) in stored order
+        """What a cache at `entry` holds of uint8 images before it is rounded: features (B, L, D) in stored order
         `ids`, and the prefix of every group, (B, groups * R, D)."""
         tokens_BLD = take_tokens(self.encoder.embed(normalize_images(images_BCHW)), ids_BL)
         prefix_BSD = self.encoder.prefix(len(images_BCHW)).repeat(1, groups, 1)
-        return self.encoder.run_groups(tokens_BLD, prefix_BSD, groups, 0, self.cut)
+        return self.encoder.run_groups(tokens_BLD, prefix_BSD, groups, 0, self.entry)

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from models.config import TeacherConfig
 from models.targets import normalize_images
 from models.vit import Encoder
 
 
 class Teacher:
     """An encoder that is only looked at: in eval mode, never with gradient."""
+
+    floor = 0
+    """Blocks behind which it is looked at the earliest; features asked for from before are those behind them."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder.requires_grad_(False).eval()
@@ -34,35 +36,39 @@ class Teacher:
 
     @torch.no_grad()
     def of_tokens(self, tokens_BLD: Tensor, start: int, blocks: Sequence[int]) -> dict[int, Tensor]:
-        """The patches' features (B, L, D) behind each of some blocks, counted from 1, of tokens on which `start` blocks
-        have run, the prefix in front.
+        """The patches' features (B, L, D) behind some blocks, counted from 1.
 
-        What lay behind an earlier block than `start` is gone: in its place stand the tokens as they are.
+        `start` blocks have run on the tokens, which have their prefix in front.
         """
+        assert start <= max(min(blocks), self.floor), "what lay before the tokens is gone"
         found = {}
         for block in sorted(set(blocks)):
-            tokens_BLD, start = self.encoder.run(tokens_BLD, start, block), max(start, block)
+            stop = max(block, self.floor)
+            tokens_BLD, start = self.encoder.run(tokens_BLD, start, stop), stop
             found[block] = self.encoder.patches(tokens_BLD)
         return found
 
 
 class EmaTeacher(Teacher):
-    """The moving average of a student. What is frozen in the student is not copied: both use the same parameters."""
+    """The moving average of a student. What is frozen in the student is not copied: both use the same parameters.
 
-    def __init__(self, student: Encoder, config: TeacherConfig) -> None:
+    A cached stage has no features from before the cut, so that none are looked at live either.
+    """
+
+    def __init__(self, student: Encoder, momentum: float) -> None:
         super().__init__(copy.deepcopy(student, {id(p): p for p in student.parameters() if not p.requires_grad}))
-        self.config = config
+        self.momentum, self.floor = momentum, student.cut
         self.names = tuple(name for name, p in student.vit.named_parameters() if p.requires_grad)
 
-    def after(self, student: Encoder, step: int) -> None:
-        """Follow the student that optimiser step `step` of the run, the first being 0, has left."""
-        self.follow(student, self.config.momentum_at(step))
-
     @torch.no_grad()
-    def follow(self, student: Encoder, momentum: float) -> None:
-        """average <- momentum * average + (1 - momentum) * student; with momentum 0 it begins anew with the student."""
+    def follow(self, student: Encoder) -> None:
+        """average <- momentum * average + (1 - momentum) * student, after an optimiser step."""
         theirs = [student.vit.get_parameter(name) for name in self.names]
-        get_ema_multi_avg_fn(momentum)(list(self.state_dict().values()), theirs, None)
+        get_ema_multi_avg_fn(self.momentum)(list(self.state_dict().values()), theirs, None)
+
+    def restart(self, student: Encoder) -> None:
+        """The average begins anew with the student as it is."""
+        self.load_state_dict(student.vit.state_dict())
 
     def state_dict(self) -> dict[str, Tensor]:
         """What is averaged, all that learns in the student, by timm's names."""

@@ -19,7 +19,8 @@ from typing import Annotated, Any
 import tyro
 
 from pipeline import __version__
-from pipeline.config import ConfigError, check
+from pipeline.checks import check
+from pipeline.config import ConfigError
 from pipeline.job import Interrupted, Job, RunFailed
 from pipeline.layout import run_paths
 from pipeline.machine import resolve
@@ -71,6 +72,8 @@ VERBS = {
 }
 
 ARMS = ("e2e", "freeze")
+MANY = 10**6
+"""Stages where only the data tell how many there are; the verb itself refuses what does not exist."""
 Text = Annotated[str, tyro.conf.arg(metavar="TEXT")]
 
 
@@ -173,7 +176,8 @@ def read_job(name: str, args: list[str]) -> Job:
     paths = run_paths(flags.run, recipe, config.cache.root)
     previous = read_toml(paths.config) if paths.config.exists() else None
     config = resolve(config, previous, detect=verb.torch)
-    target = read_target(name, verb.target, words, len(config.schedule.cuts))
+    stages = MANY if config.schedule.caches == "cost" else len(config.schedule.cuts)
+    target = read_target(name, verb.target, words, stages)
     return Job(recipe, config, paths, yes=flags.yes, target=target)
 
 

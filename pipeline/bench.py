@@ -7,10 +7,13 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from cache.manifest import atomic_write
-from pipeline.config import ConfigError, check
+from models.config import TeacherConfig
+from pipeline.checks import check
+from pipeline.config import ConfigError
 from pipeline.costs import Imagined, seconds_of
 from pipeline.decide import Wanted
 from pipeline.desk import Desk, at_work
@@ -62,6 +65,8 @@ def methods(depth: int) -> dict[str, dict[str, Any]]:
         "pixels, one decoder": {},
         "hog": {"target.kind": "hog"},
         "features": {"target.kind": "features"},
+        "teacher, frozen": {"target.kind": "teacher"},
+        "teacher, moving average": {"target.kind": "teacher", "teacher.kind": "ema"},
         "1 head": {"heads.blocks": [depth]},
         "4 heads": {"heads.blocks": four},
         "4 heads, hog, scales 4 2 1 ½": {"heads.blocks": four} | local,
@@ -72,6 +77,7 @@ def methods(depth: int) -> dict[str, dict[str, Any]]:
 
 
 PLAIN = {"heads.blocks": [], "heads.scales": [], "heads.targets": [], "heads.weights": "equal", "decoder.share": 1.0}
+PLAIN |= {f"teacher.{name}": value for name, value in asdict(TeacherConfig()).items()}
 
 
 def bench_methods(wanted: Wanted) -> dict[str, dict[str, list[float]]]:
@@ -104,9 +110,13 @@ def method_runners(wanted: Wanted, stage: int) -> dict[str, Callable[[], float]]
             check(config)
         except ConfigError:
             continue
-        if stage or settings.get("target.kind") != "features":  # before anything is cached, features are pixels
+        if stage or settings not in LATER:
             found[name] = method_runner(Wanted(config, wanted.paths), stage)
     return found
+
+
+LATER = ({"target.kind": "features"}, {"target.kind": "teacher"})
+"""Methods whose target is pixels before anything is frozen."""
 
 
 def method_runner(wanted: Wanted, stage: int) -> Callable[[], float]:

@@ -10,12 +10,11 @@ from cache.manifest import MANIFEST, read_manifest
 from cache.receipts import RECEIPTS
 from cache.verify import Damage, drop_damaged, remove_cache, verify_cache
 from pipeline.config import ConfigError
-from pipeline.decide import Wanted, new_needs
+from pipeline.decide import all_needs
 from pipeline.desk import Desk, at_work
 from pipeline.job import Job, RunFailed
 from pipeline.needs import Need
 from pipeline.runner import ensure_built, ensure_maker
-from pipeline.tuned import last_tuning
 
 
 def run_verify(job: Job) -> None:
@@ -53,13 +52,6 @@ def run_repair(job: Job) -> None:
     with at_work(job) as desk:
         for need in all_needs(desk.wanted):
             repair(desk, need)
-
-
-def all_needs(wanted: Wanted) -> list[Need]:
-    """The caches that the stages and the fine-tuning of a run read, parents first."""
-    tuning = last_tuning(wanted)
-    tuned = [tuning.need] if tuning and tuning.need else []
-    return [need for stage in range(1, len(wanted.segments)) for need in new_needs(wanted, stage)] + tuned
 
 
 def repair(desk: Desk, need: Need) -> None:

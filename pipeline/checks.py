@@ -1,17 +1,246 @@
-"""Combinations of settings of caches, probes and fine-tuning that make no sense, told in one line each. `config.check`
-refuses a run whose settings have any; the checks of pre-training are beside it. Free of torch."""
+"""The check that the settings of a run make sense, alone and together: each problem is one line that names value, bound
+and remedy, and refuses the run before anything starts. Free of torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from cache.codecs import codec_problem, parse_filter
 from cache.errors import CacheError
-from models.config import SIZES
+from models.config import IMAGE_TARGETS, SCALES, SIZES, TeacherConfig, loss_weights
+from pipeline.config import ConfigError, PipelineConfig, get
+from pipeline.timing import timing_problems
 
-if TYPE_CHECKING:
-    from pipeline.config import PipelineConfig
+BOUNDS = {
+    "seed": "[0, inf)",
+    "data.limit": "[0, inf)",
+    "data.flip": "[0, 1]",
+    "model.image_size": "[1, inf)",
+    "model.patch_size": "[1, inf)",
+    "model.width": "[0, inf)",
+    "model.depth": "[0, inf)",
+    "model.heads": "[0, inf)",
+    "model.registers": "[0, inf)",
+    "mask.ratio": "(0, 1)",
+    "mask.ratio_end": "[0, 1)",
+    "mask.block": "[1, inf)",
+    "mask.distance_power": "[0, inf)",
+    "mask.distance_start": "(0, 1]",
+    "teacher.block": "[0, inf)",
+    "teacher.momentum": "[0, 1]",
+    "decoder.depth": "[1, inf)",
+    "decoder.width": "[0, inf)",
+    "decoder.heads": "[0, inf)",
+    "decoder.share": "(0, 1]",
+    "schedule.t0": "(0, 1]",
+    "schedule.check_every": "(0, inf)",
+    "schedule.probe_images": "[1, inf)",
+    "schedule.settle_below": "(0, inf)",
+    "schedule.settle_checks": "[1, inf)",
+    "cache.views": "[1, inf)",
+    "cache.block": "[1, inf)",
+    "cache.max_error": "(0, inf)",
+    "cache.shard_rows": "[1, inf)",
+    "cache.encode_batch": "[1, inf)",
+    "train.batch_size": "[1, inf)",
+    "train.accumulate": "[1, inf)",
+    "train.max_steps": "[0, inf)",
+    "train.lr": "(0, inf)",
+    "train.min_lr": "[0, inf)",
+    "train.decay_share": "(0, 1]",
+    "train.warmup_epochs": "[0, inf)",
+    "train.early_stop": "[0, inf)",
+    "train.weight_decay": "[0, inf)",
+    "train.beta2": "[0, 1)",
+    "train.clip": "[0, inf)",
+    "train.drop_path": "[0, 1)",
+    "train.layer_drop": "[0, 1)",
+    "train.threads": "[0, inf)",
+    "train.loader_threads": "[1, inf)",
+    "train.prefetch": "[1, inf)",
+    "train.save_every": "(0, inf)",
+    "eval.every": "[0, inf)",
+    "eval.train_limit": "[0, inf)",
+    "eval.val_limit": "[0, inf)",
+    "eval.knn_k": "[1, inf)",
+    "eval.batch_size": "[1, inf)",
+    "eval.probe_epochs": "[1, inf)",
+    "eval.attentive_epochs": "[1, inf)",
+    "eval.probe_batch": "[2, inf)",
+    "eval.probe_hold_back": "(0, 1)",
+    "finetune.epochs": "[1, inf)",
+    "finetune.batch_size": "[1, inf)",
+    "finetune.accumulate": "[1, inf)",
+    "finetune.max_steps": "[0, inf)",
+    "finetune.lr": "(0, inf)",
+    "finetune.min_lr": "[0, inf)",
+    "finetune.warmup_epochs": "[0, inf)",
+    "finetune.weight_decay": "[0, inf)",
+    "finetune.beta2": "[0, 1)",
+    "finetune.layer_decay": "(0, 1]",
+    "finetune.clip": "[0, inf)",
+    "finetune.drop_path": "[0, 1)",
+    "finetune.mixup": "[0, inf)",
+    "finetune.cutmix": "[0, inf)",
+    "finetune.label_smoothing": "[0, 1)",
+    "finetune.rand_augment": "[0, 10]",
+    "finetune.freeze": "[0, inf)",
+    "finetune.views": "[1, inf)",
+    "cluster.workers": "[0, inf)",
+    "cluster.threads": "[0, inf)",
+}
+"""The interval in which a single number makes sense."""
+
+def check(config: PipelineConfig) -> None:
+    """Refuses what makes no sense. Raises ConfigError with value, bound and remedy."""
+    for key, bound in BOUNDS.items():
+        if not _inside(value := get(config, key), bound):
+            raise ConfigError(f"{key} = {value} is outside {bound}; choose a value inside")
+    for problems in (*PROBLEMS, cache_problems, probe_problems, finetune_problems):
+        for problem in problems(config):
+            raise ConfigError(problem)
+
+
+def _inside(value: float, bound: str) -> bool:
+    low, high = (float(end) for end in bound[1:-1].split(","))
+    return (low <= value if bound[0] == "[" else low < value) and (value <= high if bound[-1] == "]" else value < high)
+
+
+def _model_problems(config: PipelineConfig) -> Iterator[str]:
+    model, decoder = config.model, config.decoder
+    if model.image_size % model.patch_size:
+        yield (
+            f"model.patch_size = {model.patch_size} does not divide model.image_size = {model.image_size}; "
+            f"try model.image_size={max(1, model.image_size // model.patch_size) * model.patch_size}"
+        )
+    encoder_width = model.width or SIZES.get(model.name, (0,))[0]
+    decoder_sizes = decoder.sizes(encoder_width) if encoder_width else (decoder.width, decoder.heads)
+    for name, width, heads in (("model", model.width, model.heads), ("decoder", *decoder_sizes)):
+        if width % 4:
+            yield f"{name}.width = {width} is not divisible by 4, which the sin-cos positions need; change {name}.width"
+        if width and heads and width % heads:
+            yield f"{name}.width = {width} is not divisible by {name}.heads = {heads}; change either"
+
+
+def _mask_problems(config: PipelineConfig) -> Iterator[str]:
+    mask, tokens = config.mask, config.model.num_tokens
+    if tokens % mask.groups:
+        yield f"mask.groups = {mask.groups} does not divide the {tokens} tokens of an image; use mask.groups=1"
+    for name, ratio in (("mask.ratio", mask.ratio), ("mask.ratio_end", mask.ratio_end or mask.ratio)):
+        keep = int(tokens * (1 - ratio))
+        if not keep:
+            yield f"{name} = {ratio} leaves none of the {tokens} tokens visible; lower {name}"
+        if keep > tokens // mask.groups:
+            yield (
+                f"{name} = {ratio} keeps {keep} of {tokens} tokens, but a group of mask.groups = {mask.groups} "
+                f"has only {tokens // mask.groups}; raise {name} or lower mask.groups"
+            )
+    if mask.block > 1 and mask.block**2 > tokens // 4:
+        side = int((tokens // 4) ** 0.5)
+        yield f"mask.block = {mask.block} makes squares larger than a quarter of the {tokens} tokens; use 1..{side}"
+    if config.decoder.share < 1 and not int(tokens * mask.ratio * config.decoder.share):
+        yield f"decoder.share = {config.decoder.share} leaves no hidden token to decode; raise it"
+
+
+def _heads_problems(config: PipelineConfig) -> Iterator[str]:
+    """What is wrong with the heads; their decoders' sizes are the model's business."""
+    heads, target, model = config.heads, config.target, config.model
+    depth = model.depth or SIZES.get(model.name, (0, 0))[1]
+    blocks, count = list(heads.blocks), len(heads.blocks)
+    if not blocks:
+        for key in ("scales", "targets"):
+            if getattr(heads, key):
+                yield f"heads.{key} = {list(getattr(heads, key))} without heads.blocks; name the blocks too"
+        if heads.weights != "equal":
+            yield f"heads.weights = {heads.weights} without heads.blocks weighs nothing; name the blocks too"
+        return
+    if sorted(set(blocks)) != blocks or blocks[0] < 1 or (depth and blocks[-1] != depth):
+        last = depth or "its last"
+        yield f"heads.blocks = {blocks} must rise from 1 or more to {last}, since no block behind the last head learns"
+    for key in ("scales", "targets"):
+        if (given := getattr(heads, key)) and len(given) != count:
+            yield f"heads.{key} = {list(given)} and heads.blocks = {blocks} differ in length; give every head one"
+    try:
+        loss_weights(heads.weights, count)
+    except ValueError as error:
+        yield f"heads.weights: {error}; give every head of heads.blocks = {blocks} a weight"
+    kinds = heads.targets or (target.kind,) * count
+    grid = model.image_size // model.patch_size
+    for kind, scale in zip(kinds, heads.scales or (1.0,) * count, strict=True):
+        if scale not in SCALES:
+            yield f"heads.scales has {scale}; use 4, 2, 1 or 0.5"
+        if scale != 1 and kind not in IMAGE_TARGETS:
+            yield f"heads.scales has {scale} for a head of {kind}, which are there for tokens only; use scale 1 for it"
+        if scale > 1 and model.patch_size % int(scale):
+            yield f"heads.scales has {scale:g}, which does not divide model.patch_size = {model.patch_size}; use 1"
+        if scale < 1 and grid % 2:
+            yield f"heads.scales has {scale}, but a grid of {grid} tokens a side has no 2x2 squares; use 1, 2 or 4"
+        if scale < 1 and config.decoder.share < 1:
+            yield f"heads.scales has {scale}, which needs all tokens, but decoder.share = {config.decoder.share}; use 1"
+
+
+def _teacher_problems(config: PipelineConfig) -> Iterator[str]:
+    teacher, usual, model = config.teacher, TeacherConfig(), config.model
+    depth = model.depth or SIZES.get(model.name, (0, 0))[1]
+    changed = [name for name, value in vars(teacher).items() if value != getattr(usual, name)]
+    if "teacher" not in (config.heads.targets or (config.target.kind,)):
+        for name in changed:
+            yield f"teacher.{name} = {getattr(teacher, name)} teaches no head; set target.kind=teacher"
+        return
+    if teacher.kind == "frozen" and len(config.schedule.cuts) == 1:
+        cuts = list(config.schedule.cuts)
+        yield f"teacher.kind = frozen is what stage 0 ends with, but schedule.cuts = {cuts} ends there; use ema"
+    if teacher.kind == "frozen" and "momentum" in changed:
+        yield f"teacher.momentum = {teacher.momentum} moves nothing with teacher.kind = frozen; use ema"
+    if teacher.pairs != "last" and teacher.block:
+        yield f"teacher.block = {teacher.block} is not asked for with teacher.pairs = {teacher.pairs}; set it to 0"
+    if depth and teacher.block > depth:
+        yield f"teacher.block = {teacher.block} is more than the {depth} blocks there are; use 0..{depth}"
+
+
+def _data_problems(config: PipelineConfig) -> Iterator[str]:
+    data, train = config.data, config.train
+    for key, (low, high), top in (("scale", data.crop_scale, 1.0), ("ratio", data.crop_ratio, float("inf"))):
+        if not 0 < low <= high <= top:
+            yield f"data.crop_{key} = [{low}, {high}] is not 0 < smallest <= largest <= {top}; reorder or lower it"
+    if not data.source:
+        yield "data.source is empty; give sample, a folder, tars or a torchvision name"
+    if train.batch_size % train.accumulate:
+        parts = f"train.accumulate = {train.accumulate}"
+        yield f"train.batch_size = {train.batch_size} is not divisible by {parts}; change either"
+    if train.min_lr > train.lr:
+        yield f"train.min_lr = {train.min_lr} is above train.lr = {train.lr}; lower train.min_lr"
+    kind, _, index = train.device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (index and not index.isdigit()):
+        yield f"train.device = {train.device} is none of auto, cpu, cuda, cuda:<n>; choose one of them"
+
+
+def _timing_problems(config: PipelineConfig) -> Iterator[str]:
+    return timing_problems(config.schedule, config.train, config.eval)
+
+
+def _start_problems(config: PipelineConfig) -> Iterator[str]:
+    """Stage 0 may train for no epoch only where a file has trained its encoder already and a later stage goes on."""
+    epochs = list(config.schedule.epochs)
+    if not epochs or epochs[0]:
+        return
+    if not config.model.weights:
+        yield (
+            f"schedule.epochs = {epochs} starts stage 1 from an encoder that nothing has trained; give a checkpoint "
+            "with model.weights=<file>, or stage 0 at least 1 epoch"
+        )
+    elif config.schedule.kind != "explicit" or not any(epochs):
+        yield (
+            f"schedule.epochs = {epochs} with schedule.kind = {config.schedule.kind} trains stage 0 for 0 epochs; that "
+            "needs explicit and a later stage that trains"
+        )
+
+
+PROBLEMS = (
+    *(_model_problems, _mask_problems, _heads_problems, _teacher_problems),
+    *(_data_problems, _timing_problems, _start_problems),
+)
+"""What does not go together, in the order in which it is looked for."""
 
 
 def cache_problems(config: PipelineConfig) -> Iterator[str]:

@@ -23,6 +23,7 @@ from models.config import IMAGE_TARGETS
 from models.mim import MaskedModel
 from models.vit import build_encoder
 from pipeline.decide import Wanted, judge_stage, new_needs
+from pipeline.freezing import show_adaptive, show_events
 from pipeline.job import Job
 from pipeline.needs import Need
 from pipeline.rates import fresh_model
@@ -32,7 +33,7 @@ from pipeline.speedup import break_even
 from pipeline.work import live_source, sampling
 from stages.config import TrainConfig
 from stages.device import autocast, synchronize
-from stages.segment import Segment
+from stages.segment import Segment, as_end_to_end
 from stages.sources import Inputs, Sampling, Source, mask_features
 from stages.train import train_step
 from stages.views import image_batch
@@ -56,7 +57,7 @@ class StageCost:
 def show_plan(job: Job) -> None:
     """Measure, predict, print, and write plan.json."""
     wanted = Wanted(job.config, job.paths)
-    refuse_what_does_not_fit(wanted, len(wanted.segments) - 1)
+    refuse_what_does_not_fit(wanted, wanted.candidates - 1)
     costs = [stage_cost(wanted, stage) for stage in range(len(wanted.segments))]
     rows = table("stage", "cut", "epochs", "state", "e2e s", "freeze s", "cached s", "cache s", "cache on disk")
     for cost in costs:
@@ -75,10 +76,12 @@ def show_plan(job: Job) -> None:
         + ("not reached" if even is None else f"at epoch {even:.1f}")
         + f"; disk {found['cache_bytes'] / 1e6:,.0f} MB"
     )
+    events = show_events(wanted)
+    show_adaptive(wanted)
     prices = choices(wanted) if len(costs) > 1 else {}
     for line in price_lines(prices):
         out.print(line)
-    plan = {"stages": [asdict(cost) for cost in costs]} | found | prices
+    plan = {"stages": [asdict(cost) for cost in costs]} | found | prices | {"freeze_events": events}
     atomic_write(job.paths.plan, (json.dumps(plan, indent=2) + "\n").encode())
 
 
@@ -96,9 +99,9 @@ def choices(wanted: Wanted) -> dict[str, Any]:
     if all(head.scale >= 1 for head in wanted.heads):
         for share in SHARES:
             other = Wanted(replace(config, decoder=replace(config.decoder, share=share)), wanted.paths)
-            found["decoder_share"][str(share)] = step_seconds(other, last, "cached")
+            found["decoder_share"][str(share)] = step_seconds(other, last, other.parts(last)[-1], "cached")
     found["codecs"] = codec_bytes(wanted)
-    if sampling(wanted).targets(wanted.segments[last].cut) & set(IMAGE_TARGETS):
+    if sampling(wanted).targets(wanted.segments[last]) & set(IMAGE_TARGETS):
         values = config.model.num_tokens * config.model.patch_values
         rows = np.arange(min(RECUT_IMAGES, len(wanted.data.train)))
         size = config.model.image_size
@@ -165,30 +168,29 @@ def totals(costs: list[StageCost]) -> dict[str, Any]:
 
 def stage_cost(wanted: Wanted, stage: int) -> StageCost:
     """Measure a stage's steps and its encoding on this machine, and scale them to the stage's length."""
-    segment = wanted.segments[stage]
-    e2e = step_seconds(wanted, stage, "e2e") * segment.steps if segment.steps else 0.0
+    segment, parts = wanted.segments[stage], wanted.parts(stage)
     verdict = judge_stage(wanted, stage)
     epochs = segment.steps / segment.steps_per_epoch
-    if not stage:
-        return StageCost(stage, 0, epochs, verdict.state, e2e, e2e, e2e, 0.0, 0)
+    freeze = sum(step_seconds(wanted, stage, part, "freeze") * part.steps for part in parts)
+    if not stage:  # the same for all arms
+        return StageCost(stage, 0, epochs, verdict.state, freeze, freeze, freeze, 0.0, 0)
     needs, images = new_needs(wanted, stage), wanted.data.train
     return StageCost(
         stage=stage,
         cut=segment.cut,
         epochs=epochs,
         state=verdict.state,
-        e2e_seconds=e2e,
-        freeze_seconds=step_seconds(wanted, stage, "freeze") * segment.steps,
-        cached_seconds=step_seconds(wanted, stage, "cached") * segment.steps,
+        e2e_seconds=step_seconds(wanted, stage, as_end_to_end([segment])[0], "e2e") * segment.steps,
+        freeze_seconds=freeze,
+        cached_seconds=sum(step_seconds(wanted, stage, part, "cached") * part.steps for part in parts),
         cache_seconds=sum(encode_seconds(wanted, need) for need in needs) * wanted.config.cache.views * len(images),
         cache_bytes=sum(cache_bytes(wanted.layout(need)) for need in needs),
     )
 
 
-def step_seconds(wanted: Wanted, stage: int, arm: str) -> float:
-    """Seconds of one training step of an arm at a stage's cut, its inputs in memory."""
-    segment = wanted.segments[stage] if arm != "e2e" else replace(wanted.segments[stage], cut=0)
-    model, optimizer = fresh_model(wanted, stage, segment.cut, cached=arm == "cached")
+def step_seconds(wanted: Wanted, stage: int, segment: Segment, arm: str) -> float:
+    """Seconds of one training step of an arm in a segment of a stage, its inputs in memory."""
+    model, optimizer = fresh_model(wanted, stage, segment.cut, arm == "cached", segment.entry)
     train = wanted.config.train
     if arm == "cached":
         encoder, blocks = model.encoder, wanted.teacher_blocks(stage)
@@ -241,7 +243,7 @@ class Imagined:
 
     def load(self, segment: Segment, step: int) -> Inputs:
         how = self.sampling
-        size = how.model.num_tokens if how.reads_all(segment.cut) else how.group_tokens
+        size = how.model.num_tokens if how.reads_all(segment) else how.group_tokens
         order = torch.rand(how.batch_size, how.model.num_tokens).argsort(1)
         side = how.model.image_size
         images = torch.randint(0, 256, (how.batch_size, 3, side, side), dtype=torch.uint8)

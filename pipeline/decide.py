@@ -14,17 +14,14 @@ from typing import Any, Literal
 from cache.errors import CacheError, MissingCache
 from cache.layout import Layout
 from cache.manifest import cache_folder_name, check_spec, read_manifest
-from cache.order import steps_per_epoch
 from models.config import IMAGE_TARGETS, HeadSpec, head_specs, learning_heads, without
-from models.identity import model_identity
 from models.spec import COMPUTATION_VERSION, FeatureSpec, digest
-from pipeline.config import PipelineConfig
-from pipeline.layout import RunPaths, StagePaths
+from pipeline.course import Course
+from pipeline.kept import lost_epochs, never_reached
+from pipeline.layout import StagePaths
 from pipeline.needs import Need
 from pipeline.tuned import Tuning, last_tuning
-from stages.images import Data, open_data
-from stages.schedule import StagePlan, plan_stages
-from stages.segment import Segment, segments_of
+from stages.segment import Segment
 from stages.views import view_transform_id
 from stages.weights import weights_digest
 
@@ -34,9 +31,12 @@ TRAINING_VERSION = 1
 ARMS = ("e2e", "freeze")
 
 NO_INFLUENCE = frozenset(
-    {"train.device", "train.threads", "train.loader_threads", "train.prefetch", "train.save_every", "train.max_steps"}
+    {
+        *("train.device", "train.threads", "train.loader_threads", "train.prefetch", "train.save_every"),
+        *("train.max_steps", "train.save_epochs"),
+    }
 )
-"""Settings of `train` that change how fast a stage is or, as max_steps, act through its number of steps."""
+"""Settings of `train` that change how fast a stage is, act through its number of steps, or only keep what passes by."""
 
 State = Literal["current", "stale", "missing", "unfinished"]
 
@@ -55,38 +55,13 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """The run as its settings ask for it. Stages are counted from 0."""
-
-    config: PipelineConfig
-    paths: RunPaths
-
-    @cached_property
-    def data(self) -> Data:
-        return open_data(self.config.data, self.paths.index)
-
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        return model_identity(self.config.model)
+class Wanted(Course):
+    """The run as its settings ask for it, and what every part of it depends on."""
 
     @cached_property
     def weights(self) -> str:
         """sha256 of the checkpoint file to start from: its content, wherever it lies."""
         return weights_digest(self.config.model.weights, self.paths.index / "weights.json")
-
-    @cached_property
-    def steps_per_epoch(self) -> int:
-        return steps_per_epoch(len(self.data.train), self.config.train.batch_size)
-
-    @cached_property
-    def plan(self) -> tuple[StagePlan, ...]:
-        return plan_stages(
-            self.config.schedule, self.identity["depth"], self.steps_per_epoch, self.config.train.warmup_epochs
-        )
-
-    @cached_property
-    def segments(self) -> tuple[Segment, ...]:
-        return segments_of(self.plan, self.steps_per_epoch, self.config.train)
 
     @cached_property
     def heads(self) -> tuple[HeadSpec, ...]:
@@ -97,21 +72,12 @@ class Wanted:
         early = not stage and self.config.teacher.kind == "frozen"
         return without(self.heads, "teacher") if early else self.heads
 
-    @property
-    def total_steps(self) -> int:
-        return sum(segment.steps for segment in self.segments)
-
-    def record(self, paths: StagePaths) -> dict[str, Any] | None:
-        """What stage.json says, or None where there is none."""
-        try:
-            found: dict[str, Any] = json.loads(paths.json.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return None
-        return found
-
     def stage_inputs(self, stage: int) -> dict[str, Any]:
         """Everything that can change the outcome of a stage, by the setting's name."""
-        inputs = self._common() | self._taught(stage) | {"schedule.stage": asdict(self.segments[stage])}
+        inputs = self._common() | self._taught(stage)
+        inputs |= {"schedule.stage": [asdict(part) for part in self.asked(stage)]}
+        if self.adaptive:
+            inputs |= self._adaptive_inputs(stage)
         if stage:
             parent = self.record(self.paths.stage(stage - 1)) or {}
             inputs |= {"cache.views": self.config.cache.views} | self.config.cache.inputs(stage > 1)
@@ -120,15 +86,26 @@ class Wanted:
 
     def arm_inputs(self, arm: str) -> dict[str, Any]:
         """The same for a baseline arm, which goes on from stage 0."""
-        inputs = self._common() | self._taught(1) | {"arm": arm}
-        inputs |= {"schedule.stages": [asdict(segment) for segment in self.segments[1:]]}
-        if arm == "freeze" and self.reads_features(self.segments[-1].cut):
+        segments = self.arm_segments(arm)
+        inputs = self._common(arm) | self._taught(1) | {"arm": arm}
+        inputs |= {"schedule.stages": [asdict(segment) for segment in segments]}
+        if arm == "freeze" and any(self.reads_features(segment) for segment in segments):
             inputs |= {"mask.groups": self.config.mask.groups}
         return inputs | {"parent state": (self.record(self.paths.stage(0)) or {}).get("state")}
 
-    def reads_features(self, cut: int) -> bool:
-        """Whether a head behind the cut predicts the cut's own features, which exist only as a cache holds them."""
-        return any(head.target == "features" for head in learning_heads(self.heads, cut))
+    def reads_features(self, segment: Segment) -> bool:
+        """Whether a head predicts features of the segment's cut, which exist only as a cache holds them."""
+        return any(head.target == "features" for head in learning_heads(self.heads, segment.cut, segment.entry))
+
+    def _adaptive_inputs(self, stage: int) -> dict[str, Any]:
+        """What decides when an adaptive stage ends; the last has nothing to decide."""
+        schedule = self.config.schedule
+        names = ("check_every", "probe_images", "settle_metric", "settle_below", "settle_checks")
+        if stage + 1 >= len(schedule.cuts):
+            return {}
+        return {"schedule.next_cut": schedule.cuts[stage + 1]} | {
+            f"schedule.{name}": getattr(schedule, name) for name in names
+        }
 
     def _taught(self, stage: int) -> dict[str, Any]:
         """What a stage's teacher depends on; nothing where no head has one."""
@@ -138,23 +115,28 @@ class Wanted:
             return _named("teacher", self.config.teacher)
         record = self.record(self.paths.stage(0)) or {}
         weights = record.get("frozen_weights", {}).get(str(self.identity["depth"]))
-        return _named("teacher", self.config.teacher, {"momentum", "ramp"}) | {"teacher weights": weights}
+        return _named("teacher", self.config.teacher, {"momentum"}) | {"teacher weights": weights}
 
-    def _common(self) -> dict[str, Any]:
-        config = self.config
+    def _common(self, arm: str = "") -> dict[str, Any]:
+        config, train = self.config, self.config.train
         inputs: dict[str, Any] = {"seed": config.seed, "data": self.data.train.digest, "version": TRAINING_VERSION}
         inputs |= {"data.views": view_transform_id(config.data, config.model.image_size)}
         inputs |= _named("model", config.model, {"attention", "weights"}) | _named("mask", config.mask, {"groups"})
         inputs |= {"model.weights": self.weights} if config.model.weights else {}
         inputs |= _named("target", config.target) | _named("decoder", config.decoder) | _named("heads", config.heads)
-        inputs |= _named("train", config.train, {name.removeprefix("train.") for name in NO_INFLUENCE})
-        by_progress = config.mask.changes or ":" in config.heads.weights or config.train.layer_drop > 0
-        if config.train.lr_schedule == "cosine" or config.schedule.kind == "freezeout" or by_progress:
+        unused = set() if train.lr_schedule == "wsd" else {"decay_share"}
+        inputs |= _named("train", train, {name.removeprefix("train.") for name in NO_INFLUENCE} | unused)
+        by_layer = config.schedule.kind == "freezeout" and arm != "e2e"
+        by_progress = config.mask.changes or ":" in config.heads.weights or train.layer_drop > 0
+        if by_layer or by_progress or (train.lr_schedule in ("cosine", "wsd") and not train.lr_restart):
             inputs |= {"schedule.total_steps": self.total_steps}
-        if config.schedule.kind == "freezeout":
-            inputs |= {
-                f"schedule.{name}": getattr(config.schedule, name) for name in ("kind", "t0", "scale", "scale_lr")
-            }
+        if by_layer:
+            names = ("kind", "t0", "scale", "scale_lr", "layer_rates", "freeze_embed")
+            inputs |= {f"schedule.{name}": getattr(config.schedule, name) for name in names}
+        if train.early_stop:
+            told = ("every", "train_limit", "val_limit", "knn_k")
+            inputs |= {f"eval.{name}": getattr(config.eval, name) for name in told}
+            inputs |= {"data.val": self.data.val.digest}
         return inputs
 
     def needs(self, stage: int) -> tuple[Need, ...]:
@@ -177,11 +159,17 @@ class Wanted:
             found.append(Need(f"cache teacher-{block}", 0, draft, found[-1] if found else None))
         return tuple(need for need in found if need.draft.cut in self.teacher_blocks(stage))
 
+    def raised_heads(self, stage: int) -> tuple[HeadSpec, ...]:
+        """The heads whose block of a moving average is frozen: they predict the cut's features in its place."""
+        cut = self.segments[stage].cut
+        heads = learning_heads(self.heads, cut) if self.config.teacher.kind == "ema" else ()
+        return tuple(head for head in heads if head.target == "teacher" and head.teacher < cut)
+
     def teacher_blocks(self, stage: int) -> tuple[int, ...]:
         """The blocks of a frozen teacher that a stage's heads predict, ascending."""
         if self.config.teacher.kind != "frozen":
             return ()
-        return tuple(sorted({head.teacher for head in learning_heads(self.heads, self.segments[stage].cut)} - {0}))
+        return tuple(sorted({head.teacher for head in learning_heads(self.heads, self.cut(stage))} - {0}))
 
     def spec(self, need: Need) -> FeatureSpec | None:
         """The whole identity of a cache; None as long as the stage that its weights come from has not been trained."""
@@ -204,7 +192,7 @@ class Wanted:
             image_size=config.model.image_size,
             patch_size=config.model.patch_size,
             weights="",
-            cut=self.segments[stage].cut,
+            cut=self.cut(stage),
             groups=config.mask.groups,
             mask_ratio=config.mask.ratio,
             mask_block=config.mask.block if config.mask.groups > 1 else 1,
@@ -229,23 +217,23 @@ class Wanted:
 
 def judge_stage(wanted: Wanted, stage: int) -> Verdict:
     """Whether a stage is current, given that the stages before it are."""
-    return _judge(
-        f"stage {stage}",
-        wanted.record(wanted.paths.stage(stage)),
-        wanted.stage_inputs(stage),
-        wanted.paths.stage(stage),
-    )
+    what, paths, segments = f"stage {stage}", wanted.paths.stage(stage), wanted.asked(stage)
+    if not segments:
+        return Verdict(what, "missing", wanted.why_no_stage(stage))
+    return _judge(wanted, what, paths, wanted.stage_inputs(stage), segments)
 
 
 def judge_arm(wanted: Wanted, arm: str) -> Verdict:
-    """Whether a baseline arm is current, given that stage 0 is."""
-    return _judge(f"arm {arm}", wanted.record(wanted.paths.arm(arm)), wanted.arm_inputs(arm), wanted.paths.arm(arm))
+    """Whether a baseline arm is current, given that stage 0 is. It follows the plan, so that must be decided."""
+    if not wanted.decided:
+        return Verdict(f"arm {arm}", "missing", f"open: it follows the plan, and stage {len(wanted.taken)} is not done")
+    return _judge(wanted, f"arm {arm}", wanted.paths.arm(arm), wanted.arm_inputs(arm), wanted.arm_segments(arm))
 
 
 def judge_finetune(tuning: Tuning) -> Verdict:
     """Whether fine-tuning is current, given that the encoder that it starts from is."""
     wanted = tuning.wanted
-    return _judge("finetune", wanted.record(wanted.paths.finetune), tuning.inputs(), wanted.paths.finetune)
+    return _judge(wanted, "finetune", wanted.paths.finetune, tuning.inputs(), ())
 
 
 def judge_cache(wanted: Wanted, need: Need) -> Verdict:
@@ -274,17 +262,19 @@ def judge_all(wanted: Wanted) -> list[Verdict]:
     """
     stages: list[Verdict] = []
     broken: list[str] = []  # of every stage: the first before it, or itself, that will run again
-    for stage in range(len(wanted.segments)):
+    for stage in range(wanted.candidates):
+        if wanted.used_up(stage):
+            break
         stages.append(_after(broken[-1] if broken else "", judge_stage(wanted, stage)))
         broken.append((broken[-1] if broken else "") or ("" if stages[-1].current else stages[-1].what))
     found: list[Verdict] = []
     for stage, verdict in enumerate(stages):
-        for need in new_needs(wanted, stage):
+        for need in new_needs(wanted, stage) if wanted.asked(stage) else ():
             readers = [later for later in range(stage, len(stages)) if need in wanted.needs(later)]
             used = [reader for reader in readers if not stages[reader].current]
             found.append(_cache_verdict(_after(broken[need.after], judge_cache(wanted, need)), stage, bool(used)))
         found.append(verdict)
-    arms = ARMS if len(wanted.segments) > 1 else ()
+    arms = ARMS if len(wanted.segments) > 1 or not wanted.decided else ()
     found += [_after(broken[0], judge_arm(wanted, arm)) for arm in arms]
     return found + _judge_tuned(wanted, found)
 
@@ -308,6 +298,13 @@ def _judge_tuned(wanted: Wanted, before: list[Verdict]) -> list[Verdict]:
 def new_needs(wanted: Wanted, stage: int) -> tuple[Need, ...]:
     """The caches that a stage is the first to read; none for stage 0, which reads images."""
     return tuple(need for need in wanted.needs(stage) if need.stage == stage) if stage else ()
+
+
+def all_needs(wanted: Wanted) -> list[Need]:
+    """The caches that the stages and the fine-tuning of a run read, parents first."""
+    tuning = last_tuning(wanted)
+    tuned = [tuning.need] if tuning and tuning.need else []
+    return [need for stage in range(1, len(wanted.segments)) for need in new_needs(wanted, stage)] + tuned
 
 
 def _cache_verdict(verdict: Verdict, stage: int, needed: bool) -> Verdict:
@@ -337,7 +334,10 @@ def inputs_digest(inputs: Mapping[str, Any]) -> str:
     return digest(dict(inputs))
 
 
-def _judge(what: str, record: dict[str, Any] | None, inputs: dict[str, Any], paths: StagePaths) -> Verdict:
+def _judge(
+    wanted: Wanted, what: str, paths: StagePaths, inputs: dict[str, Any], segments: tuple[Segment, ...]
+) -> Verdict:
+    record = wanted.record(paths)
     if record is None:
         return Verdict(what, "missing", f"no {paths.json}")
     plain = json.loads(json.dumps(inputs))
@@ -349,7 +349,15 @@ def _judge(what: str, record: dict[str, Any] | None, inputs: dict[str, Any], pat
         file = paths.root / path
         if not file.exists() or file.stat().st_size != size:
             return Verdict(what, "missing", f"{file} is gone or has another size than {size} bytes")
-    return Verdict(what, "current", f"fingerprint {record['fingerprint'][:8]}")
+    epochs = wanted.config.train.save_epochs
+    if segments and (lost := lost_epochs(epochs, segments, record, paths)):
+        return Verdict(what, "stale", f"train.save_epochs wants {paths.epoch(lost[0])}, which was not kept")
+    reason = f"fingerprint {record['fingerprint'][:8]}"
+    if record.get("ended"):
+        reason += f"; {record['ended']['why']}"
+    if segments and (later := never_reached(epochs, segments, record)):
+        reason += f"; ended before epoch {later[0]} of train.save_epochs"
+    return Verdict(what, "current", reason)
 
 
 def _named(prefix: str, settings: Any, without: frozenset[str] | set[str] = frozenset()) -> dict[str, Any]:
@@ -357,9 +365,13 @@ def _named(prefix: str, settings: Any, without: frozenset[str] | set[str] = froz
 
 
 def _nearest_cache(wanted: Wanted, spec: FeatureSpec) -> str | None:
-    """Why the caches of the same cut that lie there will not do: the one that differs least speaks for all."""
+    """Why the caches of the same cut that lie there will not do: the one that differs least speaks for all.
+
+    One that the run wants as it is, is no older state of this one.
+    """
+    others = {wanted.cache_folder(other) for need in all_needs(wanted) if (other := wanted.spec(need))}
     found = []
-    for folder in wanted.paths.cache_root.glob(f"cut-{spec.cut}-*"):
+    for folder in set(wanted.paths.cache_root.glob(f"cut-{spec.cut}-*")) - others:
         with suppress(CacheError):
             found.append(read_manifest(folder))
     if not found:

@@ -6,14 +6,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from cache.store import CacheReader
 from pipeline.config import ConfigError
 from pipeline.decide import Wanted, judge_cache
+from pipeline.finetuning import checked_start, make_classifier, source_of
 from pipeline.job import Job, RunFailed
 from pipeline.show import console, table
+from pipeline.tuned import Tuning, last_tuning
 from pipeline.work import cached_source, masked_build, optimizer_of, sampling, state_file
 from stages.checkpoint import apply_tensors, read_state
 from stages.device import autocast
+from stages.finetune import CachedPrefix, Labelled, LiveViews, live_prefix
 from stages.sources import LiveFeatures, Source
 from stages.train import build_model
 
@@ -28,15 +33,15 @@ LOSS_BOUND = 1e-3
 
 @dataclass(frozen=True)
 class Comparison:
-    """Cached against live, at one stage."""
+    """Cached against live, at one stage or in fine-tuning."""
 
-    stage: int
+    stage: int | str
     cut: int
     feature_rmse: float
     feature_max: float
     cached_loss: float
     live_loss: float
-    stored_error: float = 0.0
+    stored_error: float
     """What the manifest says that its codec, and those before it, have lost."""
 
     @property
@@ -52,11 +57,13 @@ def run_equivalence(job: Job) -> None:
         for stage in range(1, len(wanted.segments))
         if all(judge_cache(wanted, need).current for need in wanted.needs(stage))
     ]
-    if not stages:
+    tuning = last_tuning(wanted)
+    tuned = tuning if tuning and tuning.need and judge_cache(wanted, tuning.need).current else None
+    if not stages and not tuned:
         raise ConfigError(
             f"{job.paths.root} has no current cache to compare; run `make stage-1` first, or see `make explain`"
         )
-    found = [compare_stage(wanted, stage) for stage in stages]
+    found = [compare_stage(wanted, stage) for stage in stages] + ([compare_finetune(tuned)] if tuned else [])
     rows = table("stage", "cut", "features: rel. RMSE", "max |diff|", "loss cached", "loss live", "rel. difference")
     for one in found:
         rows.add_row(
@@ -81,6 +88,7 @@ def compare_stage(wanted: Wanted, stage: int) -> Comparison:
     model = build_model(masked_build(wanted, stage, cached=False), segment.cut, config.train.device)
     optimizer = optimizer_of(wanted, model)
     apply_tensors(model, optimizer, read_state(state_file(wanted.paths.stage(stage - 1)))[2])
+    model.eval()  # what is dropped at random would differ between the two
     cached = cached_source(wanted, stage)
     live = LiveFeatures(wanted.data.train, sampling(wanted), config.cache.views)
 
@@ -96,13 +104,46 @@ def compare_stage(wanted: Wanted, stage: int) -> Comparison:
     read = cached.cache.read(rows, live.sampling.slot(segment, 0, config.cache.views)[0])
     wants = torch.cat(found, dim=1).float().cpu()
     has = torch.cat([read.features_BLD, *([] if read.prefix_BSD is None else [read.prefix_BSD])], dim=1)
-    difference = has - wants
-    return Comparison(
-        stage=stage,
-        cut=segment.cut,
-        feature_rmse=float(difference.norm() / wants.norm()),
-        feature_max=float(difference.abs().max()),
-        cached_loss=loss(cached),
-        live_loss=loss(live),
-        stored_error=cached.cache.manifest.accumulated_error,
+    return comparison(stage, cached.cache, has, wants, loss(cached), loss(live))
+
+
+def compare_finetune(tuning: Tuning) -> Comparison:
+    """The first batch of fine-tuning behind frozen blocks, read and recomputed.
+
+    Its heads start so near to 0 that any features would have the same loss; here they have weights of usual size.
+    """
+    wanted, config, segment = tuning.wanted, tuning.wanted.config, tuning.segment
+    device, precision = config.train.device, config.train.precision
+    torch.set_num_threads(config.train.threads)
+    model = make_classifier(tuning, checked_start(tuning)).eval()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(config.seed)
+        for head in model.in_order:
+            weight = head.linear.weight
+            weight.copy_(torch.randn(weight.shape) / weight.shape[1] ** 0.5)
+    cached = source_of(tuning)
+    assert isinstance(cached, CachedPrefix)
+    views = LiveViews(wanted.data.train, cached.lessons)
+    read = cached.load(segment, 0).to(device)
+    computed = live_prefix(views, model, segment, 0, config.finetune.views, precision)
+
+    def loss(inputs: Labelled) -> float:
+        (whole,) = inputs.split(1)
+        with torch.no_grad(), autocast(device, precision):
+            return float(model(cached.mask(model, whole)).sum())
+
+    has, wants = (
+        torch.cat([inputs.values, *([] if inputs.prefix_BRD is None else [inputs.prefix_BRD])], dim=1).float().cpu()
+        for inputs in (read, computed)
     )
+    return comparison("finetune", cached.cache, has, wants, loss(read), loss(computed))
+
+
+def comparison(
+    what: int | str, cache: CacheReader, has: Tensor, wants: Tensor, cached_loss: float, live_loss: float
+) -> Comparison:
+    """Features as they are cached against those that are wanted, and the losses of both."""
+    difference = has - wants
+    rmse, largest = float(difference.norm() / wants.norm()), float(difference.abs().max())
+    manifest = cache.manifest
+    return Comparison(what, manifest.spec.cut, rmse, largest, cached_loss, live_loss, manifest.accumulated_error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipeline.decide import Wanted, judge_all
+from pipeline.freezing import show_adaptive
 from pipeline.job import Job
 from pipeline.show import console, table
 
@@ -11,7 +12,9 @@ COLOURS = {"current": "green", "stale": "red", "missing": "yellow", "unfinished"
 
 def show_explain(job: Job) -> None:
     """Print the verdicts that `stage` and `all` would act on."""
+    wanted = Wanted(job.config, job.paths)
     rows = table("what", "state", "why")
-    for verdict in judge_all(Wanted(job.config, job.paths)):
+    for verdict in judge_all(wanted):
         rows.add_row(verdict.what, f"[{COLOURS[verdict.state]}]{verdict.state}[/]", verdict.reason)
     console().print(rows)
+    show_adaptive(wanted)

@@ -13,12 +13,14 @@ from models.classifier import Classifier, build_classifier
 from models.drop import DepthDrop
 from models.learner import Learner
 from models.vit import build_encoder
+from pipeline.building import read_seconds
 from pipeline.config import ConfigError
 from pipeline.decide import inputs_digest
 from pipeline.desk import Desk
 from pipeline.layout import StagePaths
 from pipeline.tuned import Tuning
-from pipeline.work import carry_out, file_checksum, finish_record, read_seconds, state_file
+from pipeline.work import carry_out, file_checksum, finish_record, state_file
+from stages.arm import Arm
 from stages.checkpoint import CheckpointError
 from stages.finetune import (
     CachedPrefix,
@@ -33,7 +35,6 @@ from stages.finetune import (
 from stages.labels import num_classes
 from stages.optim import build_adamw
 from stages.sources import Source
-from stages.train import Arm
 
 
 def finetune(desk: Desk, tuning: Tuning) -> None:
@@ -45,7 +46,7 @@ def finetune(desk: Desk, tuning: Tuning) -> None:
     arm = Arm(
         tag={"arm": "finetune"},
         segments=(segment,),
-        make=lambda cut: make_classifier(tuning, start),
+        make=lambda segment: make_classifier(tuning, start),
         optimizer=lambda model: optimizer_of(tuning, model),
         train=settings,
         rates=FinetuneRates(config.finetune, segment.steps, segment.steps_per_epoch),

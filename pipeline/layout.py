@@ -31,6 +31,10 @@ class StagePaths:
         """The whole encoder after the stage, timm's parameter names."""
         return self.root / "model.safetensors"
 
+    def epoch(self, epoch: int) -> Path:
+        """The whole encoder after an epoch of the run that is asked for with train.save_epochs."""
+        return self.root / f"epoch-{epoch}.safetensors"
+
     @property
     def last(self) -> Path:
         """Folder of what a mid-stage resume needs."""

@@ -87,8 +87,10 @@ def step_runner(wanted: Wanted, stage: int, arm: str) -> Callable[[float], float
     return run
 
 
-def fresh_model(wanted: Wanted, stage: int, cut: int, cached: bool) -> tuple[MaskedModel, torch.optim.Optimizer]:
-    model = build_model(masked_build(wanted, stage, cached), cut, wanted.config.train.device)
+def fresh_model(
+    wanted: Wanted, stage: int, cut: int, cached: bool, entry: int | None = None
+) -> tuple[MaskedModel, torch.optim.Optimizer]:
+    model = build_model(masked_build(wanted, stage, cached), cut, wanted.config.train.device, entry)
     return model, optimizer_of(wanted, model)
 
 

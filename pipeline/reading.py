@@ -17,7 +17,8 @@ from typing import Annotated, Any
 import tomli_w
 import tyro
 
-from pipeline.config import ConfigError, PipelineConfig, check
+from pipeline.checks import check
+from pipeline.config import ConfigError, PipelineConfig
 from pipeline.recipes import recipe
 
 Settings = Annotated[PipelineConfig, tyro.conf.FlagConversionOff]

@@ -9,7 +9,7 @@ from dataclasses import replace
 from cache.config import CacheConfig
 from models.config import HeadsConfig, MaskConfig, ModelConfig, TargetConfig
 from pipeline.config import ConfigError, PipelineConfig
-from stages.config import DataConfig, EvalConfig, ScheduleConfig, TrainConfig
+from stages.config import DataConfig, EvalConfig, FinetuneConfig, ScheduleConfig, TrainConfig
 
 
 def sample() -> PipelineConfig:
@@ -28,6 +28,7 @@ def sample() -> PipelineConfig:
         cache=CacheConfig(views=1),
         train=TrainConfig(batch_size=64),
         eval=EvalConfig(train_limit=500, val_limit=400),
+        finetune=FinetuneConfig(epochs=3, warmup_epochs=0.5),
     )
 
 
@@ -46,6 +47,7 @@ def cifar10() -> PipelineConfig:
         cache=CacheConfig(views=2, shard_rows=512, encode_batch=256),
         train=replace(base.train, batch_size=256, warmup_epochs=2.0),
         eval=EvalConfig(train_limit=10_000),
+        finetune=FinetuneConfig(epochs=20, batch_size=256, warmup_epochs=2.0),
     )
 
 
@@ -54,7 +56,8 @@ def vit_b16() -> PipelineConfig:
 
     Expected: about 6 minutes on two CPU cores; shows sizes and costs at full width, learns nothing.
     Command: make all CONFIG=vit_b16
-    For real: DATA=... SET="data.limit=0 train.max_steps=0 eval.train_limit=0 eval.val_limit=0 schedule.epochs=[...]"
+    For real: DATA=... SET="data.limit=0 train.max_steps=0 eval.train_limit=0 eval.val_limit=0 schedule.epochs=[...]
+        finetune.max_steps=0 finetune.epochs=100 finetune.batch_size=1024 finetune.freeze=0"
     """
     return PipelineConfig(
         data=DataConfig(source="sample", limit=64),
@@ -63,6 +66,7 @@ def vit_b16() -> PipelineConfig:
         cache=CacheConfig(views=1, shard_rows=16, encode_batch=16),
         train=TrainConfig(batch_size=16, max_steps=2),
         eval=EvalConfig(train_limit=40, val_limit=40, batch_size=20),
+        finetune=FinetuneConfig(epochs=1, batch_size=16, max_steps=2, freeze=9, views=1),
     )
 
 
@@ -114,6 +118,7 @@ def adapt() -> PipelineConfig:
         cache=CacheConfig(views=4),
         train=TrainConfig(batch_size=64, lr=1e-4, warmup_epochs=1.0),
         eval=EvalConfig(every=2),
+        finetune=FinetuneConfig(freeze=6, views=4),
     )
 
 

@@ -11,21 +11,25 @@ from pipeline.config import ConfigError
 from pipeline.decide import ARMS, Wanted, judge_arm, judge_cache, judge_finetune, judge_stage, new_needs
 from pipeline.desk import Desk, at_work
 from pipeline.job import Job
+from pipeline.kept import keep_last, kept_epochs
+from pipeline.layout import StagePaths
 from pipeline.needs import Need
 from pipeline.tuned import Tuning
-from stages.labels import require_labels
+from stages.segment import Segment
 
 
 def run_all(job: Job) -> None:
     """All stages, both baseline arms, and the comparison."""
     with at_work(job) as desk:
-        last = len(desk.wanted.segments) - 1
-        look_before(desk, last)
-        ensure_stage(desk, last)
-        if not last:
-            desk.log.message(
-                f"schedule.cuts={list(job.config.schedule.cuts)} freezes nothing: there are no arms to compare"
-            )
+        wanted = desk.wanted
+        look_before(desk, wanted.candidates - 1)
+        for stage in range(wanted.candidates):
+            if wanted.used_up(stage):
+                desk.log.message(f"stage {stage}: does not exist, {wanted.why_no_stage(stage)}")
+                break
+            ensure_this_stage(desk, stage)
+        if len(wanted.segments) == 1:
+            desk.log.message(f"{wanted.why_nothing_freezes}: there are no arms to compare")
             return
         for arm in ARMS:
             ensure_arm(desk, arm)
@@ -57,16 +61,23 @@ def run_cache(job: Job) -> None:
 def run_arm(job: Job) -> None:
     """A baseline arm, and first stage 0, which all arms share."""
     with at_work(job) as desk:
+        refuse_what_is_not_labelled(desk.wanted)
+        refuse_epochs_that_never_end(desk.wanted)
         ensure_arm(desk, str(job.target))
 
 
 def run_finetune(job: Job) -> None:
     """Supervised fine-tuning of a stage's or an arm's encoder, the last stage's by default, and first what it needs."""
     with at_work(job) as desk:
-        require_labels(desk.wanted.data)
+        if job.target is None and not desk.wanted.decided:
+            raise ConfigError(
+                "schedule.kind=adaptive has not decided yet which stage is the last; run `make all` first, or name a "
+                "stage that is done, for instance `permafrost finetune 0`"
+            )
         last = len(desk.wanted.segments) - 1
         start = last if job.target is None else job.target
         tuning = Tuning(desk.wanted, start if isinstance(start, str) else _stage(desk.wanted, start, first=0))
+        tuning.refuse_what_cannot_be()
         look_before(desk, start if isinstance(start, int) else 0, [tuning.need] if tuning.need else [])
         ensure_finetuned(desk, tuning)
 
@@ -98,11 +109,20 @@ def ensure_maker(desk: Desk, encoder: str) -> None:
 
 def ensure_stage(desk: Desk, stage: int) -> None:
     """Train a stage unless it is current; of what lies before it, run what it needs."""
-    if stage:
-        ensure_stage(desk, stage - 1)
-    verdict = judge_stage(desk.wanted, stage)
+    for earlier in range(stage):
+        if not desk.wanted.used_up(earlier):
+            ensure_this_stage(desk, earlier)
+    refuse_what_does_not_exist(desk.wanted, stage)
+    ensure_this_stage(desk, stage)
+
+
+def ensure_this_stage(desk: Desk, stage: int) -> None:
+    """`ensure_stage` where the stages before it are current."""
+    wanted = desk.wanted
+    verdict = judge_stage(wanted, stage)
     desk.say(verdict)
     if verdict.current:
+        complete(wanted, wanted.paths.stage(stage), wanted.asked(stage))
         return
     if stage:
         ensure_cache(desk, stage)
@@ -114,6 +134,7 @@ def ensure_stage(desk: Desk, stage: int) -> None:
 def ensure_cache(desk: Desk, stage: int) -> None:
     """Build the caches that a stage reads unless they are current."""
     ensure_trained(desk, stage - 1)
+    refuse_what_does_not_exist(desk.wanted, stage)
     for need in desk.wanted.needs(stage):
         ensure_built(desk, need)
 
@@ -126,7 +147,7 @@ def ensure_built(desk: Desk, need: Need) -> None:
         return
     if need.parent:
         ensure_built(desk, need.parent)
-    from pipeline.work import build_cache
+    from pipeline.building import build_cache
 
     paths = desk.wanted.paths
     build_cache(desk, need, paths.finetune if need.tunes else paths.stage(need.stage))
@@ -139,18 +160,41 @@ def ensure_trained(desk: Desk, stage: int) -> None:
 
 
 def ensure_arm(desk: Desk, arm: str) -> None:
-    """Train a baseline arm unless it is current. Raises ConfigError when nothing freezes."""
-    if len(desk.wanted.segments) == 1:
-        cuts = list(desk.wanted.config.schedule.cuts)
-        raise ConfigError(f"schedule.cuts={cuts} freezes nothing, so arm {arm} is stage 0; give a later cut as well")
+    """Train a baseline arm unless it is current. Raises ConfigError when nothing freezes, or nobody knows yet when."""
+    wanted = desk.wanted
+    if not wanted.decided:
+        raise ConfigError(
+            f"arm {arm} follows the plan, which schedule.kind=adaptive decides while the stages run, and stage "
+            f"{len(wanted.taken)} is not done; run `make all`, or `make stage-N` up to the last, first"
+        )
+    if len(wanted.segments) == 1:
+        raise ConfigError(f"{wanted.why_nothing_freezes}, so arm {arm} is stage 0; {a_later_cut(wanted)}")
     ensure_trained(desk, 0)
-    verdict = judge_arm(desk.wanted, arm)
+    verdict = judge_arm(wanted, arm)
     desk.say(verdict)
     if verdict.current:
+        complete(wanted, wanted.paths.arm(arm), wanted.arm_segments(arm))
         return
     from pipeline.work import train_baseline
 
     train_baseline(desk, arm)
+
+
+def complete(wanted: Wanted, paths: StagePaths, segments: tuple[Segment, ...]) -> None:
+    """Give a finished part the copy of its last epoch that has been asked for since."""
+    record = wanted.record(paths)
+    assert record is not None, "a current part has a record"
+    keep_last(wanted.config.train.save_epochs, segments, record, paths)
+
+
+def a_later_cut(wanted: Wanted) -> str:
+    return "raise schedule.epochs or schedule.settle_below" if wanted.adaptive else "give a later cut as well"
+
+
+def refuse_what_does_not_exist(wanted: Wanted, stage: int) -> None:
+    """Raise ConfigError where an adaptive run has come to its end before a stage could begin."""
+    if wanted.used_up(stage):
+        raise ConfigError(f"stage {stage} does not exist: {wanted.why_no_stage(stage)}")
 
 
 def look_before(desk: Desk, last: int, more: Sequence[Need] = ()) -> None:
@@ -164,12 +208,35 @@ def look_before(desk: Desk, last: int, more: Sequence[Need] = ()) -> None:
                 f"{desk.wanted.paths.index} names all"
             )
     refuse_what_does_not_fit(desk.wanted, last, more)
+    refuse_what_is_not_labelled(desk.wanted)
+    refuse_epochs_that_never_end(desk.wanted)
+
+
+def refuse_what_is_not_labelled(wanted: Wanted) -> None:
+    """Raise ConfigError when stages are to end by their kNN and there is none."""
+    data, early = wanted.data, wanted.config.train.early_stop
+    if early and not all(any(images.labels >= 0) for images in (data.train, data.val)):
+        raise ConfigError(
+            f"train.early_stop = {early} needs kNN, and the images have no labels; sort them into a folder a class, "
+            "or use train.early_stop=0"
+        )
+
+
+def refuse_epochs_that_never_end(wanted: Wanted) -> None:
+    """Raise ConfigError when `train.max_steps` ends the stages before an epoch that is to be kept."""
+    asked = wanted.config.train.save_epochs
+    if not wanted.adaptive and (never := sorted(set(asked) - set(kept_epochs(asked, wanted.segments)))):
+        raise ConfigError(
+            f"train.save_epochs has {never[0]}, an epoch that train.max_steps = {wanted.config.train.max_steps} "
+            "leaves unfinished; raise train.max_steps or drop the epoch"
+        )
 
 
 def refuse_what_does_not_fit(wanted: Wanted, last: int, more: Sequence[Need] = ()) -> None:
     """Raise ConfigError before anything runs when the caches still to be built need more disk than is free: those of
     the stages up to `last`, and `more`."""
-    needs = [need for stage in range(1, last + 1) for need in new_needs(wanted, stage)] + list(more)
+    stages = (stage for stage in range(1, last + 1) if not wanted.used_up(stage))
+    needs = [need for stage in stages for need in new_needs(wanted, stage)] + list(more)
     missing = [need for need in needs if not judge_cache(wanted, need).current]
     needed = sum(cache_bytes(wanted.layout(need)) for need in missing)
     root = wanted.paths.cache_root.absolute()
@@ -186,11 +253,10 @@ def refuse_what_does_not_fit(wanted: Wanted, last: int, more: Sequence[Need] = (
 
 def _stage(wanted: Wanted, target: str | int | None, first: int) -> int:
     """The stage that the user named. Raises ConfigError when the plan has none of that number."""
-    last = len(wanted.segments) - 1
+    last = wanted.candidates - 1
     if not isinstance(target, int) or not first <= target <= last:
-        raise ConfigError(
-            f"no stage {target} here; the plan has {first}-{last} (schedule.cuts={list(wanted.config.schedule.cuts)})"
-        )
+        cuts = [wanted.cut(stage) for stage in range(last + 1)]
+        raise ConfigError(f"no stage {target} here; the plan has {first}-{last} (cuts {cuts})")
     return target
 
 
@@ -199,7 +265,7 @@ def run_probe(job: Job) -> None:
     from pipeline.probing import probe_again
 
     wanted = Wanted(job.config, job.paths)
-    names = [f"stage {stage}" for stage in range(len(job.config.schedule.cuts))] + [f"arm {arm}" for arm in ARMS]
+    names = [f"stage {stage}" for stage in range(wanted.candidates)] + [f"arm {arm}" for arm in ARMS]
     if job.target is not None:
         names = [f"stage {job.target}" if isinstance(job.target, int) else f"arm {job.target}"]
     probe_again(wanted, names)

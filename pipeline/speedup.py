@@ -32,6 +32,8 @@ def run_speedup(job: Job) -> None:
     with at_work(job) as desk:
         verdicts = [v for v in judge_all(desk.wanted) if not v.what.startswith(("cache", "finetune"))]
         missing = [verdict.what for verdict in verdicts if not verdict.current]
+        if not missing and len(desk.wanted.segments) == 1:
+            raise ConfigError(f"{desk.wanted.why_nothing_freezes}: there are no arms to compare")
         if missing:
             raise ConfigError(f"not current: {', '.join(missing)}; `make all` runs them, `make explain` says why")
         compare(desk)

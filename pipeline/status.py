@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
+from pipeline.course import Course
 from pipeline.decide import ARMS
 from pipeline.events import progress_line
+from pipeline.freezing import show_adaptive
 from pipeline.job import Job
 from pipeline.layout import RunPaths, StagePaths
 from pipeline.show import console, table
@@ -29,6 +31,7 @@ def show_status(job: Job) -> None:
     for name, record in found:
         rows.add_row(name, record["status"], *(_shown(record.get(key), form) for key, form in COLUMNS))
     out.print(rows)
+    show_adaptive(Course(job.config, job.paths))
     holder = job.paths.holder()
     working = f"process {holder} is working" if holder else "no process is working here"
     event = last_step(job.paths.events)

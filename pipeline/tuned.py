@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import ConfigError
 from pipeline.needs import Need
 from pipeline.show import console, table
-from stages.labels import num_classes
+from stages.labels import num_classes, require_labels
 from stages.segment import Segment
 from stages.views import view_transform_id
 
@@ -43,17 +43,21 @@ class Tuning:
 
     @cached_property
     def segment(self) -> Segment:
-        """All of it. Raises ConfigError when a batch has more images than there are."""
-        finetune, images = self.wanted.config.finetune, len(self.wanted.data.train)
-        per_epoch = images // finetune.batch_size
-        if not per_epoch:
-            raise ConfigError(
-                f"finetune.batch_size = {finetune.batch_size} does not fit {images} training images; "
-                f"it may be 1..{images}"
-            )
+        """All of it; incomplete batches are dropped."""
+        finetune = self.wanted.config.finetune
+        per_epoch = len(self.wanted.data.train) // finetune.batch_size
         steps = finetune.epochs * per_epoch
         steps = min(steps, finetune.max_steps) if finetune.max_steps else steps
         return Segment(finetune.freeze, 0, finetune.epochs, 0, steps, per_epoch)
+
+    def refuse_what_cannot_be(self) -> None:
+        """Raise DataError or ConfigError for images without labels and batches with more images than there are."""
+        require_labels(self.wanted.data)
+        batch, images = self.wanted.config.finetune.batch_size, len(self.wanted.data.train)
+        if not self.segment.steps:
+            raise ConfigError(
+                f"finetune.batch_size = {batch} does not fit {images} training images; it may be 1..{images}"
+            )
 
     @property
     def views(self) -> str:
@@ -88,7 +92,8 @@ class Tuning:
         inputs |= {"encoder weights": (self.record or {}).get("weights")}
         inputs |= {f"model.{k}": v for k, v in asdict(config.model).items() if k not in ("attention", "weights")}
         inputs |= {f"finetune.{k}": v for k, v in asdict(config.finetune).items() if k not in BY_STEPS}
-        inputs |= {"finetune.steps": asdict(self.segment), "train.precision": config.train.precision}
+        inputs |= {"finetune.steps": self.segment.steps, "finetune.steps_per_epoch": self.segment.steps_per_epoch}
+        inputs |= {"train.precision": config.train.precision}
         if config.finetune.freeze:
             inputs |= {"finetune.views": config.finetune.views} | config.cache.inputs()
         return inputs

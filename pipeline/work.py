@@ -1,14 +1,13 @@
-"""The work that the runner has decided on: train a stage or a baseline arm, build a cache, and write down what came of
-it. A record says `done` only after everything it names is on disk."""
+"""The work that the runner has decided on: train a stage or a baseline arm, and write down what came of it. A record
+says `done` only after everything it names is on disk."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,27 +19,32 @@ from torch import Tensor
 
 from cache import open_cache
 from cache.manifest import atomic_write
-from cache.writer import ErrorLimit
 from models.drop import DepthDrop
 from models.learner import Learner
 from models.mim import MaskedModel
 from models.teacher import EmaTeacher, Teacher
 from models.vit import Encoder, frozen_hash
-from pipeline.cluster import task_runner
+from pipeline.building import read_seconds
 from pipeline.config import PipelineConfig
 from pipeline.decide import Wanted, inputs_digest, new_needs
 from pipeline.desk import Desk
 from pipeline.job import Interrupted, RunFailed
+from pipeline.kept import forget_epochs, kept_epochs
 from pipeline.layout import StagePaths
-from pipeline.needs import Need
+from stages.adaptive import Settle
+from stages.arm import Arm, Hooks, Result
+from stages.book import Diverged
 from stages.checkpoint import CheckpointError, Progress
-from stages.encode import EncodeJob, build, frozen_encoder
-from stages.optim import Rates, build_adamw, parameter_groups
+from stages.encode import frozen_encoder
+from stages.endings import Settling
+from stages.images import spread
+from stages.optim import Rates, build_optimizer, parameter_groups
 from stages.pictures import reconstructions
 from stages.probe import ProbeResult, evaluate
-from stages.segment import Segment, as_end_to_end
+from stages.segment import Segment
 from stages.sources import CachedFeatures, LiveFeatures, LiveImages, Sampling, Source
-from stages.train import Arm, Build, Diverged, Hooks, Result, build_model, train_arm
+from stages.train import Build, build_model, train_arm
+from stages.views import centre_batch
 from stages.weights import load_weights
 
 
@@ -50,18 +54,26 @@ def train_stage(desk: Desk, stage: int) -> None:
     source = cached_source(wanted, stage) if stage else LiveImages(wanted.data.train, sampling(wanted))
     spec = wanted.cache_spec(stage) if stage else None
     built = built_seconds(wanted, stage)
-    if gone := [head.name for head in wanted.heads if head.block <= wanted.segments[stage].cut]:
-        desk.log.message(f"stage {stage}: {', '.join(gone)} read frozen blocks and are gone, with their losses")
+    before = 0
+    for part in wanted.asked(stage):
+        if gone := [head.name for head in wanted.heads if before < head.block <= part.cut]:
+            names = (f"from epoch {part.first_epoch} on " if part.in_place else "") + ", ".join(gone)
+            desk.log.message(f"stage {stage}: {names} read frozen blocks and are gone, with their losses")
+        before = part.cut
+    if raised := wanted.raised_heads(stage):
+        names, cut = ", ".join(head.name for head in raised), wanted.segments[stage].cut
+        desk.log.message(f"stage {stage}: {names}: block {cut} of the average in place of frozen ones")
     train(
         desk,
         paths=wanted.paths.stage(stage),
         tag={"stage": stage},
-        segments=wanted.segments[stage : stage + 1],
+        segments=wanted.asked(stage),
         build=masked_build(wanted, stage, cached=True),
         source=lambda segment: source,
         start=state_file(wanted.paths.stage(stage - 1)) if stage else None,
         inputs=wanted.stage_inputs(stage),
-        facts={"cut": wanted.segments[stage].cut, "cache": spec.fingerprint if spec else None, "cache_seconds": built},
+        settling=settling(wanted, stage),
+        facts={"cut": wanted.cut(stage), "cache": spec.fingerprint if spec else None, "cache_seconds": built},
     )
 
 
@@ -86,23 +98,24 @@ def train_baseline(desk: Desk, arm: str) -> None:
     """Both baselines go on from the end of stage 0 through all later epochs: e2e freezes nothing; freeze freezes as the
     stages do and runs the frozen blocks forward on every step."""
     wanted = desk.wanted
-    segments = wanted.segments[1:]
+    segments = wanted.arm_segments(arm)
     train(
         desk,
         paths=wanted.paths.arm(arm),
         tag={"arm": arm},
-        segments=as_end_to_end(segments) if arm == "e2e" else segments,
+        segments=segments,
         build=masked_build(wanted, 1, cached=False),
         source=lambda segment: live_source(wanted, segment),
         start=state_file(wanted.paths.stage(0)),
         inputs=wanted.arm_inputs(arm),
-        facts={"cut": 0 if arm == "e2e" else segments[-1].cut if segments else 0, "cache": None, "cache_seconds": 0.0},
+        facts={"cut": segments[-1].cut, "cache": None, "cache_seconds": 0.0},
+        freezes=arm != "e2e",
     )
 
 
 def live_source(wanted: Wanted, segment: Segment) -> Source:
     """Images masked before the first block, or, where the target is made of frozen features, those features live."""
-    if wanted.reads_features(segment.cut):
+    if wanted.reads_features(segment):
         fresh = wanted.plan[-1].first_epoch + wanted.plan[-1].epochs  # as many views as epochs: each is new
         return LiveFeatures(wanted.data.train, sampling(wanted), fresh)
     return LiveImages(wanted.data.train, sampling(wanted))
@@ -118,23 +131,29 @@ def train(
     start: Path | None,
     inputs: dict[str, Any],
     facts: dict[str, Any],
+    settling: Settling | None = None,
+    freezes: bool = True,
 ) -> None:
     """Train an arm to its end and write its record, model and final state. Raises Interrupted with the state saved."""
     wanted, config = desk.wanted, desk.wanted.config
     arm = Arm(
         tag=tag,
         segments=segments,
-        make=lambda cut: build_model(build, cut, config.train.device),
-        optimizer=lambda model: optimizer_of(wanted, model),
+        make=lambda part: build_model(build, part.cut, config.train.device, part.entry),
+        optimizer=lambda model: optimizer_of(wanted, model, freezes),
         train=config.train,
-        rates=rates(wanted),
+        rates=rates(wanted, freezes),
         source=source,
         state=state_file(paths),
         start=start,
         inputs=inputs_digest(inputs),
         eval_every=config.eval.every,
+        keep={epoch: paths.epoch(epoch) for epoch in kept_epochs(config.train.save_epochs, segments)},
+        settling=settling,
         begin=lambda model: begin_from_file(desk, model),
     )
+    if (wanted.record(paths) or {}).get("fingerprint") != arm.inputs:
+        forget_epochs(paths)
     record = facts | {"parent": parent_of(wanted, start), "inputs": inputs}
     done = carry_out(desk, paths, arm, record, lambda model: evaluate_encoder(wanted, model.encoder))
     last = done.progress.curve[-1]
@@ -162,7 +181,12 @@ def carry_out(
     record = arm.tag | facts | {"status": "running", "fingerprint": arm.inputs}
     record |= {"epochs": sum(segment.epochs for segment in segments)}
     write_record(paths, record)
-    hooks = Hooks(log=desk.log, evaluate=evaluate, stop=desk.job.stop.is_set)
+    hooks = Hooks(
+        log=desk.log,
+        evaluate=evaluate,
+        stop=desk.job.stop.is_set,
+        keep=lambda path, model: write_weights(path, model.encoder.vit.state_dict()),
+    )
     try:
         progress, model = train_arm(arm, hooks)
     except Diverged as error:
@@ -174,6 +198,9 @@ def carry_out(
             f"interrupted: {arm.label} is saved at step {done} of {sum(s.steps for s in segments)}; "
             "the same command goes on from there"
         )
+    if progress.ended:
+        desk.log.message(f"{arm.label}: ended at epoch {progress.ended['epoch']:g}, {progress.ended['why']}")
+        record["epochs"] = progress.ended["epoch"] - segments[0].first_epoch
     return Done(arm, record, progress, model)
 
 
@@ -193,13 +220,15 @@ def begin_from_file(desk: Desk, model: Learner) -> None:
     """Load the checkpoint file that the settings name, if any, and tell what of it was left out or changed."""
     if path := desk.wanted.config.model.weights:
         notes = load_weights(model.encoder, path)
+        if isinstance(model, MaskedModel) and isinstance(model.teacher, EmaTeacher):
+            model.teacher.restart(model.encoder)  # it was made before the file was read
         desk.log.message(f"weights {path} ({desk.wanted.weights[:8]}): " + ("; ".join(notes) or "taken as they are"))
 
 
 def finish_record(paths: StagePaths, done: Done, state: dict[str, Tensor], scores: dict[str, Any]) -> None:
     """Write the weights, then the record that says `done` and what came of it."""
     progress, depth = done.progress, done.model.encoder.depth
-    atomic_write(paths.model, save({name: value.cpu().contiguous() for name, value in state.items()}))
+    write_weights(paths.model, state)
     totals = progress.totals
     seconds, images = progress.train_seconds, sum(part.images for part in totals)
     files = (paths.model, state_file(paths))
@@ -218,6 +247,8 @@ def finish_record(paths: StagePaths, done: Done, state: dict[str, Tensor], score
             "final_loss": totals[-1].mean_loss,
             **scores,
             "curve": progress.curve,
+            "ended": progress.ended,
+            **({"checks": progress.checks} if progress.checks else {}),
             "segments": [
                 {
                     "cut": segment.cut,
@@ -226,7 +257,7 @@ def finish_record(paths: StagePaths, done: Done, state: dict[str, Tensor], score
                     "train_seconds": part.train_seconds,
                     "images_per_second": part.images / part.train_seconds if part.train_seconds else 0.0,
                 }
-                for segment, part in zip(done.arm.segments, totals, strict=True)
+                for segment, part in zip(done.arm.segments, totals, strict=not progress.ended)
             ],
             "state": file_checksum(state_file(paths)),
             "weights": file_checksum(paths.model),
@@ -236,46 +267,9 @@ def finish_record(paths: StagePaths, done: Done, state: dict[str, Tensor], score
     )
 
 
-def build_cache(desk: Desk, need: Need, paths: StagePaths) -> None:
-    """Build what is missing of a cache, shard by shard on the cluster; its seconds are kept in `paths`."""
-    wanted, job = desk.wanted, encode_job(desk.wanted, need)
-    spec = job.layout.spec
-    spent, started = read_seconds(paths, spec.fingerprint), time.perf_counter()
-    with task_runner(wanted.config.cluster) as run:
-        for done, total in build(job, wanted.data.train, run):
-            seconds = spent + time.perf_counter() - started
-            write_seconds(paths, spec.fingerprint, seconds)
-            desk.log(need.tag | {"cut": spec.cut, "shard": done, "shards": total, "cache_seconds": seconds})
-            if desk.job.stop.is_set() and done < total:
-                raise Interrupted(
-                    f"interrupted: {need.name} has {done} of {total} shards; the same command goes on from there"
-                )
-    seconds = spent + time.perf_counter() - started
-    write_seconds(paths, spec.fingerprint, seconds)
-    desk.log.message(f"{need.name}: built in {seconds:.1f} s ({job.folder})")
-
-
-def encode_job(wanted: Wanted, need: Need) -> EncodeJob:
-    """What workers must know to make a cache. The stage that its weights come from, and its parent, are there."""
-    config, spec = wanted.config, wanted.spec(need)
-    parent = wanted.spec(need.parent) if need.parent else None
-    assert spec is not None, "the stage that the weights come from is trained first"
-    return EncodeJob(
-        folder=str(wanted.cache_folder(spec)),
-        layout=replace(wanted.layout(need), spec=spec),
-        weights=str(wanted.paths.encoder(need.maker).model.absolute()),
-        model=config.model,
-        data=config.data,
-        index_folder=str(wanted.paths.index.absolute()),
-        parent=str(wanted.cache_folder(parent)) if parent else None,
-        parent_cut=need.start,
-        batch=config.cache.encode_batch,
-        device=config.train.device,
-        threads=config.cluster.threads or max(1, config.train.threads // max(1, config.cluster.workers)),
-        loader_threads=config.train.loader_threads,
-        rand_augment=need.rand_augment,
-        limit=ErrorLimit(largest=config.cache.max_error),
-    )
+def write_weights(path: Path, state: dict[str, Tensor]) -> None:
+    """Write weights by timm's parameter names, all or nothing."""
+    atomic_write(path, save({name: value.detach().cpu().contiguous() for name, value in state.items()}))
 
 
 def evaluate_encoder(wanted: Wanted, encoder: Encoder) -> ProbeResult:
@@ -308,7 +302,7 @@ def masked_build(wanted: Wanted, stage: int, cached: bool) -> Build:
     config = wanted.config
     teacher: Callable[[Encoder], Teacher] | None = None
     if config.teacher.kind == "ema":
-        teacher = partial(EmaTeacher, config=config.teacher)
+        teacher = partial(EmaTeacher, momentum=config.teacher.momentum)
     elif stage and not cached:
         teacher = partial(frozen_teacher, wanted)
     drop = DepthDrop(config.seed, config.train.drop_path, config.train.layer_drop, wanted.total_steps)
@@ -324,15 +318,39 @@ def frozen_teacher(wanted: Wanted, student: Encoder) -> Teacher:
     return Teacher(copy.deepcopy(student))
 
 
-def optimizer_of(wanted: Wanted, model: Learner) -> torch.optim.Optimizer:
+def optimizer_of(wanted: Wanted, model: Learner, freezes: bool = True) -> torch.optim.Optimizer:
     """The optimiser of what a model lets learn."""
     train = wanted.config.train
-    return build_adamw(parameter_groups(model, train.weight_decay, rates(wanted).by_layer), train)
+    return build_optimizer(parameter_groups(model, train.weight_decay, rates(wanted, freezes).by_layer), train)
 
 
-def rates(wanted: Wanted) -> Rates:
+def rates(wanted: Wanted, freezes: bool = True) -> Rates:
+    """The learning rates of the run; where nothing freezes, as in the e2e arm, all layers follow the plain schedule."""
     config: PipelineConfig = wanted.config
-    return Rates(config.train, config.schedule, wanted.identity["depth"], wanted.total_steps, wanted.steps_per_epoch)
+    return Rates(
+        train=config.train,
+        schedule=config.schedule,
+        num_blocks=wanted.identity["depth"],
+        total_steps=wanted.total_steps,
+        steps_per_epoch=wanted.steps_per_epoch,
+        stage_starts=tuple(segment.first_step for segment in wanted.segments),
+        freezes=freezes,
+    )
+
+
+def settling(wanted: Wanted, stage: int) -> Settling | None:
+    """What an adaptive stage watches; None where its length is given, or no candidate is left."""
+    schedule, images = wanted.config.schedule, wanted.data.train
+    if not wanted.adaptive or stage + 1 >= len(schedule.cuts):
+        return None
+    return Settling(
+        rule=Settle(schedule.settle_metric, schedule.settle_below, schedule.settle_checks),
+        cut=schedule.cuts[stage + 1],
+        every=schedule.check_every,
+        images=torch.from_numpy(
+            centre_batch(images, spread(len(images), schedule.probe_images), wanted.config.model.image_size)
+        ),
+    )
 
 
 def state_file(paths: StagePaths) -> Path:
@@ -362,19 +380,3 @@ def file_checksum(path: Path) -> str:
 def write_record(paths: StagePaths, record: dict[str, Any]) -> None:
     paths.root.mkdir(parents=True, exist_ok=True)
     atomic_write(paths.json, (json.dumps(record, indent=2) + "\n").encode())
-
-
-def read_seconds(paths: StagePaths, fingerprint: str) -> float:
-    """What a cache has cost to build so far, in seconds, over all interruptions."""
-    return spent_seconds(paths).get(fingerprint, 0.0)
-
-
-def write_seconds(paths: StagePaths, fingerprint: str, seconds: float) -> None:
-    paths.root.mkdir(parents=True, exist_ok=True)
-    atomic_write(paths.root / "cache.json", json.dumps(spent_seconds(paths) | {fingerprint: seconds}).encode())
-
-
-def spent_seconds(paths: StagePaths) -> dict[str, float]:
-    """Seconds by fingerprint of every cache that was built for a stage."""
-    file = paths.root / "cache.json"
-    return dict(json.loads(file.read_text())) if file.exists() else {}

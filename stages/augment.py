@@ -75,7 +75,8 @@ def rand_augment(magnitude: float, seed: int, pixels: np.ndarray, view: int, key
     """
     image = Image.fromarray(pixels)
     names = tuple(LEVELS)
-    for which, whether, strength, direction in uniform(OPERATIONS * DRAWS, seed, "augment", view, key).reshape(-1, 4):
+    draws = uniform(OPERATIONS * DRAWS, seed, "augment", view, key).reshape(OPERATIONS, DRAWS)
+    for which, whether, strength, direction in draws:
         if whether < CHANCE:
             noisy = NormalDist(magnitude, MAGNITUDE_STD).inv_cdf(max(strength, 2**-53))
             share = min(max(noisy, 0.0), 10.0) / 10

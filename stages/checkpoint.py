@@ -1,5 +1,5 @@
-"""What a bit-identical resume needs, in one file: weights, AdamW's moments and the progress made. A state is written
-atomically while a stage trains; the final one is where the next stage, or a baseline arm, starts from."""
+"""What a bit-identical resume needs, in one file: weights, the optimiser's memory and the progress made. A state is
+written atomically while a stage trains; the final one is where the next stage, or a baseline arm, starts from."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cache.manifest import atomic_write
 from models.learner import Learner
+from stages.optim import ScheduleFree
 
 STATE_VERSION = 2
 
@@ -50,6 +51,10 @@ class Progress:
     step: int = 0
     totals: list[SegmentTotals] = field(default_factory=list)
     curve: list[dict[str, float | None]] = field(default_factory=list)
+    checks: list[dict[str, float]] = field(default_factory=list)
+    """Adaptive freezing: what every check of the blocks before the next cut has measured."""
+    ended: dict[str, Any] | None = None
+    """Why and at which epoch the arm ended before its segments did."""
 
     @property
     def train_seconds(self) -> float:
@@ -66,31 +71,49 @@ class Progress:
 
 
 def model_tensors(model: Learner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights under `<part>/`, such as `encoder/` and `decoder/`, moments under `optim/<parameter>/<moment>`."""
+    """Weights under `<part>/`, such as `encoder/` and `decoder/`, moments under `optim/<parameter>/<moment>`, and what
+    a schedule-free group remembers under `optim/<parameter>/scalars`, float64, for each of its parameters."""
     tensors = {
         f"{part}/{name}": value for part, module in model.parts.items() for name, value in module.state_dict().items()
     }
     for name, parameter in model.named_parameters():
         for moment, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optim/{name}/{moment}"] = value
+    if isinstance(optimizer, ScheduleFree):
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        for parameter, values in optimizer.scalars().items():
+            tensors[f"optim/{names[parameter]}/scalars"] = torch.tensor(values, dtype=torch.float64)
     return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
 
 def apply_tensors(model: Learner, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The reverse of `model_tensors`. What a state holds of heads and moments that no longer learn is left behind."""
+    """The reverse of `model_tensors`. What a state holds of heads and moments that no longer learn is left behind.
+
+    A head that it does not hold keeps its first weights: in stage 0 its block was frozen in place, and it is back in an
+    arm that freezes nothing.
+    """
 
     def found(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
     for part, module in model.parts.items():
-        wanted = module.state_dict().keys()
-        module.load_state_dict({name: value for name, value in found(f"{part}/").items() if name in wanted})
+        held, wanted = found(f"{part}/"), module.state_dict()
+        known = {name.partition(".")[0] for name in held}
+        absent = {name for name in wanted if part == "decoder" and name.partition(".")[0] not in known}
+        fresh = {name: wanted[name] for name in absent}
+        module.load_state_dict(fresh | {name: value for name, value in held.items() if name in wanted})
     learning = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    scalars: dict[torch.nn.Parameter, tuple[float, ...]] = {}
     for name, parameter in model.named_parameters():
         if id(parameter) in learning and (moments := found(f"optim/{name}/")):
-            optimizer.state[parameter] = {
-                moment: value.to(parameter.device, copy=True) for moment, value in moments.items()
-            }
+            if "scalars" in moments:
+                scalars[parameter] = tuple(moments.pop("scalars").tolist())
+            if moments:
+                optimizer.state[parameter] = {
+                    moment: value.to(parameter.device, copy=True) for moment, value in moments.items()
+                }
+    if isinstance(optimizer, ScheduleFree):
+        optimizer.take_up(scalars)
 
 
 def save_state(path: Path, inputs: str, progress: Progress, tensors: dict[str, Tensor]) -> None:

@@ -68,8 +68,9 @@ class Labelled:
     """The class and register tokens at the cut, where the model has them and values are features."""
 
     def to(self, device: torch.device | str) -> Labelled:
-        changed: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if _is_tensor(v)}
-        return replace(self, **changed)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        return replace(self, **moved)
 
     def split(self, parts: int) -> list[Mixed]:
         """Equal micro-batches of the mixed batch, in order: mixing pairs images of the whole batch and comes first."""
@@ -91,10 +92,6 @@ class Labelled:
         mixed_BDHW, samples_BB, shares_BK = self.lessons.mix(grid_BDHW, self.labels_B, self.step)
         prefix = None if self.prefix_BRD is None else torch.einsum("bc,crd->brd", samples_BB, self.prefix_BRD)
         return Mixed(mixed_BDHW.flatten(2).transpose(1, 2), shares_BK, prefix)
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
 
 
 @dataclass(frozen=True)
@@ -144,6 +141,20 @@ class CachedPrefix:
 
     def mask(self, model: Classifier, inputs: Mixed) -> LabelledBatch:
         return LabelledBatch(model.encoder.with_prefix(inputs.values, inputs.prefix_BRD), inputs.shares_BK)
+
+
+def live_prefix(
+    views: LiveViews, model: Classifier, segment: Segment, step: int, kept: int, precision: str
+) -> Labelled:
+    """What `CachedPrefix` loads from a cache of `kept` views, computed on the spot and never rounded to its codec."""
+    rows = views.lessons.rows(segment, step, len(views.images))
+    device = next(model.parameters()).device
+    images = views.view(rows, segment.epoch(step) % kept).to(device)
+    with torch.no_grad(), autocast(device, precision):
+        tokens = model.at_cut(normalize_images(images)).float()
+    prefix, patches = tokens.split([model.encoder.num_prefix, model.encoder.num_tokens], dim=1)
+    labels = torch.from_numpy(views.images.labels[rows]).to(device)
+    return Labelled(patches, labels, step, views.lessons, prefix_BRD=prefix if model.encoder.num_prefix else None)
 
 
 # --- how fast every layer learns --------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from stages.images import Data
 
 
 def require_labels(data: Data) -> None:
-    """Raise DataError when an image that is trained or evaluated on has no label."""
+    """Raise DataError when an image that is trained or evaluated on has no label, or when all have the same."""
     for what, images in (("training", data.train), ("evaluation", data.val)):
         without = np.flatnonzero(images.labels < 0)
         if len(without):
@@ -20,9 +20,10 @@ def require_labels(data: Data) -> None:
             )
 
 
-def num_classes(data: Data) -> int:
-    """Classes that the training images tell apart. Raises DataError when there is only one."""
-    classes = max(len(data.train.classes), int(data.train.labels.max()) + 1)
-    if classes < 2:
+    if num_classes(data) < 2:
         raise DataError("all training images have the same label; fine-tuning needs at least 2 classes")
-    return classes
+
+
+def num_classes(data: Data) -> int:
+    """Classes that the training images tell apart; 0 without labels."""
+    return max(len(data.train.classes), int(data.train.labels.max()) + 1)

@@ -20,6 +20,15 @@ class Segment:
     first_step: int
     steps: int
     steps_per_epoch: int
+    in_place: int = 0
+    """How many of the frozen blocks no cache skips: they run forward, without gradient, on the visible tokens."""
+    ends_stage: bool = True
+    """False where the stage goes on with more blocks frozen in place."""
+
+    @property
+    def entry(self) -> int:
+        """The block at which a step's inputs enter: the cut of the stage's cache, 0 for images."""
+        return self.cut - self.in_place
 
     def epoch(self, step: int) -> int:
         """The epoch, counted from stage 0, that the segment's `step` belongs to."""
@@ -27,7 +36,7 @@ class Segment:
 
 
 def segments_of(plan: Sequence[StagePlan], steps_per_epoch: int, train: TrainConfig) -> tuple[Segment, ...]:
-    """The plan's stages as segments; `train.max_steps` bounds each."""
+    """The plan's stages as one segment each; `train.max_steps` bounds each."""
     found: list[Segment] = []
     first_step = 0
     for stage in plan:
@@ -38,6 +47,32 @@ def segments_of(plan: Sequence[StagePlan], steps_per_epoch: int, train: TrainCon
     return tuple(found)
 
 
+def parts_of(stage: StagePlan, segment: Segment) -> tuple[Segment, ...]:
+    """A stage's segment split at the freeze events inside it. The parts take the segment's very steps and epochs."""
+    cuts = {stage.first_epoch: stage.cut} | {event.epoch: event.cut for event in stage.freezes}
+    starts = sorted(cuts)
+    found = []
+    for start, end in zip(starts, [*starts[1:], stage.first_epoch + stage.epochs], strict=True):
+        before = (start - stage.first_epoch) * segment.steps_per_epoch
+        steps = min((end - start) * segment.steps_per_epoch, segment.steps - before)
+        if steps > 0:
+            found.append(
+                replace(
+                    segment,
+                    cut=cuts[start],
+                    first_epoch=start,
+                    epochs=end - start,
+                    first_step=segment.first_step + before,
+                    steps=steps,
+                    in_place=cuts[start] - stage.cut,
+                    ends_stage=False,
+                )
+            )
+    if not found:  # stage 0 of no epoch, which takes a checkpoint as it is
+        return (segment,)
+    return (*found[:-1], replace(found[-1], ends_stage=True))
+
+
 def as_end_to_end(segments: Sequence[Segment]) -> tuple[Segment, ...]:
     """The same epochs and steps with nothing frozen: what the e2e arm trains."""
-    return tuple(replace(segment, cut=0) for segment in segments)
+    return tuple(replace(segment, cut=0, in_place=0) for segment in segments)

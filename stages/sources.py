@@ -109,13 +109,13 @@ class Sampling:
     def group_tokens(self) -> int:
         return self.model.num_tokens // self.mask.groups
 
-    def targets(self, cut: int) -> set[str]:
-        """Kinds of target that the heads behind a cut ask for."""
-        return {head.target for head in learning_heads(self.heads, cut)}
+    def targets(self, segment: Segment) -> set[str]:
+        """Kinds of target that the heads which learn in a segment ask for."""
+        return {head.target for head in learning_heads(self.heads, segment.cut, segment.entry)}
 
-    def reads_all(self, cut: int) -> bool:
+    def reads_all(self, segment: Segment) -> bool:
         """Whether a cached step reads all groups of a view, not only its own."""
-        targets = self.targets(cut)
+        targets = self.targets(segment)
         return "features" in targets or (self.averages and "teacher" in targets)
 
     def rows(self, segment: Segment, step: int, num_samples: int) -> np.ndarray:
@@ -193,10 +193,10 @@ class CachedFeatures:
     teachers: Mapping[int, CacheReader] = field(default_factory=dict)
 
     def load(self, segment: Segment, step: int) -> Inputs:
-        how, targets = self.sampling, self.sampling.targets(segment.cut)
+        how, targets = self.sampling, self.sampling.targets(segment)
         rows = how.rows(segment, step, len(self.cache))
         view, group = how.slot(segment, step, self.cache.manifest.views)
-        batch = self.cache.read(rows, view, None if how.reads_all(segment.cut) else group)
+        batch = self.cache.read(rows, view, None if how.reads_all(segment) else group)
         images = self._images(batch, rows, view) if targets & set(IMAGE_TARGETS) else None
         inputs = how.inputs(segment, step, batch.features_BLD, how.group_tokens)
         teachers = {block: cache.read(rows, view).features_BLD for block, cache in self.teachers.items()}

@@ -1,14 +1,11 @@
-"""The training loop, one for every stage and arm. An arm is a list of segments trained in turn; a stage is an arm of
-one segment. Everything random is a pure function of the seed and the step: a saved state is all that a resume needs."""
+"""The training loop, one for every stage and arm. An arm is a list of segments trained in turn; a stage is an arm, of
+several segments where blocks freeze in place. Everything random is a pure function of the seed and the step: a saved
+state is all that a resume needs."""
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +18,8 @@ from models.mim import MaskedModel
 from models.multiscale import build_heads
 from models.teacher import Teacher
 from models.vit import Encoder, build_encoder
+from stages.arm import Arm, Hooks
+from stages.book import Book
 from stages.checkpoint import (
     CheckpointError,
     Progress,
@@ -32,6 +31,8 @@ from stages.checkpoint import (
 )
 from stages.config import TrainConfig
 from stages.device import autocast
+from stages.endings import PROBE, Watch, stopped_early
+from stages.optim import averaged, to_average, to_training
 from stages.segment import Segment
 from stages.sources import Source, StepInputs
 
@@ -52,84 +53,15 @@ class Build:
     drop: DepthDrop | None = None
 
 
-class Pace(Protocol):
-    """How fast everything learns at every step of the plan."""
+def build_model(build: Build, cut: int, device: str, entry: int | None = None) -> MaskedModel:
+    """The masked model at a cut, its weights a pure function of the seed. Heads of frozen blocks are left out.
 
-    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
-        """Set the rates of a step; returns the one that is told."""
-        ...
-
-
-class Result(Protocol):
-    """What an evaluation came to."""
-
-    def point(self) -> dict[str, float | None]:
-        """Its numbers by name, as a point of the curve keeps them."""
-        ...
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What to train: the segments in turn, from a state on disk or from scratch, into a folder."""
-
-    tag: dict[str, Any]
-    """{"stage": 1} or {"arm": "e2e"}: how events and messages name it."""
-    segments: tuple[Segment, ...]
-    make: Callable[[int], Learner]
-    """The model at a cut, on its device, its weights a pure function of the seed."""
-    optimizer: Callable[[Learner], torch.optim.Optimizer]
-    train: TrainConfig
-    rates: Pace
-    source: Callable[[Segment], Source]
-    state: Path
-    start: Path | None
-    inputs: str
-    """Digest of what the arm was asked to do; a saved state of anything else is not gone on from."""
-    section: str = "train"
-    """Where the settings of `train` stand for the user: train, or finetune."""
-    eval_every: int = 0
-    """Epochs between evaluations; each segment's end is evaluated in any case."""
-    begin: Callable[[Learner], None] = lambda model: None
-    """What is done to a model that starts from no state, such as loading a checkpoint file."""
-
-    @property
-    def label(self) -> str:
-        return " ".join(str(part) for pair in self.tag.items() for part in pair)
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """The rim: what the loop needs from outside."""
-
-    log: Callable[[dict[str, Any]], None]
-    evaluate: Callable[[Any], Result]
-    """Scores the model that is trained."""
-    stop: Callable[[], bool] = lambda: False
-    now: Callable[[], float] = time.perf_counter
-
-
-class Diverged(RuntimeError):
-    """The loss is no longer a number."""
-
-
-class Stopwatch:
-    """Seconds since the last lap."""
-
-    def __init__(self, now: Callable[[], float]) -> None:
-        self.now = now
-        self.last = now()
-
-    def lap(self) -> float:
-        last, self.last = self.last, self.now()
-        return self.last - last
-
-
-def build_model(build: Build, cut: int, device: str) -> MaskedModel:
-    """The masked model at a cut, its weights a pure function of the seed. Heads of frozen blocks are left out."""
+    entry: the block at which inputs enter where that is not the cut, since blocks before it freeze in place.
+    """
     encoder = build_encoder(build.model, build.seed)
-    specs = learning_heads(build.heads, cut)
+    specs = learning_heads(build.heads, cut, entry)
     heads = build_heads(specs, build.decoder, encoder, build.model.patch_size, build.seed)
-    model = MaskedModel(encoder, heads, cut)
+    model = MaskedModel(encoder, heads, cut, entry)
     model.set_attention(build.model.attention, device)
     model.to(device)
     if build.teacher and model.taught:
@@ -174,9 +106,10 @@ def train_arm(arm: Arm, hooks: Hooks) -> tuple[Progress, Learner]:
     """
     torch.set_num_threads(arm.train.threads)
     progress, tensors = starting_point(arm)
+    seen = (tensors or {}).get(PROBE)
     while True:
         segment = arm.segments[min(progress.segment, len(arm.segments) - 1)]
-        model = arm.make(segment.cut)
+        model = arm.make(segment)
         optimizer = arm.optimizer(model)
         if tensors is None:
             arm.begin(model)
@@ -184,10 +117,12 @@ def train_arm(arm: Arm, hooks: Hooks) -> tuple[Progress, Learner]:
             apply_tensors(model, optimizer, tensors)
         if progress.segment == len(arm.segments):
             return progress, model
-        train_segment(arm, segment, model, optimizer, progress, hooks)
-        if progress.step < segment.steps:
+        to_training(optimizer)
+        train_segment(arm, segment, model, optimizer, progress, hooks, seen)
+        if progress.step < segment.steps and not progress.ended:
             return progress, model
-        progress.segment, progress.step = progress.segment + 1, 0
+        to_average(optimizer)
+        progress.segment, progress.step = (len(arm.segments) if progress.ended else progress.segment + 1), 0
         tensors = model_tensors(model, optimizer)
         save_state(arm.state, arm.inputs, progress, tensors)
 
@@ -196,7 +131,7 @@ def starting_point(arm: Arm) -> tuple[Progress, dict[str, Tensor] | None]:
     """Where to go on: the arm's own state, else the state it starts from, else nothing."""
     if arm.state.exists():
         inputs, progress, tensors = read_state(arm.state)
-        if inputs == arm.inputs:
+        if inputs == arm.inputs and not passed_unkept(arm, progress):
             return progress, tensors
     if arm.start is None:
         return Progress(), None
@@ -205,14 +140,33 @@ def starting_point(arm: Arm) -> tuple[Progress, dict[str, Tensor] | None]:
     return Progress(), read_state(arm.start)[2]
 
 
+def passed_unkept(arm: Arm, progress: Progress) -> list[int]:
+    """Epochs to keep that lie behind a saved state and whose encoder is not there: only training anew brings it."""
+    passed = {
+        part.first_epoch + epoch
+        for part, totals in zip(arm.segments, progress.totals, strict=False)
+        for epoch in range(1, totals.steps // part.steps_per_epoch + 1)
+    }
+    return [epoch for epoch, path in arm.keep.items() if epoch in passed and not path.exists()]
+
+
 def train_segment(
-    arm: Arm, segment: Segment, model: Learner, optimizer: torch.optim.Optimizer, progress: Progress, hooks: Hooks
+    arm: Arm,
+    segment: Segment,
+    model: Learner,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    hooks: Hooks,
+    seen: Tensor | None = None,
 ) -> None:
     """Train a segment from `progress.step` on, until its end or until told to stop, with its time split into parts."""
     if len(progress.totals) == progress.segment:
         progress.totals.append(SegmentTotals())
     source = arm.source(segment)
     book = Book(arm, segment, progress, hooks, model)
+    watch = Watch(arm.settling, arm.train, seen) if arm.settling else None
+    if watch:
+        watch.look(model.encoder)
     if not segment.steps:  # a checkpoint taken as it is
         book.evaluate(model)
         return
@@ -225,15 +179,49 @@ def train_segment(
             book.step(train_step(model, optimizer, source, inputs, arm.train), rate)
             if due(step + 1, LOG_EVERY) or step + 1 == segment.steps:
                 book.flush(batches.wait_seconds)
-            if evaluation_due(arm, segment, step + 1):
-                book.flush(batches.wait_seconds)
-                book.evaluate(model)
+            take_stock(arm, segment, model, optimizer, book, watch, batches.wait_seconds)
+            if progress.ended:
+                return
             stop = hooks.stop()
             if stop or book.save_due():
                 book.flush(batches.wait_seconds)
-                save_state(arm.state, arm.inputs, progress, model_tensors(model, optimizer))
+                tensors = model_tensors(model, optimizer) | (watch.tensors if watch else {})
+                save_state(arm.state, arm.inputs, progress, tensors)
             if stop:
                 return
+
+
+def take_stock(
+    arm: Arm,
+    segment: Segment,
+    model: Learner,
+    optimizer: torch.optim.Optimizer,
+    book: Book,
+    watch: Watch | None,
+    wait_seconds: float,
+) -> None:
+    """What is due after a step: a check of what may have settled, an encoder to keep, an evaluation; and whether the
+    arm ends here, before its last step."""
+    progress, step = book.progress, book.progress.step
+    epoch, rest = divmod(step, segment.steps_per_epoch)
+    keep = None if rest else arm.keep.get(segment.first_epoch + epoch)
+    check = watch is not None and due(step, watch.settling.steps(segment.steps_per_epoch))
+    evaluate = evaluation_due(arm, segment, step)
+    if rest and not (check or evaluate):
+        return
+    last = step == segment.steps and segment == arm.segments[-1]
+    book.flush(wait_seconds)
+    with averaged(optimizer):
+        if watch and check:
+            book.check(watch, model)
+        if watch and not rest and not last:
+            book.end(watch.settling.why_settled(progress.checks))
+        if keep:
+            book.hooks.keep(keep, model)
+        if evaluate or progress.ended:
+            book.evaluate(model)
+    if evaluate and not last:
+        book.end(stopped_early(progress.curve, arm.train.early_stop))
 
 
 def due(step: int, every: int) -> bool:
@@ -241,100 +229,7 @@ def due(step: int, every: int) -> bool:
 
 
 def evaluation_due(arm: Arm, segment: Segment, step: int) -> bool:
-    """At the segment's end, and after every `eval_every` epochs of the whole plan."""
+    """At a stage's end, and after every `eval_every` epochs of the whole plan."""
     epoch, rest = divmod(step, segment.steps_per_epoch)
-    return step == segment.steps or (rest == 0 and due(segment.first_epoch + epoch, arm.eval_every))
-
-
-class Book:
-    """Keeps the accounts of a segment: losses, seconds by part, events, the probe curve."""
-
-    def __init__(self, arm: Arm, segment: Segment, progress: Progress, hooks: Hooks, model: Learner) -> None:
-        self.arm, self.segment, self.progress, self.hooks = arm, segment, progress, hooks
-        self.model = model
-        self.totals = progress.totals[progress.segment]
-        self.watch = Stopwatch(hooks.now)
-        self.pending: list[Tensor] = []
-        self.recent: list[list[float]] = []
-        self.waited = 0.0
-        self.rate = 0.0
-        self.saved = hooks.now()
-
-    def step(self, losses: Tensor, rate: float) -> None:
-        """Count one optimiser step; its losses, the total first, stay on the device until the next flush."""
-        if self.progress.step % self.segment.steps_per_epoch == 0:
-            self.settle()
-            self.totals.loss_sum, self.totals.loss_steps = 0.0, 0
-        self.pending.append(losses)
-        self.progress.step += 1
-        self.totals.steps += 1
-        self.totals.images += self.arm.train.batch_size
-        self.rate = rate
-
-    def settle(self) -> None:
-        """Fetch the pending losses from the device, which waits for its work to be done."""
-        losses = torch.stack(self.pending).tolist() if self.pending else []
-        self.pending.clear()
-        if losses and self.totals.first_loss is None:
-            self.totals.first_loss = losses[0][0]
-        for loss, *_ in losses:
-            if not math.isfinite(loss):
-                raise Diverged(
-                    f"{self.arm.label}: loss={loss} near step {self.progress.step}; "
-                    f"lower {self.arm.section}.lr={self.arm.train.lr:g} or set {self.arm.section}.clip=1"
-                )
-            self.totals.loss_sum += loss
-        self.totals.loss_steps += len(losses)
-        self.recent += losses
-
-    def flush(self, wait_seconds: float) -> None:
-        """Bring the accounts up to date and log an event. `wait_seconds` is the loader's total since the loop began."""
-        self.settle()
-        losses, self.recent = self.recent, []
-        seconds, waited = self.watch.lap(), wait_seconds - self.waited
-        self.waited = wait_seconds
-        self.totals.train_seconds += seconds
-        self.totals.loader_wait_seconds += waited
-        if losses:
-            self.hooks.log(
-                self.arm.tag
-                | {
-                    "step": sum(totals.steps for totals in self.progress.totals),
-                    "steps": sum(segment.steps for segment in self.arm.segments),
-                    "epoch": self.segment.first_epoch + self.progress.step / self.segment.steps_per_epoch,
-                    "images": sum(totals.images for totals in self.progress.totals),
-                    **self.mean_losses(losses),
-                    "lr": self.rate,
-                    "images_per_second": len(losses) * self.arm.train.batch_size / seconds if seconds else 0.0,
-                    "loader_wait_fraction": waited / seconds if seconds else 0.0,
-                }
-            )
-
-    def mean_losses(self, losses: list[list[float]]) -> dict[str, Any]:
-        """`loss`, what is learned from, each head's as `loss_<head>`, comparable over stages, and what is watched."""
-        means = [sum(column) / len(losses) for column in zip(*losses, strict=True)]
-        count = 1 + len(self.model.loss_names)
-        heads = dict(zip((f"loss_{name}" for name in self.model.loss_names), means[1:count], strict=True))
-        watched = dict(zip(self.model.watch_names, means[count:], strict=True))
-        warning = self.model.warning(watched)
-        told = {"loss": means[0]} | heads | watched
-        return told | ({"warning": warning} if warning else {})
-
-    def evaluate(self, model: Learner) -> None:
-        """Add a point to the probe curve; its time is not training time."""
-        result = self.hooks.evaluate(model)
-        self.totals.evaluate_seconds += self.watch.lap()
-        point = {
-            "seconds": self.progress.train_seconds,
-            "epoch": self.segment.first_epoch + self.progress.step / self.segment.steps_per_epoch,
-            **result.point(),
-        }
-        self.progress.curve.append(point)
-        self.hooks.log(self.arm.tag | {"probe": True} | point)
-
-    def save_due(self) -> bool:
-        """Whether `train.save_every` seconds have gone by since the last saved state."""
-        if self.hooks.now() - self.saved < self.arm.train.save_every:
-            return False
-        self.saved = self.hooks.now()
-        return True
+    ends = step == segment.steps and segment.ends_stage
+    return ends or (rest == 0 and due(segment.first_epoch + epoch, arm.eval_every))

@@ -293,7 +293,7 @@ def test_keys_survive_as_names_of_members(key: str, other: str) -> None:
 
 
 def test_odd_and_long_keys_are_read_by_webdataset(tmp_path: Path, example) -> None:
-    keys = ("a/b.c.jpg", "../up", "__x__/y", "/root//z/", "", "%2E", "long/" + "n" * 300)
+    keys = ("a/b.c.jpg", "../up", "__x__/y", "/top//z/", "", "%2E", "long/" + "n" * 300)
     made = example(codec="int8", block=2)
     made = replace(made, keys=keys, layout=replace(made.layout, backend="webdataset"))
     made.build(tmp_path)

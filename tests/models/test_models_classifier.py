@@ -105,7 +105,18 @@ def test_the_class_tokens_head_goes_on_with_the_encoders_norm(small: Small) -> N
     nn.init.normal_(encoder.vit.norm.weight)
     model = build_classifier(encoder, 3, (2,), 0, "token", 0)
     assert torch.equal(model.in_order[-1].norm.weight, encoder.vit.norm.weight)
-    assert bool((model.in_order[0].norm.weight == 1).all())
+    assert bool((model.in_order[0].norm.weight == 1).all()) and bool((model.in_order[0].norm.bias == 0).all())
+    assert encoder.vit.norm is not model.in_order[-1].norm and not encoder.vit.norm.weight.requires_grad
+    assert model.in_order[-1].norm.weight.requires_grad
+
+
+def test_heads_have_the_norm_of_their_model(small: Small, images: Tensor) -> None:
+    """AIMv2's is an RMS norm; its blocks are timm's."""
+    encoder = build_encoder(small(name="aimv2_large_patch14_224"), seed=0)
+    model = build_classifier(encoder, 3, (2,), 0, "mean", 0)
+    assert {type(head.norm) for head in model.in_order} == {type(encoder.vit.norm)} != {nn.LayerNorm}
+    (first, last) = model.logits(model.at_cut(images.float() / 255))
+    assert first.shape == last.shape == (3, 3)
 
 
 @pytest.mark.parametrize(

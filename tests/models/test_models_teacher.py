@@ -51,28 +51,20 @@ def test_a_single_head_predicts_its_own_block(pairs: str) -> None:
     assert TeacherConfig(pairs=pairs).blocks((12,), 12) == (12,)  # type: ignore[arg-type]
 
 
-def test_momentum_ramps_up_to_its_bound() -> None:
-    config = TeacherConfig(momentum=0.9, ramp=10)
-    assert [config.momentum_at(step) for step in (0, 1, 10, 80, 81)] == pytest.approx([0.1, 2 / 11, 11 / 20, 0.9, 0.9])
-    assert [TeacherConfig(momentum=0.9, ramp=1).momentum_at(step) for step in (0, 5)] == [0.9, 0.9]
-
-
 def test_the_average_after_n_steps_is_the_closed_form(student: Encoder) -> None:
     student.freeze(2)
-    config = TeacherConfig(momentum=0.5, ramp=4)
-    teacher = EmaTeacher(student, config)
+    teacher = EmaTeacher(student, 0.8)
     courses = [{name: p.detach().clone().double() for name, p in student.vit.named_parameters()}]
-    for step in range(6):
+    for _ in range(6):
         with torch.no_grad():
             for parameter in student.parameters():
                 if parameter.requires_grad:
                     parameter.add_(torch.randn_like(parameter))
         courses.append({name: p.detach().clone().double() for name, p in student.vit.named_parameters()})
-        teacher.after(student, step)
-    # w = sum over t of (1 - m_t) w_t times all later m, and the start times all m; here m = 1/4, 2/5, 1/2, ...
-    momenta = [0.25, 0.4, 0.5, 0.5, 0.5, 0.5]
-    shares = [0.25 * 0.4 * 0.5**4, 0.75 * 0.4 * 0.5**4, 0.6 * 0.5**4, 0.5**4, 0.5**3, 0.5**2, 0.5]
-    assert sum(shares) == pytest.approx(1) and [config.momentum_at(step) for step in range(6)] == momenta
+        teacher.follow(student)
+    # The start times 0.8^6, and what step t left times 0.2 and 0.8 for every later step.
+    shares = [0.262144, 0.065536, 0.08192, 0.1024, 0.128, 0.16, 0.2]
+    assert sum(shares) == pytest.approx(1)
     average = teacher.state_dict()
     assert {"blocks.2.attn.qkv.weight", "blocks.3.mlp.fc2.bias", "norm.weight"} <= average.keys()
     for name, value in average.items():
@@ -82,7 +74,7 @@ def test_the_average_after_n_steps_is_the_closed_form(student: Encoder) -> None:
 
 def test_frozen_parts_are_the_student_s_own_and_are_not_averaged(student: Encoder) -> None:
     student.freeze(2)
-    teacher = EmaTeacher(student, TeacherConfig())
+    teacher = EmaTeacher(student, 0.999)
     theirs, mine = dict(student.vit.named_parameters()), dict(teacher.encoder.vit.named_parameters())
     shared = {name for name in mine if mine[name] is theirs[name]}
     frozen = {name for name in mine if name.startswith(("patch_embed.", "pos_embed", "blocks.0.", "blocks.1."))}
@@ -90,21 +82,21 @@ def test_frozen_parts_are_the_student_s_own_and_are_not_averaged(student: Encode
 
 
 def test_with_momentum_0_the_average_is_the_student_and_with_1_it_stays(student: Encoder) -> None:
-    teacher, start = EmaTeacher(student, TeacherConfig()), student.vit.blocks[3].mlp.fc1.weight.detach().clone()
+    still, quick = EmaTeacher(student, 1.0), EmaTeacher(student, 0.0)
+    start = student.vit.blocks[3].mlp.fc1.weight.detach().clone()
     with torch.no_grad():
         student.vit.blocks[3].mlp.fc1.weight.mul_(3)
-    teacher.follow(student, 1.0)
-    assert torch.equal(teacher.state_dict()["blocks.3.mlp.fc1.weight"], start)
-    teacher.follow(student, 0.0)
-    assert torch.equal(teacher.state_dict()["blocks.3.mlp.fc1.weight"], 3 * start)
+    for teacher, want in ((still, start), (quick, 3 * start)):
+        teacher.follow(student)
+        assert torch.equal(teacher.state_dict()["blocks.3.mlp.fc1.weight"], want)
 
 
 def test_a_saved_average_is_taken_over_without_what_has_frozen_since(student: Encoder) -> None:
-    first = EmaTeacher(student, TeacherConfig())
+    first = EmaTeacher(student, 0.999)
     saved = {name: torch.full_like(value, 7.0) for name, value in first.state_dict().items()}
     student.freeze(3)
     before = student.vit.blocks[0].mlp.fc1.weight.detach().clone()
-    second = EmaTeacher(student, TeacherConfig())
+    second = EmaTeacher(student, 0.999)
     second.load_state_dict(saved)
     assert all(bool((value == 7).all()) for value in second.state_dict().values())
     assert torch.equal(student.vit.blocks[0].mlp.fc1.weight, before)
@@ -128,16 +120,27 @@ def test_targets_equal_an_independent_forward(student: Encoder, images: torch.Te
 
 def test_targets_from_tokens_go_on_where_the_tokens_stand(student: Encoder, images: torch.Tensor) -> None:
     teacher = Teacher(student)
-    whole = teacher.of_images(images, [1, 3])
+    whole = teacher.of_images(images, [3])
     after_two = student.run(student.embed(normalised(images)), 0, 2)
-    found = teacher.of_tokens(after_two, 2, [1, 3])
+    found = teacher.of_tokens(after_two, 2, [2, 3])
     torch.testing.assert_close(found[3], whole[3], rtol=1e-5, atol=1e-5)
-    assert torch.equal(found[1], after_two)
+    assert torch.equal(found[2], after_two)
+    with pytest.raises(AssertionError, match="what lay before the tokens is gone"):
+        teacher.of_tokens(after_two, 2, [1, 3])
+
+
+def test_an_average_is_looked_at_behind_the_frozen_blocks_only(student: Encoder, images: torch.Tensor) -> None:
+    student.freeze(2)
+    teacher = EmaTeacher(student, 0.999)
+    live, plain = teacher.of_images(images, [1, 4]), Teacher(student).of_images(images, [2, 4])
+    assert torch.equal(live[1], plain[2]) and torch.equal(live[4], plain[4])
+    cached = teacher.of_tokens(plain[2], 2, [1, 4])
+    assert torch.equal(cached[1], live[1]) and torch.equal(cached[4], live[4])
 
 
 def test_no_gradient_and_no_dropping_in_a_teacher(student: Encoder, images: torch.Tensor) -> None:
     DepthDrop(0, 0.5, 0.5, 10).install(student)
-    teacher = EmaTeacher(student, TeacherConfig())
+    teacher = EmaTeacher(student, 0.999)
     student.train()
     assert not any(module.training for module in teacher.encoder.modules())
     assert not any(parameter.requires_grad for parameter in teacher.encoder.parameters())

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from cache.config import CacheConfig
 from models.config import ModelConfig
 from pipeline import machine as machine_module
-from pipeline.config import BOUNDS, ConfigError, PipelineConfig, check, get
+from pipeline.checks import BOUNDS, check
+from pipeline.config import ConfigError, PipelineConfig, get
 from pipeline.machine import resolve
 from pipeline.reading import flatten, load_config, parse, parse_override, read_toml, to_toml
 from pipeline.recipes import RECIPES, sample
@@ -105,7 +106,6 @@ def test_later_override_wins_and_data_is_short_for_the_source() -> None:
         ("heads.weights=2", ["heads.weights = 2 without heads.blocks weighs nothing"]),
         ("heads.blocks=[2,4]", ["heads.blocks = [2, 4] must rise from 1 or more to 12"]),
         ("heads.blocks=[4,2,12]", ["must rise"]),
-        ("schedule.kind=adaptive", ["not built yet", "explicit or freezeout"]),
         ("cache.backend=webdataset cache.filter=zstd", ["compresses no member of a tar; use cache.backend=zarr"]),
         ("cache.block=0", ["cache.block = 0 is outside [1, inf)"]),
         ("cache.max_error=0", ["cache.max_error = 0.0 is outside (0, inf)"]),
@@ -115,6 +115,12 @@ def test_later_override_wins_and_data_is_short_for_the_source() -> None:
         ("cache.filter=bitround-11", ["bitround-11 keeps more than the 10 bits of float16; use 1..10"]),
         ("cache.later_codec=bfloat16 cache.filter=bitround-8", ["more than the 7 bits of bfloat16; use 1..7"]),
         ("schedule.cuts=[0,3] schedule.epochs=[1,1] cache.later_codec=int8", ["is for a second cut", "leave it empty"]),
+        ("schedule.settle_checks=0", ["schedule.settle_checks = 0 is outside [1, inf)"]),
+        ("schedule.caches=cost", ["schedule.kind = explicit has none", "schedule.kind=freezeout"]),
+        ("schedule.freeze_embed=false", ["backward has to cross every block", "[0, 3, 6, 9]", "schedule.cuts=[0]"]),
+        ("train.early_stop=2", ["train.early_stop = 2", "eval.every = 0", "eval.every=1"]),
+        ("train.save_epochs=[3,9]", ["train.save_epochs has 9", "1..7"]),
+        ("train.decay_share=0", ["train.decay_share = 0.0 is outside (0, 1]"]),
         ("schedule.epochs=[0,1,1,3]", ["starts stage 1 from", "give a checkpoint with model.weights=<file>"]),
         ("schedule.epochs=[1,0,1,3]", ["has a stage of less than 1 epoch"]),
         ("model.registers=-1", ["model.registers = -1 is outside [0, inf)"]),
@@ -171,6 +177,47 @@ def test_bounds_name_numbers_that_exist_and_hold_the_defaults() -> None:
     assert numbers - set(BOUNDS) == {"mask.groups"}, "its choices are in its type"
     assert set(BOUNDS) <= numbers
     check(PipelineConfig())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (
+            ["schedule.kind=freezeout", "train.lr_schedule=schedule_free"],
+            ["schedule_free has no schedule", "use schedule.layer_rates=shared"],
+        ),
+        (
+            ["schedule.kind=freezeout", "train.lr_restart=true"],
+            ["train.lr_restart = True", "schedule.layer_rates=shared"],
+        ),
+        (
+            ["schedule.kind=adaptive", "train.lr_restart=true"],
+            ["train.lr_restart = True", "cosine", "train.lr_schedule=constant"],
+        ),
+        (["schedule.kind=adaptive", "train.max_steps=5"], ["train.max_steps = 5", "train.max_steps=0"]),
+        (
+            ["schedule.kind=freezeout", "schedule.cuts=[0]", "schedule.caches=cost", "schedule.freeze_embed=false"],
+            ["nothing can be cached", "schedule.caches=given"],
+        ),
+    ],
+)
+def test_schedules_and_rates_that_contradict_each_other_are_refused(overrides: list[str], parts: list[str]) -> None:
+    message = refusal(*overrides)
+    assert [part for part in parts if part not in message] == [], message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["schedule.kind=freezeout", "train.lr_schedule=schedule_free", "schedule.layer_rates=shared"],
+        ["schedule.kind=freezeout", "schedule.cuts=[0]", "schedule.freeze_embed=false"],
+        ["schedule.kind=adaptive", "train.lr_restart=true", "train.lr_schedule=constant"],
+        ["schedule.kind=adaptive", "train.early_stop=2", "eval.every=1"],
+        ["train.lr_schedule=wsd", "train.lr_restart=true", "train.save_epochs=[7,2]"],
+    ],
+)
+def test_schedules_and_rates_that_go_together_are_allowed(overrides: list[str]) -> None:
+    check(load_config("sample", overrides)[1])
 
 
 def test_features_of_groups_and_one_group_are_allowed() -> None:

@@ -1,5 +1,5 @@
 """Fine-tuning end to end at toy size: from images and from the cache behind frozen blocks, stopped and gone on with,
-judged by what it was asked to do, told by every command; and the probes that `probe` prints."""
+judged by what it was asked to do, told by every command."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cache import open_cache
 from models.targets import normalize_images
-from pipeline import care, explain, runner, speedup, status
+from pipeline import care, equivalence, explain, runner, speedup, status
 from pipeline.config import ConfigError, PipelineConfig
 from pipeline.decide import Wanted, judge_all, judge_finetune
 from pipeline.events import probe_line
@@ -23,6 +23,7 @@ from pipeline.finetuning import make_classifier
 from pipeline.job import Interrupted, RunFailed
 from pipeline.layout import RunPaths
 from pipeline.tuned import Tuning, last_tuning
+from pipeline.work import file_checksum
 from stages.errors import DataError
 from stages.finetune import classify
 from tests.pipeline.toy import StopAfter, job, record, same, toy, weights
@@ -124,6 +125,24 @@ def test_the_cache_is_an_ordinary_one_of_all_tokens_of_augmented_views(run: Path
     assert batch.features_BLD.shape == (1, 16, 32) and batch.ids_BL.tolist() == [list(range(16))]
 
 
+def test_the_first_step_from_the_cache_has_the_loss_of_the_frozen_blocks_run_live(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = equivalence.compare_finetune(Tuning(Wanted(tuned(), RunPaths(run)), 2))
+    assert (found.stage, found.cut) == ("finetune", 2)
+    assert 0 < found.loss_difference < 1e-3 and 0 < found.feature_rmse < 1e-3
+    equivalence.run_equivalence(job(run, tuned()))
+    assert any(line.startswith("finetune") for line in capsys.readouterr().out.splitlines())
+    root = shutil.copytree(run, tmp_path / "toy")
+    state = weights(root, "stage-2")
+    state["blocks.0.attn.qkv.weight"] *= 1.5
+    save_file(state, root / "stage-2" / "model.safetensors")
+    stage = record(root, "stage-2") | {"weights": file_checksum(root / "stage-2" / "model.safetensors")}
+    (root / "stage-2" / "stage.json").write_text(json.dumps(stage))
+    with pytest.raises(RunFailed, match="cache finetune is not what the frozen blocks compute"):
+        equivalence.run_equivalence(job(root, tuned()))
+
+
 def test_from_images_everything_learns_and_every_layer_at_its_rate(finished: Path, tmp_path: Path) -> None:
     """With a layer decay of all but nothing, only the heads move in a step; with 1 all layers do."""
     for decay, still in ((1e-12, True), (1.0, False)):
@@ -167,6 +186,58 @@ def test_drop_path_mixing_and_augmentation_change_what_they_say(finished: Path, 
         runner.run_finetune(job(root, toy(**(TUNE | {"finetune.max_steps": 2} | changes))))
         found[name] = record(root, "finetune")["final_loss"]
     assert len({round(loss, 6) for loss in found.values()}) == 6, found
+
+
+def test_learning_blocks_drop_paths_in_training_steps_alone(run: Path) -> None:
+    """Rates rise linearly; what a step drops is a pure function of the step; frozen blocks and scores drop nothing."""
+    wanted = Wanted(tuned(**{"finetune.drop_path": 0.6}), RunPaths(run))
+    model = make_classifier(Tuning(wanted, 2), wanted.paths.stage(2)).train()
+    blocks = model.encoder.vit.blocks
+    with model.dropping(0):
+        assert [block.drop_path1.drop_prob for block in blocks] == pytest.approx([0.0, 0.2, 0.4, 0.6])
+    assert not any(block.drop_path1.drop_prob for block in blocks)
+    assert [block.drop_path2.training for block in blocks] == [False, False, True, True]
+    images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def features(step: int | None) -> torch.Tensor:
+        with torch.no_grad():
+            tokens = model.at_cut(normalize_images(images))
+            if step is None:
+                return model.encoder.run(tokens, 2, 4)
+            with model.dropping(step):
+                return model.encoder.run(tokens, 2, 4)
+
+    assert torch.equal(features(3), features(3)) and not torch.equal(features(3), features(4))
+    with torch.no_grad():
+        frozen = model.at_cut(normalize_images(images))
+        with model.dropping(3):
+            assert torch.equal(frozen, model.at_cut(normalize_images(images)))
+    model.eval()
+    assert torch.equal(features(None), features(3))
+
+
+def test_what_no_longer_fits_is_stale_and_not_an_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = verdicts(run, tuned(**{"finetune.batch_size": 128}))["finetune"]
+    assert large.startswith("stale") and "finetune.steps: 12 -> 0" in large
+    data = Wanted(tuned(), RunPaths(run)).data
+    bare = replace(data.train, entries=tuple(replace(entry, label=-1) for entry in data.train.entries))
+    monkeypatch.setattr("pipeline.course.open_data", lambda *_: replace(data, train=bare))
+    assert "classes: 10 -> 0" in verdicts(run, tuned())["finetune"]
+
+
+def test_a_cache_that_a_stage_wants_is_no_older_state_of_another(run: Path) -> None:
+    """Cache 2 has cut 3 as well; for a fine-tuning that has none yet, its own is missing, not stale."""
+    verdict = verdicts(run, tuned(**{"finetune.freeze": 3}))["cache finetune"]
+    assert verdict.startswith("missing")
+
+
+def test_a_loss_that_is_no_number_names_the_settings_of_fine_tuning(run: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(run, tmp_path / "toy")
+    wild = {"finetune.lr": 1e30, "finetune.min_lr": 1e30, "finetune.warmup_epochs": 0.0}
+    with pytest.raises(RunFailed, match=r"arm finetune: loss=.* lower finetune\.lr=1e\+30 or set finetune\.clip=1"):
+        runner.run_finetune(job(root, tuned(**wild)))
+    assert record(root, "finetune")["status"] == "failed"
+    assert verdicts(root, tuned(**wild))["finetune"].startswith("unfinished")
 
 
 def test_a_second_call_does_nothing_and_tells_the_scores(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,10 +327,10 @@ def test_images_without_labels_and_batches_that_do_not_fit_are_refused_before_an
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match=r"finetune\.batch_size = 128 does not fit 96 training images"):
-        Tuning(Wanted(tuned(**{"finetune.batch_size": 128}), RunPaths(tmp_path)), 0).inputs()
+        runner.run_finetune(job(tmp_path / "b", tuned(**{"finetune.batch_size": 128})))
     data = Wanted(tuned(), RunPaths(tmp_path / "a")).data
     bare = replace(data.train, entries=tuple(replace(entry, label=-1) for entry in data.train.entries))
-    monkeypatch.setattr("pipeline.decide.open_data", lambda *_: replace(data, train=bare))
+    monkeypatch.setattr("pipeline.course.open_data", lambda *_: replace(data, train=bare))
     with pytest.raises(DataError, match="96 of 96 training images have no label"):
         runner.run_finetune(job(tmp_path / "b", tuned()))
     assert not (tmp_path / "b" / "stage-0").exists()
@@ -268,70 +339,6 @@ def test_images_without_labels_and_batches_that_do_not_fit_are_refused_before_an
 def test_a_cache_that_does_not_fit_the_disk_is_refused(run: Path) -> None:
     with pytest.raises(ConfigError, match=r"of fine-tuning with finetune.views=9\d+ need .* lower finetune.views"):
         runner.run_finetune(job(run, tuned(**{"finetune.views": 90_000_000})))
-
-
-@pytest.mark.parametrize(
-    ("changes", "parts"),
-    [
-        ({"finetune.batch_size": 15}, ["finetune.batch_size = 15 is odd", "finetune.mixup=0"]),
-        ({"finetune.accumulate": 3}, ["finetune.batch_size = 16", "finetune.accumulate = 3"]),
-        ({"finetune.min_lr": 1.0}, ["finetune.min_lr = 1.0", "finetune.lr = 0.003"]),
-        ({"finetune.heads": [4, 3]}, ["finetune.heads = [4, 3] does not rise"]),
-        ({"finetune.heads": [1, 3]}, ["finetune.heads = [1, 3] does not rise from finetune.freeze = 2"]),
-        ({"finetune.heads": [3, 5]}, ["finetune.heads = [3, 5] has more than the 4 blocks"]),
-        ({"finetune.freeze": 5, "finetune.heads": [5]}, ["finetune.freeze = 5 is more than the 4 blocks"]),
-        ({"finetune.rand_augment": 11}, ["finetune.rand_augment = 11.0 is outside [0, 10]"]),
-        ({"finetune.layer_decay": 0}, ["finetune.layer_decay = 0.0 is outside (0, 1]"]),
-        ({"eval.probe_rates": [0.1, 0.1]}, ["eval.probe_rates = [0.1, 0.1] is no list of different rates"]),
-        ({"eval.lars_rates": [-1.0]}, ["eval.lars_rates = [-1.0]"]),
-        ({"eval.attentive_rates": [0.0]}, ["eval.attentive_rates = [0.0]"]),
-    ],
-)
-def test_what_makes_no_sense_is_refused_in_one_line(changes: dict[str, object], parts: list[str]) -> None:
-    from pipeline.config import check
-
-    with pytest.raises(ConfigError) as caught:
-        check(tuned(**changes))
-    assert [part for part in parts if part not in str(caught.value)] == [], caught.value
-    assert "\n" not in str(caught.value)
-
-
-# --- probes -----------------------------------------------------------------------------------------------------------
-
-PROBES = {
-    "eval.probes": ["knn", "logistic", "sgd", "lars", "attentive"],
-    "eval.probe_epochs": 3,
-    "eval.attentive_epochs": 2,
-    "eval.probe_batch": 16,
-}
-
-
-def test_probe_prints_and_writes_every_probe_with_the_setting_that_won(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = shutil.copytree(finished, tmp_path / "toy")
-    runner.run_probe(job(root, toy(**PROBES), target=2))
-    out = capsys.readouterr().out
-    written = json.loads((root / "probe.json").read_text())
-    assert list(written) == ["stage 2"]
-    found, stage = written["stage 2"], record(root, "stage-2")
-    assert found["weights"] == stage["weights"] and (found["images"], found["train_images"]) == (40, 40)
-    assert list(found["probes"]) == PROBES["eval.probes"]
-    assert (found["probes"]["knn"]["top1"], found["probes"]["logistic"]["top1"]) == (
-        stage["knn_top1"],
-        stage["linear_top1"],
-    )
-    for name in ("sgd", "lars", "attentive"):
-        one = found["probes"][name]
-        assert f"{one['top1']:.3f} (rate {one['setting']['rate']:g})" in out
-        held = one["held_back_top1"]
-        assert held[f"{one['setting']['rate']:g}"] == max(held.values())
-    runner.run_probe(job(root, toy(), target="e2e"))
-    assert list(json.loads((root / "probe.json").read_text())) == ["arm e2e", "stage 2"], "scores of others stay"
-    shutil.copy(root / "stage-1" / "model.safetensors", root / "stage-2" / "model.safetensors")
-    runner.run_probe(job(root, toy(), target=0))
-    written = json.loads((root / "probe.json").read_text())
-    assert list(written) == ["arm e2e", "stage 0"], "those of other weights do not"
 
 
 def test_class_token_models_are_fine_tuned_on_it_and_others_refused(tmp_path: Path, run: Path) -> None:

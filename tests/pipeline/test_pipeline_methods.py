@@ -34,6 +34,11 @@ METHODS: dict[str, dict[str, object]] = {
     "block-wise, full": {"mask.block": 2, "mask.groups": 1},
     "far tokens weigh more": {"mask.distance_power": 1.0},
     "near tokens first": {"mask.distance_start": 0.25, "decoder.share": 0.5},
+    "frozen teacher, mixed": {"heads.blocks": [2, 3, 4], "heads.targets": ["hog", "features", "teacher"]},
+    "average, pooled": {"target.kind": "teacher", "teacher.kind": "ema", "mask.groups": 2},
+    "average, transitive": {"heads.blocks": [2, 4], "teacher.pairs": "earlier", "teacher.momentum": 0.9}
+    | {"target.kind": "teacher", "teacher.kind": "ema"},
+    "dropped depth": {"train.drop_path": 0.3, "train.layer_drop": 0.8},
     "pixels cut again": {"cache.pixels": "recut", "target.kind": "hog"},
 }
 
@@ -127,7 +132,7 @@ def test_a_reconstruction_shows_the_image_and_guesses_only_what_is_hidden(tmp_pa
     from stages.train import build_model
 
     wanted = Wanted(toy(), RunPaths(tmp_path))
-    model = build_model(masked_build(wanted), 1, "cpu")
+    model = build_model(masked_build(wanted, 1, cached=True), 1, "cpu")
     rows = reconstructions(model, wanted.data.val, sampling(wanted), "float32")
     assert rows is not None and rows.shape == (3, 8, 16, 16, 3) and rows.dtype == np.uint8
     masked, filled, original = rows
@@ -138,7 +143,8 @@ def test_a_reconstruction_shows_the_image_and_guesses_only_what_is_hidden(tmp_pa
     again = reconstructions(model, wanted.data.val, sampling(wanted), "float32")
     assert again is not None and (again == rows).all()
     hog = Wanted(toy(**{"target.kind": "hog"}), RunPaths(tmp_path))
-    assert reconstructions(build_model(masked_build(hog), 1, "cpu"), hog.data.val, sampling(hog), "float32") is None
+    model = build_model(masked_build(hog, 1, cached=True), 1, "cpu")
+    assert reconstructions(model, hog.data.val, sampling(hog), "float32") is None
 
 
 def test_a_perfect_prediction_of_pixels_looks_like_the_original() -> None:

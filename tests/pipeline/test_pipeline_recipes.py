@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.config import ConfigError, check
+from pipeline.checks import check
+from pipeline.config import ConfigError
 from pipeline.reading import load_config, parse
 from pipeline.recipes import RECIPES, adapt, original, recipe, sample, vit_b16
 

@@ -134,6 +134,12 @@ def test_cached_and_live_loss_agree(finished: Path) -> None:
     equivalence.run_equivalence(job(finished))
 
 
+def test_equivalence_is_not_misled_by_branches_dropped_at_random(tmp_path: Path) -> None:
+    config = toy(**{"train.drop_path": 0.5, "eval.train_limit": 20, "eval.val_limit": 20})
+    runner.run_stage(job(tmp_path / "toy", config, target=1))
+    assert equivalence.compare_stage(Wanted(config, RunPaths(tmp_path / "toy")), 1).loss_difference < 1e-4
+
+
 def test_equivalence_sees_a_cache_of_other_weights(copy: Path) -> None:
     wanted = Wanted(toy(), RunPaths(copy))
     first, second = (wanted.cache_folder(wanted.cache_spec(stage)) for stage in (1, 2))

@@ -18,11 +18,13 @@ from safetensors.torch import load_file, save_file
 from models.targets import normalize_images
 from models.vit import build_encoder
 from pipeline import costs, equivalence, export, runner, status
-from pipeline.config import ConfigError, PipelineConfig, check
+from pipeline.checks import check
+from pipeline.config import ConfigError, PipelineConfig
 from pipeline.decide import Wanted, judge_all, judge_stage
 from pipeline.job import Interrupted
 from pipeline.layout import RunPaths
-from pipeline.work import probe_again
+from pipeline.probing import probe_again
+from pipeline.work import state_file
 from stages.probe import pooled_features
 from stages.views import centre_batch
 from stages.weights import load_weights
@@ -121,6 +123,20 @@ def test_a_second_call_changes_nothing_and_does_not_load_torch(adapted: Path) ->
     assert "stage 2: current" in done.stdout and stamps() == before
 
 
+@pytest.mark.parametrize(("target", "pool"), [(None, "mean"), (0, "token")])
+def test_what_was_adapted_and_the_checkpoint_itself_can_be_fine_tuned_from_the_cache(
+    adapted: Path, file: Path, tmp_path: Path, target: int | None, pool: str
+) -> None:
+    root = shutil.copytree(adapted, tmp_path / "copy")
+    tune = {"finetune.epochs": 1, "finetune.batch_size": 16, "finetune.freeze": 2, "finetune.pool": pool}
+    runner.run_finetune(job(root, config(file, **tune), target=target))
+    found, before = record(root, "finetune"), weights(root, "stage-2" if target is None else "stage-0")
+    assert (found["status"], found["from"]) == ("done", "stage 2" if target is None else "stage 0")
+    after = weights(root, "finetune")
+    assert all(same(before, after, name) for name in ("cls_token", "pos_embed", "patch_embed.", "blocks.1."))
+    assert not same(before, after, "blocks.2.") and 0 <= found["top1"] <= 1
+
+
 @pytest.mark.parametrize("asked", [1, 4, 9])
 def test_a_run_that_was_stopped_ends_with_the_same_bits(adapted: Path, file: Path, tmp_path: Path, asked: int) -> None:
     root = tmp_path / "toy"
@@ -149,6 +165,15 @@ def test_a_checkpoint_can_start_a_stage_0_that_trains(file: Path, tmp_path: Path
     assert same(state, theirs, "pos_embed") and not same(state, theirs, "blocks.0.") and not same(state, theirs, "cls")
     assert max(float((state[name] - theirs[name]).abs().max()) for name in state) < 1e-3
     assert record(tmp_path / "toy", "stage-0")["steps"] == 6
+
+
+def test_an_average_of_the_encoder_starts_from_the_file_too(file: Path, tmp_path: Path) -> None:
+    still = {"target.kind": "teacher", "teacher.kind": "ema", "teacher.momentum": 1.0}
+    runner.run_stage(job(tmp_path / "toy", config(file, **still, **{"schedule.epochs": [1, 1, 1]}), target=0))
+    state, theirs = load_file(state_file(RunPaths(tmp_path / "toy").stage(0))), load_file(file)
+    average = {name.removeprefix("teacher/"): value for name, value in state.items() if name.startswith("teacher/")}
+    assert len(average) > 50 and same(average, theirs)
+    assert not same({name: state[f"encoder/{name}"] for name in average}, theirs)
 
 
 @pytest.mark.parametrize(

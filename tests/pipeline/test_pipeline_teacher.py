@@ -21,7 +21,8 @@ from models.targets import feature_target
 from models.teacher import EmaTeacher
 from models.vit import build_encoder
 from pipeline import care, equivalence, runner
-from pipeline.config import PipelineConfig
+from pipeline.checks import check
+from pipeline.config import ConfigError, PipelineConfig
 from pipeline.decide import Wanted, judge_all
 from pipeline.job import Interrupted, RunFailed
 from pipeline.layout import RunPaths
@@ -247,7 +248,7 @@ def test_the_average_teaches_from_the_first_step_and_is_saved(ema: Path) -> None
 
 
 def test_the_average_in_a_run_is_the_closed_form(tmp_path: Path) -> None:
-    config = toy(**EMA | {"teacher.ramp": 1, "schedule.cuts": [0], "schedule.epochs": [1]})
+    config = toy(**EMA | {"schedule.cuts": [0], "schedule.epochs": [1]})
     courses = []
     for stopped in range(1, 7):  # six optimiser steps, the state read after each
         stop = StopAfter(0)
@@ -336,3 +337,39 @@ def test_other_targets_have_no_teacher(finished: Path) -> None:
     assert run.teachers(1) == () and not any("teacher" in name for name in run.stage_inputs(1))
     assert model_at(run, 1, cached=False).teacher is None
     assert TeacherConfig() == run.config.teacher
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher.kind": "ema"}, "teacher.kind = ema teaches no head; set target.kind=teacher"),
+        (HEADS | {"teacher.block": 5}, "teacher.block = 5 is more than the 4 blocks there are; use 0..4"),
+        (FROZEN | {"teacher.block": 2}, "teacher.block = 2 is not asked for with teacher.pairs = same; set it to 0"),
+        (HEADS | {"teacher.momentum": 0.5}, "teacher.momentum = 0.5 moves nothing with teacher.kind = frozen; use ema"),
+        (EMA | {"teacher.momentum": 1.5}, "teacher.momentum = 1.5 is outside [0, 1]; choose a value inside"),
+        (
+            HEADS | {"schedule.cuts": [0], "schedule.epochs": [1]},
+            "teacher.kind = frozen is what stage 0 ends with, but schedule.cuts = [0] ends there; use ema",
+        ),
+        (
+            HEADS | {"heads.scales": [2, 1]},
+            "heads.scales has 2.0 for a head of teacher, which are there for tokens only; use scale 1 for it",
+        ),
+        ({"train.drop_path": 1}, "train.drop_path = 1.0 is outside [0, 1); choose a value inside"),
+        ({"train.layer_drop": 1}, "train.layer_drop = 1.0 is outside [0, 1); choose a value inside"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_line(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check(toy(**changes))
+    assert str(refused.value) == message
+
+
+def test_heads_of_other_targets_are_left_out_of_the_pairs() -> None:
+    changes = {"heads.blocks": [1, 2, 4], "heads.targets": ["teacher", "hog", "teacher"], "teacher.pairs": "earlier"}
+    heads = Wanted(toy(**changes), RunPaths(Path("nowhere"))).heads
+    assert [(head.name, head.teacher) for head in heads] == [
+        ("block1_teacher1", 1),
+        ("block2_hog", 0),
+        ("block4_teacher1", 1),
+    ]

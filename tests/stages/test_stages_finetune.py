@@ -329,7 +329,8 @@ def test_classes_are_those_of_the_training_images() -> None:
     assert num_classes(data) == 10
     one = replace(data.train, entries=tuple(replace(e, label=0) for e in data.train.entries))
     with pytest.raises(DataError, match="at least 2 classes"):
-        num_classes(Data(one, data.val))
+        require_labels(Data(one, data.val))
+    assert num_classes(Data(without_labels(data.train, range(30)), data.val)) == 0
     assert num_classes(Data(replace(one, classes=("a", "b", "c")), data.val)) == 3
 
 

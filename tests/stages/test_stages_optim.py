@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,18 @@ from models.mim import MaskedModel
 from models.multiscale import build_heads
 from models.vit import build_encoder
 from stages.config import ScheduleConfig, TrainConfig
-from stages.optim import Rates, build_adamw, layer_of, learning_rate, parameter_groups
+from stages.optim import (
+    Rates,
+    ScheduleFree,
+    averaged,
+    build_adamw,
+    build_optimizer,
+    layer_of,
+    learning_rate,
+    parameter_groups,
+    to_average,
+    to_training,
+)
 from stages.schedule import FreezeOut
 
 CONFIG = ModelConfig(image_size=8, patch_size=4, width=8, depth=4, heads=2)
@@ -71,6 +83,7 @@ def test_groups_by_layer_are_freezeouts() -> None:
     for group, names in zip(groups, names_in(learner, groups), strict=True):
         assert {layer_of(name) for name in names} == {group["layer"]}
     assert layer_of("encoder.vit.patch_embed.proj.bias") == 0 and layer_of("encoder.vit.blocks.11.norm1.weight") == 12
+    assert {layer_of(f"encoder.vit.{name}") for name in ("cls_token", "pos_embed", "reg_token")} == {0}
     assert layer_of("encoder.vit.norm.weight") == layer_of("heads.block4.decoder.blocks.0.norm1.weight") == -1
 
 
@@ -154,3 +167,117 @@ def test_warmup_never_takes_the_whole_run() -> None:
     assert (
         Rates(TrainConfig(warmup_epochs=9.0), ScheduleConfig(), 4, total_steps=10, steps_per_epoch=5).warmup_steps == 9
     )
+
+
+def test_wsd_is_stable_then_falls_linearly() -> None:
+    """10 steps of warm-up of 100, the last 20 decay: half way down after 10 of them."""
+
+    def rate(step: int, share: float = 0.2) -> float:
+        return learning_rate(step, 100, 10, peak=1.0, minimum=0.2, schedule="wsd", decay_share=share)
+
+    assert [rate(step) for step in (0, 9, 10, 50, 80)] == pytest.approx([0.1, 1.0, 1.0, 1.0, 1.0])
+    assert [rate(step) for step in (85, 90, 95, 100)] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    assert [rate(step, 1.0) for step in (10, 55, 100)] == pytest.approx([1.0, 0.6, 0.2]), "after the warm-up"
+    assert rate(99, 0.0) == 1.0 and learning_rate(50, 100, 10, 1.0, 0.2, "schedule_free") == 1.0
+
+
+def test_a_restart_begins_anew_at_every_stage() -> None:
+    """Stages of 40, 40 and 30 steps, each with 10 of warm-up: each is what a run of its own would be."""
+    anew = replace(rates("explicit", lr_restart=True), stage_starts=(0, 40, 80))
+    for start, steps in ((0, 40), (40, 40), (80, 30)):
+        for step in range(steps):
+            want = learning_rate(step, steps, 10, 0.1, 0.0, "cosine")
+            assert anew.of_layer(-1, start + step) == anew.of_layer(2, start + step) == want
+    assert anew.of_layer(-1, 40) == pytest.approx(0.01) and anew.of_layer(-1, 65) == pytest.approx(0.05)
+    assert replace(anew, train=replace(anew.train, lr_restart=False)).of_layer(-1, 60) == pytest.approx(0.05)
+
+
+def test_shared_rates_are_the_plain_schedule_until_a_layer_freezes() -> None:
+    """100 steps after 10 of warm-up; layers 0 and 2 of 4 learn for 51.2 and 72.9 of them."""
+    shared = rates("freezeout", lr_schedule="constant")
+    shared = replace(shared, schedule=replace(shared.schedule, layer_rates="shared"))
+    assert [shared.of_layer(0, step) for step in (10, 61, 62, 109)] == [0.1, 0.1, 0.0, 0.0]
+    assert [shared.of_layer(2, step) for step in (10, 82, 83)] == [0.1, 0.1, 0.0]
+    assert shared.of_layer(4, 109) == shared.of_layer(-1, 109) == 0.1
+
+
+def test_an_embedding_that_does_not_freeze_follows_the_plain_schedule() -> None:
+    kept = rates("freezeout")
+    kept = replace(kept, schedule=replace(kept.schedule, freeze_embed=False))
+    assert kept.of_layer(0, 70) == kept.of_layer(-1, 70) > 0
+    assert kept.of_layer(1, 109) == 0.0, "the blocks' rates still fall"
+
+
+def test_the_end_to_end_arm_follows_the_plain_schedule_in_all_layers() -> None:
+    plain = replace(rates("freezeout"), freezes=False)
+    assert not plain.by_layer
+    for step in (4, 10, 62, 109):
+        assert {plain.of_layer(layer, step) for layer in range(-1, 5)} == {rates("explicit").of_layer(-1, step)}
+    assert plain.of_layer(0, 109) > 0 == rates("freezeout").of_layer(0, 109)
+
+
+# --- schedule-free ----------------------------------------------------------------------------------------------------
+
+
+def run(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, gradients: list[float], lr: float) -> None:
+    for gradient in gradients:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        parameter.grad = torch.full_like(parameter, gradient)
+        optimizer.step()
+
+
+def test_schedule_free_follows_its_paper() -> None:
+    """beta2 = 0 makes every normalised gradient its sign: z falls by the rate at each step, and x, the mean of z_1..z_t
+    for a constant rate, is what is handed on."""
+    parameter = torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer = build_optimizer(
+        [{"params": [parameter], "weight_decay": 0.0, "layer": -1}],
+        TrainConfig(lr=0.1, beta2=0.0, lr_schedule="schedule_free"),
+    )
+    assert isinstance(optimizer, ScheduleFree)
+    run(optimizer, parameter, [3.0, 3.0, 3.0], 0.1)
+    assert optimizer.state[parameter]["z"].item() == pytest.approx(0.7)
+    mean = (0.9 + 0.8 + 0.7) / 3
+    assert parameter.item() == pytest.approx(0.9 * mean + 0.1 * 0.7), "y, where gradients are taken"
+    held = parameter.detach().clone()
+    with averaged(optimizer):
+        assert parameter.item() == pytest.approx(mean)
+    assert torch.equal(parameter, held), "bit for bit"
+    to_average(optimizer)
+    assert parameter.item() == pytest.approx(mean)
+
+
+def test_a_resting_group_does_not_drift() -> None:
+    parameter = torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer = ScheduleFree([{"params": [parameter], "layer": 1}], lr=0.1, betas=(0.9, 0.9))
+    optimizer.train()
+    run(optimizer, parameter, [1.0, -2.0], 0.1)
+    before = parameter.detach().clone(), optimizer.state[parameter]["z"].clone()
+    run(optimizer, parameter, [5.0, 5.0], 0.0)
+    assert torch.equal(parameter, before[0]) and torch.equal(optimizer.state[parameter]["z"], before[1])
+
+
+def test_new_parameters_in_an_old_group_begin_with_their_own_bias_correction() -> None:
+    """A parameter that first learns at step 101 moves as far in its first step as one that learns at step 1."""
+    old, new = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    first = ScheduleFree([{"params": [old], "layer": -1}], lr=0.1, betas=(0.9, 0.95))
+    first.train()
+    run(first, old, [1.0] * 100, 0.1)
+    second = ScheduleFree([{"params": [new, old], "layer": -1}], lr=0.1, betas=(0.9, 0.95))
+    second.state[old] = first.state[old]
+    to_average(first)
+    second.take_up(first.scalars())
+    to_training(second)
+    assert [(group["params"][0] is old, group["k"]) for group in second.param_groups] == [(True, 100), (False, 0)]
+    assert all(group["train_mode"] and group["layer"] == -1 for group in second.param_groups)
+    old.grad, new.grad = torch.ones(2), torch.ones(2)
+    second.step()
+    assert second.state[new]["z"].tolist() == pytest.approx([0.9, 0.9])
+
+
+def test_other_schedules_keep_adamw() -> None:
+    learner = model(2)
+    for name in ("constant", "cosine", "wsd"):
+        optimizer = build_optimizer(parameter_groups(learner, 0.05), TrainConfig(lr_schedule=name))
+        assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"]

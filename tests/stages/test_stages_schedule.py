@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from stages.config import ScheduleConfig
+from stages.config import ScheduleConfig, TrainConfig
+from stages.flops import Event
 from stages.schedule import FreezeOut, ScheduleError, StagePlan, plan_stages
+from stages.segment import Segment, as_end_to_end, parts_of, segments_of
 
 # t0 = .8 over 12 layers: layer 0 at .8, layer 3 at .85, layer 6 at .9, layer 9 at .95, layer 12 at 1.
 RATIOS = {
@@ -130,7 +133,6 @@ def test_no_freezeout_stage_freezes_a_layer_that_still_learns(scale, steps_per_e
     ("schedule", "message"),
     [
         (ScheduleConfig(cuts=(0, 12), epochs=(1, 1)), r"has 12, but one of the 12 blocks must learn; use 0\.\.11"),
-        (ScheduleConfig(kind="adaptive"), "adaptive is not built yet"),
         (freezeout(epochs=(4,)), r"stage with cut 3 no whole epoch of 4; drop it .* schedule\.t0=0\.8"),
     ],
 )
@@ -140,8 +142,60 @@ def test_what_cannot_be_planned_is_refused(schedule, message) -> None:
     assert "\n" not in str(caught.value)
 
 
+# --- adaptive ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_adaptive_plan_is_what_stages_took_and_an_open_rest() -> None:
+    schedule = ScheduleConfig(kind="adaptive", cuts=(0, 3, 6), epochs=(4, 4, 2))
+    assert plan_stages(schedule, 12, 10) == (StagePlan(0, 0, 10, 0),)
+    assert plan_stages(schedule, 12, 10, taken=[3]) == (StagePlan(0, 0, 3, 0), StagePlan(1, 3, 7, 3))
+    three = (StagePlan(0, 0, 3, 0), StagePlan(1, 3, 2, 3), StagePlan(2, 6, 5, 5))
+    assert plan_stages(schedule, 12, 10, taken=[3, 2]) == plan_stages(schedule, 12, 10, taken=[3, 2, 5]) == three
+
+
+def test_an_adaptive_stage_that_never_settles_leaves_nothing_for_the_next() -> None:
+    schedule = ScheduleConfig(kind="adaptive", cuts=(0, 3, 6), epochs=(4, 4, 2))
+    assert plan_stages(schedule, 12, 10, taken=[10]) == (StagePlan(0, 0, 10, 0),)
+    assert plan_stages(schedule, 12, 10, taken=[4, 6]) == (StagePlan(0, 0, 4, 0), StagePlan(1, 3, 6, 4))
+    assert plan_stages(schedule, 12, 10, taken=[30]) == (StagePlan(0, 0, 10, 0),), "records of a longer run"
+
+
+# --- segments ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_is_split_where_blocks_freeze_in_place() -> None:
+    stage = StagePlan(1, 3, 5, 10, (Event(10, 4), Event(12, 6)))
+    (whole,) = segments_of((stage,), 7, TrainConfig())
+    whole = replace(whole, first_step=70)
+    parts = parts_of(stage, whole)
+    assert parts == (
+        Segment(4, 10, 2, 70, 14, 7, in_place=1, ends_stage=False),
+        Segment(6, 12, 3, 84, 21, 7, in_place=3, ends_stage=True),
+    )
+    assert [part.entry for part in parts] == [3, 3] and whole.entry == 3
+    assert [part.epoch(0) for part in parts] == [10, 12]
+    assert sum(part.steps for part in parts) == whole.steps == 35
+    assert [segment.cut for segment in as_end_to_end(parts)] == [0, 0]
+    assert all(segment.entry == 0 and segment.in_place == 0 for segment in as_end_to_end(parts))
+
+
+def test_max_steps_cuts_the_parts_of_a_stage_short() -> None:
+    stage = StagePlan(0, 0, 5, 0, (Event(2, 1), Event(4, 2)))
+    for bound, want in [(10, [(0, 10)]), (14, [(0, 14)]), (20, [(0, 14), (1, 6)]), (35, [(0, 14), (1, 14), (2, 7)])]:
+        (whole,) = segments_of((stage,), 7, TrainConfig(max_steps=bound))
+        parts = parts_of(stage, whole)
+        assert [(part.cut, part.steps) for part in parts] == want
+        assert [part.ends_stage for part in parts] == [False] * (len(want) - 1) + [True]
+
+
+def test_a_stage_without_freeze_events_is_one_part() -> None:
+    stage = StagePlan(2, 6, 2, 6)
+    (whole,) = segments_of((stage,), 7, TrainConfig())
+    assert parts_of(stage, whole) == (whole,)
+
+
 def test_modules_that_only_decide_do_not_load_torch() -> None:
-    code = "import sys, stages.schedule, stages.images, stages.views; print('torch' in sys.modules)"
+    code = "import sys, stages.segment, stages.schedule, stages.images, stages.views; print('torch' in sys.modules)"
     root = Path(__file__).parents[2]
     shown = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert shown.stdout == "False\n"

@@ -10,6 +10,8 @@ import torch
 
 from models.config import DecoderConfig, HeadSpec, MaskConfig, ModelConfig
 from models.mim import MaskedModel
+from stages.arm import Arm, Hooks
+from stages.book import Diverged
 from stages.checkpoint import (
     CheckpointError,
     Progress,
@@ -26,7 +28,7 @@ from stages.probe import ProbeResult
 from stages.schedule import StagePlan
 from stages.segment import Segment, as_end_to_end, segments_of
 from stages.sources import Inputs, LiveImages, Sampling
-from stages.train import Arm, Build, Diverged, Hooks, build_model, evaluation_due, train_arm, train_step
+from stages.train import Build, build_model, evaluation_due, train_arm, train_step
 
 MODEL = ModelConfig(image_size=16, patch_size=4, width=24, depth=3, heads=2)
 HEADS = (HeadSpec(3, "pixels"),)
@@ -49,7 +51,7 @@ def arm(tmp_path: Path, images: ImageList, segments: tuple[Segment, ...] = (SEGM
     return Arm(
         tag={"stage": 0},
         segments=segments,
-        make=lambda cut: build_model(BUILD, cut, "cpu"),
+        make=lambda segment: build_model(BUILD, segment.cut, "cpu", segment.entry),
         optimizer=lambda model: build_adamw(parameter_groups(model, settings.weight_decay), settings),
         train=settings,
         rates=Rates(settings, ScheduleConfig(), 3, 12, 4),

@@ -1,0 +1,163 @@
+"""The course of a run: its data, its stages with their segments, what the arms beside them train. It follows from the
+settings alone, but for an adaptive run, whose stages end by themselves: there the records of finished stages tell it.
+Stands between the settings and the verdicts of `decide`. Free of torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from cache.order import steps_per_epoch
+from models.identity import model_identity
+from pipeline.config import PipelineConfig
+from pipeline.layout import RunPaths, StagePaths
+from stages.flops import Work
+from stages.images import Data, open_data
+from stages.schedule import StagePlan, plan_stages
+from stages.segment import Segment, as_end_to_end, parts_of, segments_of
+
+
+@dataclass(frozen=True)
+class Course:
+    """A run as its settings ask for it. Stages are counted from 0."""
+
+    config: PipelineConfig
+    paths: RunPaths
+
+    def record(self, paths: StagePaths) -> dict[str, Any] | None:
+        """What stage.json says, or None where there is none."""
+        try:
+            found: dict[str, Any] = json.loads(paths.json.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        return found
+
+    @cached_property
+    def data(self) -> Data:
+        return open_data(self.config.data, self.paths.index)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        return model_identity(self.config.model)
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(len(self.data.train), self.config.train.batch_size)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether stages end by themselves, so that the plan grows while the run does."""
+        return self.config.schedule.kind == "adaptive"
+
+    @property
+    def why_nothing_freezes(self) -> str:
+        """Why a run of one stage is one, for people."""
+        if self.adaptive:
+            return f"nothing settled in the {sum(self.config.schedule.epochs)} epochs of the run, and nothing froze"
+        return f"schedule.cuts={list(self.config.schedule.cuts)} freezes nothing"
+
+    @property
+    def plan(self) -> tuple[StagePlan, ...]:
+        """The stages; of an adaptive run those that are finished and the open one after them."""
+        return self._plan_after(len(self.config.schedule.cuts)) if self.adaptive else self._plan
+
+    @cached_property
+    def _plan(self) -> tuple[StagePlan, ...]:
+        return self._plan_after(0)
+
+    def _plan_after(self, stages: int) -> tuple[StagePlan, ...]:
+        """The plan as it is known once the first so many stages are finished."""
+        schedule, warmup = self.config.schedule, self.config.train.warmup_epochs
+        work = self.work if schedule.caches == "cost" else None
+        taken = self.taken[:stages] if self.adaptive else ()
+        return plan_stages(schedule, self.identity["depth"], self.steps_per_epoch, warmup, work, taken)
+
+    @property
+    def taken(self) -> tuple[int, ...]:
+        """Epochs that the finished stages took, as their records say."""
+        found: list[int] = []
+        for stage in range(len(self.config.schedule.cuts)):
+            record = self.record(self.paths.stage(stage))
+            if record is None or record["status"] != "done":
+                break
+            found.append(round(record["epochs"]))
+        return tuple(found)
+
+    @property
+    def decided(self) -> bool:
+        """Whether no stage is open any more."""
+        return not self.adaptive or len(self.plan) == len(self.taken[: len(self.plan)])
+
+    def why_no_stage(self, stage: int) -> str:
+        """Why an adaptive run has no stage of a number: nothing is left for it, or nobody knows yet."""
+        total, taken = sum(self.config.schedule.epochs), self.taken[:stage]
+        if sum(taken) >= total:
+            return f"the stages before it took all {total} epochs, schedule.epochs; raise that or schedule.settle_below"
+        return f"open: it begins when stage {len(taken)} ends, if that leaves any of the {total} epochs"
+
+    def used_up(self, stage: int) -> bool:
+        """Whether the stages before a stage of an adaptive run took all epochs."""
+        return self.adaptive and sum(self.taken[:stage]) >= sum(self.config.schedule.epochs)
+
+    @property
+    def candidates(self) -> int:
+        """How many stages there may be; an adaptive run may end with fewer."""
+        return len(self.config.schedule.cuts) if self.adaptive else len(self.plan)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The stages as one segment each, with the cut that they begin with."""
+        return segments_of(self.plan, self.steps_per_epoch, self.config.train)
+
+    def parts(self, stage: int) -> tuple[Segment, ...]:
+        """What a stage trains: its segment, split where blocks freeze in place."""
+        return parts_of(self.plan[stage], self.segments[stage])
+
+    def asked(self, stage: int) -> tuple[Segment, ...]:
+        """The parts of a stage as they are asked for before it begins; an adaptive one may take all that is left.
+
+        Empty where an adaptive run has no such stage, or does not know yet.
+        """
+        plan = self._plan_after(stage) if self.adaptive else self.plan
+        if stage >= len(plan):
+            return ()
+        return parts_of(plan[stage], segments_of(plan, self.steps_per_epoch, self.config.train)[stage])
+
+    @property
+    def total_steps(self) -> int:
+        if self.adaptive:
+            return sum(self.config.schedule.epochs) * self.steps_per_epoch
+        return sum(segment.steps for segment in self.segments)
+
+    @property
+    def work(self) -> Work:
+        """The sizes that decide what training and caches cost; a ratio that changes counts as half way through."""
+        config, identity = self.config, self.identity
+        tokens = config.model.num_tokens
+        visible = int(tokens * (1 - config.mask.ratio_at(0.5)))
+        return Work(
+            depth=identity["depth"],
+            width=identity["width"],
+            tokens=tokens,
+            visible=visible,
+            groups=config.mask.groups,
+            patch_values=config.model.patch_values,
+            decoded=visible + round(config.decoder.share * (tokens - visible)),
+            decoder_depth=config.decoder.depth,
+            decoder_width=config.decoder.sizes(identity["width"])[0],
+            samples=len(self.data.train),
+            views=config.cache.views,
+            images_per_epoch=self.steps_per_epoch * config.train.batch_size,
+        )
+
+    def cut(self, stage: int) -> int:
+        """A stage's cut; of an adaptive run also that of a candidate whose stage does not exist yet."""
+        return self.config.schedule.cuts[stage] if self.adaptive else self.plan[stage].cut
+
+    def arm_segments(self, arm: str) -> tuple[Segment, ...]:
+        """What an arm trains after stage 0: e2e freezes nothing, freeze freezes exactly when the stages do."""
+        if arm == "e2e":
+            return as_end_to_end(self.segments[1:])
+        return tuple(part for stage in range(1, len(self.plan)) for part in self.parts(stage))

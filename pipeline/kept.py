@@ -1,0 +1,56 @@
+"""The encoders of `train.save_epochs` that a stage or arm keeps on its way: which it should have, and which it has not.
+Read by the verdicts and by the runner. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from cache.manifest import atomic_write
+from pipeline.layout import StagePaths
+from stages.segment import Segment
+
+
+def kept_epochs(epochs: Iterable[int], segments: Sequence[Segment]) -> tuple[int, ...]:
+    """Those of `epochs`, counted over the whole run, that end inside the segments."""
+
+    def ends_inside(epoch: int) -> bool:
+        return any(
+            part.first_epoch < epoch <= part.first_epoch + part.steps // part.steps_per_epoch for part in segments
+        )
+
+    return tuple(epoch for epoch in sorted(set(epochs)) if ends_inside(epoch))
+
+
+def last_epoch(segments: Sequence[Segment], record: dict[str, Any]) -> float:
+    """Where a finished part ended: early, or where its segments do."""
+    if record.get("ended"):
+        return float(record["ended"]["epoch"])
+    return segments[-1].first_epoch + segments[-1].steps / segments[-1].steps_per_epoch
+
+
+def lost_epochs(
+    epochs: Iterable[int], segments: Sequence[Segment], record: dict[str, Any], paths: StagePaths
+) -> tuple[int, ...]:
+    """The epochs that a finished part has passed without keeping its encoder. Its last one is its model file."""
+    last = last_epoch(segments, record)
+    return tuple(epoch for epoch in kept_epochs(epochs, segments) if epoch < last and not paths.epoch(epoch).exists())
+
+
+def never_reached(epochs: Iterable[int], segments: Sequence[Segment], record: dict[str, Any]) -> tuple[int, ...]:
+    """The epochs that lie behind a part's early end."""
+    last = last_epoch(segments, record)
+    return tuple(epoch for epoch in kept_epochs(epochs, segments) if epoch > last)
+
+
+def keep_last(epochs: Iterable[int], segments: Sequence[Segment], record: dict[str, Any], paths: StagePaths) -> None:
+    """Where the last epoch of a finished part is asked for and not there, copy it from the model that it ended with."""
+    for epoch in kept_epochs(epochs, segments):
+        if epoch == last_epoch(segments, record) and not paths.epoch(epoch).exists():
+            atomic_write(paths.epoch(epoch), paths.model.read_bytes())
+
+
+def forget_epochs(paths: StagePaths) -> None:
+    """Remove what was kept of a training that is begun anew."""
+    for file in paths.root.glob("epoch-*.safetensors"):
+        file.unlink()
