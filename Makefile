@@ -12,7 +12,7 @@ READY := .venv/.ready
 BIN := .venv/bin
 PERMAFROST = $(BIN)/python -m pipeline
 FLAGS = --config "$(CONFIG)" $(if $(DATA),--data "$(DATA)") $(if $(DATA_VAL),--data-val "$(DATA_VAL)") \
-	$(if $(RUN),--run "$(RUN)") $(if $(CACHE_ROOT),--cache-root "$(CACHE_ROOT)") $(if $(SET),--set $(SET)) $(ARGS)
+	$(if $(RUN),--run "$(RUN)") $(if $(CACHE_ROOT),--cache-root "$(CACHE_ROOT)") $(ARGS) $(if $(SET),--set $(SET))
 
 .PHONY: help setup all plan explain status e2e freeze speedup probe report verify repair equivalence gc finetune \
 	export study bench test check FORCE
