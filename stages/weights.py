@@ -46,7 +46,7 @@ def read_checkpoint(path: str) -> Mapping[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):  # MAE and DINO keep their arguments in one
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on a file that is none, pickle raises more than it says
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]  # some say nothing but a number
         raise WeightsError(
             f"model.weights={path} cannot be read as plain tensors ({reason}); where it is whole, save its state_dict()"
         ) from error
