@@ -101,7 +101,8 @@ def test_make_hands_its_variables_on(tmp_path: Path) -> None:
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         (tmp_path / name).write_text((REPOSITORY / name).read_text())
     (tmp_path / ".venv" / ".ready").touch()
-    variables = ["CONFIG=c.toml", "DATA=a b", "DATA_VAL=v", "RUN=r", "CACHE_ROOT=x", "SET=a=1 b=[0,3]", "ARGS=3 --debug"]
+    variables = ["CONFIG=c.toml", "DATA=a b", "DATA_VAL=v", "RUN=r", "CACHE_ROOT=x", "SET=a=1 b=[0,3]"]
+    variables.append("ARGS=3 --debug")
     call = ["make", "-s", "stage-12", "PERMAFROST=printf '<%s>'", *variables]
     shown = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=True)
     want = "stage 12 --config c.toml --data a|b --data-val v --run r --cache-root x 3 --debug --set a=1 b=[0,3]"

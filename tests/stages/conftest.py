@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stages.images import ImageList, open_images
+
 
 def encoded(number: int = 0, kind: str = "PNG", size: tuple[int, int] = (12, 9)) -> bytes:
     """A file's content: noise, another for each number."""
@@ -53,3 +55,16 @@ def fill() -> Callable[[Path, Mapping[str, bytes]], Path]:
 def pack() -> Callable[[Path, Mapping[str, bytes]], Path]:
     """pack(path of a tar, {name: content}) -> path."""
     return in_tar
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> ImageList:
+    """60 images of 16 x 16, label 0 reddish, 1 bluish: what any encoder tells apart."""
+    noise, files = np.random.default_rng(0), {}
+    for row in range(60):
+        pixels = noise.integers(0, 60, (16, 16, 3), np.uint8)
+        pixels[:, :, 2 * (row % 2)] += 180
+        content = io.BytesIO()
+        Image.fromarray(pixels).save(content, "PNG")
+        files |= {f"{row:02d}.png": content.getvalue(), f"{row:02d}.cls": b"%d" % (row % 2)}
+    return open_images(str(in_tar(tmp_path_factory.mktemp("colours") / "a.tar", files)))

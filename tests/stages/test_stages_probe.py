@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
-import tarfile
 from collections import defaultdict
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from models.config import ModelConfig
 from models.targets import normalize_images
@@ -32,24 +29,6 @@ def encoder() -> Encoder:
 @pytest.fixture(scope="module")
 def val() -> ImageList:
     return open_images("sample:val")
-
-
-@pytest.fixture(scope="module")
-def colours(tmp_path_factory) -> ImageList:
-    """60 images, label 0 reddish, 1 bluish: what any encoder tells apart."""
-    path = tmp_path_factory.mktemp("colours") / "a.tar"
-    noise = np.random.default_rng(0)
-    with tarfile.open(path, "w") as tar:
-        for row in range(60):
-            pixels = noise.integers(0, 60, (SIZE, SIZE, 3), np.uint8)
-            pixels[:, :, 2 * (row % 2)] += 180
-            content = io.BytesIO()
-            Image.fromarray(pixels).save(content, "PNG")
-            for name, data in ((f"{row:02d}.png", content.getvalue()), (f"{row:02d}.cls", b"%d" % (row % 2))):
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    return open_images(str(path))
 
 
 # --- kNN and linear probe ---------------------------------------------------------------------------------------------

@@ -3,13 +3,9 @@ setting that won, and refusals."""
 
 from __future__ import annotations
 
-import io
-import tarfile
 from dataclasses import replace
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from models.config import ModelConfig
 from models.vit import Encoder, build_encoder
@@ -35,24 +31,6 @@ ALL = EvalConfig(
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
     return build_encoder(ModelConfig(image_size=SIZE, patch_size=8, width=8, depth=2, heads=2), seed=0)
-
-
-@pytest.fixture(scope="module")
-def colours(tmp_path_factory: pytest.TempPathFactory) -> ImageList:
-    """60 images, label 0 reddish, 1 bluish."""
-    path = tmp_path_factory.mktemp("colours") / "a.tar"
-    noise = np.random.default_rng(0)
-    with tarfile.open(path, "w") as tar:
-        for row in range(60):
-            pixels = noise.integers(0, 60, (SIZE, SIZE, 3), np.uint8)
-            pixels[:, :, 2 * (row % 2)] += 180
-            content = io.BytesIO()
-            Image.fromarray(pixels).save(content, "PNG")
-            for name, data in ((f"{row:02d}.png", content.getvalue()), (f"{row:02d}.cls", b"%d" % (row % 2))):
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    return open_images(str(path))
 
 
 @pytest.fixture(scope="module")
