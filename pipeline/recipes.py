@@ -74,7 +74,7 @@ def localmim() -> PipelineConfig:
     """LocalMIM on the sample: HOG at four depths and four scales, which frozen blocks take away one after the other.
 
     The images are shown at 112 pixels, so that the finest cells are 2 x 2 pixels as there are 196 tokens.
-    Expected: about 15 minutes on two CPU cores.
+    Expected: 15 to 20 minutes on two CPU cores.
     Command: make all CONFIG=localmim
     """
     base = sample()
