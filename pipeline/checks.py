@@ -10,6 +10,7 @@ from cache.errors import CacheError
 from models.config import IMAGE_TARGETS, SCALES, SIZES, TeacherConfig, loss_weights
 from pipeline.config import ConfigError, PipelineConfig, get
 from pipeline.timing import timing_problems
+from stages.compiling import compiler
 
 BOUNDS = {
     "seed": "[0, inf)",
@@ -208,6 +209,13 @@ def _data_problems(config: PipelineConfig) -> Iterator[str]:
     if train.batch_size % train.accumulate:
         parts = f"train.accumulate = {train.accumulate}"
         yield f"train.batch_size = {train.batch_size} is not divisible by {parts}; change either"
+    if train.compile == "on" and not compiler():
+        yield "train.compile = on needs a C++ compiler, and neither $CXX, g++ nor clang++ is here; use train.compile=off"
+    if train.compile == "on" and train.layer_drop:
+        yield (
+            f"train.compile = on compiles anew whenever other blocks are skipped, and train.layer_drop = "
+            f"{train.layer_drop} skips some at every step; use train.compile=off"
+        )
     if train.min_lr > train.lr:
         yield f"train.min_lr = {train.min_lr} is above train.lr = {train.lr}; lower train.min_lr"
     kind, _, index = train.device.partition(":")
