@@ -210,7 +210,7 @@ def _data_problems(config: PipelineConfig) -> Iterator[str]:
         parts = f"train.accumulate = {train.accumulate}"
         yield f"train.batch_size = {train.batch_size} is not divisible by {parts}; change either"
     if train.compile == "on" and not compiler():
-        yield "train.compile = on needs a C++ compiler, and neither $CXX, g++ nor clang++ is here; use train.compile=off"
+        yield "train.compile = on needs a C++ compiler, and neither $CXX, g++ nor clang++ is here; use compile=off"
     if train.compile == "on" and train.layer_drop:
         yield (
             f"train.compile = on compiles anew whenever other blocks are skipped, and train.layer_drop = "

@@ -192,13 +192,17 @@ def step_seconds(wanted: Wanted, stage: int, segment: Segment, arm: str) -> floa
     """Seconds of one training step of an arm in a segment of a stage, its inputs in memory."""
     model, optimizer = fresh_model(wanted, stage, segment.cut, arm == "cached", segment.entry)
     train = wanted.config.train
-    if arm == "cached":
-        encoder, blocks = model.encoder, wanted.teacher_blocks(stage)
-        source: Source = Imagined(sampling(wanted), encoder.width, encoder.num_prefix, blocks)
-    else:
-        source = live_source(wanted, segment)
+    source = step_source(wanted, stage if arm == "cached" else 0, segment, model)
     inputs = source.load(segment, 0)
     return seconds_of(lambda: train_step(model, optimizer, source, inputs, train), train)
+
+
+def step_source(wanted: Wanted, stage: int, segment: Segment, model: MaskedModel) -> Source:
+    """What a step's inputs are made by where only its time counts: images for stage 0, imagined features for others."""
+    if not stage:
+        return live_source(wanted, segment)
+    encoder = model.encoder
+    return Imagined(sampling(wanted), encoder.width, encoder.num_prefix, wanted.teacher_blocks(stage))
 
 
 def encode_seconds(wanted: Wanted, need: Need) -> float:

@@ -1,5 +1,5 @@
 """torch.compile of what a training step runs, where it pays: its start-up takes tens of seconds of a segment, and every
-step is a few per cent shorter. Part of the training loop's start, alike for every stage and arm. Free of torch until used."""
+step is a few per cent shorter. Part of the training loop's start, alike for every stage and arm. Free of torch."""
 
 from __future__ import annotations
 
