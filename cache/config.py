@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cache.codecs import codec_fields, parse_filter
+from cache.order import Blocks
 
 Codec = Literal["float16", "bfloat16", "int8"]
 
@@ -38,6 +39,24 @@ class CacheConfig:
     """Samples in one shard file; a shard is the unit of building, resuming and repair."""
     encode_batch: int = 64
     """Samples that pass the frozen blocks at once while a cache is built."""
+    shuffle: Literal["rows", "blocks"] = "rows"
+    """Order of an epoch, in every arm: all rows shuffled, or shards in random order and rows shuffled within windows of
+    `shuffle_shards` shards of `shard_rows` rows, so that few files are read at a time."""
+    shuffle_shards: int = 16
+    """Shards in a window of block shuffling; a window of several batches mixes well."""
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """How the order of an epoch keeps to shards; None where it does not."""
+        return Blocks(self.shard_rows, self.shuffle_shards) if self.shuffle == "blocks" else None
+
+    @property
+    def order_inputs(self) -> dict[str, Any]:
+        """The same as inputs of what is trained in that order."""
+        if self.shuffle == "rows":
+            return {}
+        names = ("shuffle", "shuffle_shards", "shard_rows")
+        return {f"cache.{name}": getattr(self, name) for name in names}
 
     def stored(self, later: bool = False) -> dict[str, Any]:
         """The fields of a FeatureSpec that say how the first cut's features are stored, or those of later ones."""

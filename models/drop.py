@@ -25,13 +25,22 @@ PACE = 100.0
 
 
 class BranchDrop(DropPath):
-    """timm's stochastic depth; `gain` makes up for the steps in which the whole block is skipped."""
+    """timm's stochastic depth; `gain` makes up for the steps in which the whole block is skipped.
+
+    Of several ranks, each draws for all of them and takes its own: what a sample drops does not depend on who has it.
+    """
 
     gain = 1.0
+    rank, ranks = 0, 1
 
     def forward(self, branch_BLD: Tensor) -> Tensor:
         """The branch as its block adds it: some samples dropped, the rest scaled; untouched in eval mode."""
-        dropped_BLD = super().forward(branch_BLD)
+        if self.ranks > 1:
+            batch = len(branch_BLD)
+            scale_B11 = super().forward(branch_BLD.new_ones(self.ranks * batch, 1, 1))
+            dropped_BLD = branch_BLD * scale_B11[self.rank * batch : (self.rank + 1) * batch]
+        else:
+            dropped_BLD = super().forward(branch_BLD)
         return dropped_BLD * self.gain if self.training and self.gain != 1.0 else dropped_BLD
 
 
@@ -45,6 +54,9 @@ class DepthDrop:
     layer_drop: float
     """Highest chance at which a block could be skipped: 1 minus the paper's limit of theta."""
     total_steps: int
+    rank: int = 0
+    ranks: int = 1
+    """Processes that share every micro-batch in equal slices, in order."""
 
     @property
     def active(self) -> bool:
@@ -56,7 +68,9 @@ class DepthDrop:
             return
         for block in encoder.vit.blocks:
             for place in PLACES:
-                setattr(block, place, BranchDrop())
+                branch = BranchDrop()
+                branch.rank, branch.ranks = self.rank, self.ranks
+                setattr(block, place, branch)
         encoder.train(encoder.training)  # frozen blocks, and what they now hold, are in eval mode
 
     @contextmanager

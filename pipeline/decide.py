@@ -121,7 +121,7 @@ class Wanted(Course):
     def _common(self, arm: str = "") -> dict[str, Any]:
         config, train = self.config, self.config.train
         inputs: dict[str, Any] = {"seed": config.seed, "data": self.data.train.digest, "version": TRAINING_VERSION}
-        inputs |= {"data.views": view_transform_id(config.data, config.model.image_size)}
+        inputs |= {"data.views": view_transform_id(config.data, config.model.image_size)} | config.cache.order_inputs
         inputs |= _named("model", config.model, {"attention", "weights"}) | _named("mask", config.mask, {"groups"})
         inputs |= {"model.weights": self.weights} if config.model.weights else {}
         inputs |= _named("target", config.target) | _named("decoder", config.decoder) | _named("heads", config.heads)

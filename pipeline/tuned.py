@@ -93,7 +93,7 @@ class Tuning:
         inputs |= {f"model.{k}": v for k, v in asdict(config.model).items() if k not in ("attention", "weights")}
         inputs |= {f"finetune.{k}": v for k, v in asdict(config.finetune).items() if k not in BY_STEPS}
         inputs |= {"finetune.steps": self.segment.steps, "finetune.steps_per_epoch": self.segment.steps_per_epoch}
-        inputs |= {"train.precision": config.train.precision}
+        inputs |= {"train.precision": config.train.precision} | config.cache.order_inputs
         if config.finetune.freeze:
             inputs |= {"finetune.views": config.finetune.views} | config.cache.inputs()
         return inputs

@@ -291,6 +291,7 @@ def sampling(wanted: Wanted) -> Sampling:
         share=config.decoder.share,
         total_steps=wanted.total_steps,
         averages=config.teacher.kind == "ema",
+        blocks=config.cache.blocks,
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.order import batch_rows
+from cache.order import ALONE, Blocks, Rank, batch_rows
 from cache.store import CacheReader
 from models.classifier import Classifier, Head, LabelledBatch
 from models.targets import normalize_images
@@ -42,11 +42,28 @@ class Lessons:
     data: DataConfig
     image_size: int
     classes: int
+    blocks: Blocks | None = None
+    """How rows are shuffled by shards; None shuffles all rows of an epoch."""
+    rank: Rank = ALONE
+    """Which rows of every batch are loaded here; `config.batch_size` is that of all ranks."""
 
     def rows(self, segment: Segment, step: int, num_samples: int) -> np.ndarray:
-        """The samples of a step."""
+        """This rank's samples of a step. CacheError when the ranks do not divide it.
+
+        Mixing pairs the first image of a batch with the last, the second with the last but one: a rank takes whole
+        pairs, so it mixes what one rank would mix, and by the same shares, which are drawn once for a step.
+        """
         place = step % segment.steps_per_epoch
-        return batch_rows(self.seed, segment.epoch(step), place, num_samples, self.config.batch_size)
+        batch = self.config.batch_size
+        rows = batch_rows(self.seed, segment.epoch(step), place, num_samples, batch, self.blocks)
+        return rows[self.places]
+
+    @property
+    def places(self) -> np.ndarray:
+        """The places of the batch of all ranks that this rank takes."""
+        config = self.config
+        take = self.rank.paired_places if config.mixup > 0 or config.cutmix > 0 else self.rank.places
+        return take(config.batch_size, config.accumulate)
 
     def mix(self, values_BCHW: Tensor, labels_B: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Mixed values, how much of each sample they are (B, B), and how much of each class (B, K)."""

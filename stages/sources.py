@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.order import batch_rows, view_and_group
+from cache.order import ALONE, Blocks, Rank, batch_rows, view_and_group
 from cache.store import CacheReader, FeatureBatch
 from models.batch import MaskedBatch, TargetKey, decode_ids
 from models.config import IMAGE_TARGETS, HeadSpec, MaskConfig, ModelConfig, learning_heads
@@ -100,6 +100,12 @@ class Sampling:
     total_steps: int = 1
     averages: bool = False
     """Whether the teacher is an average of the student, which goes on from all features of a view."""
+    blocks: Blocks | None = None
+    """How rows are shuffled by shards; None shuffles all rows of an epoch."""
+    rank: Rank = ALONE
+    """Which rows of every batch are loaded here; `batch_size` is that of all ranks."""
+    parts: int = 1
+    """Micro-batches of a step, each of which all ranks share."""
 
     def keep(self, progress: float) -> int:
         """Visible tokens of an image when `progress` of the run is done."""
@@ -119,9 +125,10 @@ class Sampling:
         return "features" in targets or (self.averages and "teacher" in targets)
 
     def rows(self, segment: Segment, step: int, num_samples: int) -> np.ndarray:
-        """The samples of a step: the same whatever the arm."""
-        epoch = segment.epoch(step)
-        return batch_rows(self.seed, epoch, step % segment.steps_per_epoch, num_samples, self.batch_size)
+        """This rank's samples of a step: the same whatever the arm. CacheError when the ranks do not divide it."""
+        place = step % segment.steps_per_epoch
+        rows = batch_rows(self.seed, segment.epoch(step), place, num_samples, self.batch_size, self.blocks)
+        return rows[self.rank.places(self.batch_size, self.parts)]
 
     def slot(self, segment: Segment, step: int, views: int) -> tuple[int, int]:
         """(view, group) of a cache that a step trains on."""
@@ -143,8 +150,10 @@ class Sampling:
         return Inputs(values, noise, place / self.total_steps, decode_noise=decode_noise, step=place)
 
     def _uniform(self, what: str, place: int, tokens: int) -> Tensor:
+        """(B, tokens): drawn for the batch of all ranks, of which this rank's rows are taken."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, what, place))
-        return torch.rand(self.batch_size, tokens, generator=generator)
+        drawn = torch.rand(self.batch_size, tokens, generator=generator)
+        return drawn[torch.from_numpy(self.rank.places(self.batch_size, self.parts))]
 
     def scored(self, batch: MaskedBatch, inputs: Inputs) -> MaskedBatch:
         """The batch with what counts in its loss: a share of the hidden tokens, weighed by how far they are."""
