@@ -4,16 +4,19 @@ of torch and zarr."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import secrets
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from cache.errors import CacheError, DamagedCache, MissingCache, StaleCache
 from cache.layout import Layout
+from cache.lock import aside
 from models.spec import FeatureSpec
 
 FORMAT = 2
@@ -33,6 +36,9 @@ class ShardEntry:
     moments: tuple[float, ...] | None = None
     """Of a shard of features: sum, sum of squares and largest magnitude of what is stored, sum of squares of its
     difference to what the frozen blocks gave, sum of squares of that, largest difference."""
+    batch: int = 0
+    """Of a shard of features: samples that passed the frozen blocks at once, on which their last bits depend; 0 where
+    that is not known."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,11 @@ def write_manifest(folder: str | os.PathLike[str], manifest: CacheManifest) -> N
     atomic_write(Path(folder) / MANIFEST, seal(manifest.to_dict()))
 
 
+def manifest_copy(folder: Path) -> Path:
+    """Where a second copy of a manifest lies, beside the cache: without it one bad byte would cost every shard."""
+    return aside(folder, "manifests", ".json")
+
+
 def read_manifest(folder: str | os.PathLike[str]) -> CacheManifest:
     """The manifest of a finished cache. MissingCache, DamagedCache, or StaleCache for another version's format."""
     path = Path(folder) / MANIFEST
@@ -159,6 +170,11 @@ def read_manifest(folder: str | os.PathLike[str]) -> CacheManifest:
         values = unseal(content)
     except ValueError:
         raise DamagedCache(f"{path} is altered or cut short; run `make repair`") from None
+    if values["format"] > FORMAT:
+        raise CacheError(
+            f"{path} has format {values['format']}, this version reads {FORMAT}: a later version made it and may need "
+            "it; update, or remove the folder"
+        )
     if values["format"] != FORMAT:
         raise StaleCache(f"{path} has format {values['format']}, this version reads {FORMAT}; build the cache again")
     try:
@@ -226,9 +242,9 @@ def atomic_write(path: Path, content: bytes) -> None:
 
     Raises CacheError when the disk does not take it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
@@ -236,12 +252,14 @@ def atomic_write(path: Path, content: bytes) -> None:
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
+        remedy = "make the folder writable" if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else "make room"
         raise CacheError(
             f"cannot write {path} ({len(content)} bytes): {error.strerror}; "
-            f"make room and run again, what is finished stays"
+            f"{remedy} and run again, what is finished stays"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # whatever it is, the error above has said it
+            temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -30,7 +30,9 @@ from cache.manifest import (
     check_spec,
     checksum,
     find_damage,
+    manifest_copy,
     read_manifest,
+    seal,
     write_manifest,
 )
 from cache.receipts import RECEIPTS, STORE_RECEIPT, read_receipt, receipt_name, write_receipt
@@ -117,9 +119,15 @@ def missing_shards(folder: Path, layout: Layout) -> list[Shard]:
 
 
 def write_rows(
-    folder: Path, layout: Layout, view: int, first_row: int, block: RowBlock, limit: ErrorLimit = NO_LIMIT
+    folder: Path,
+    layout: Layout,
+    view: int,
+    first_row: int,
+    block: RowBlock,
+    limit: ErrorLimit = NO_LIMIT,
+    batch: int = 0,
 ) -> list[ShardEntry]:
-    """Writes one shard of every array of a view, then its receipt.
+    """Writes one shard of every array of a view, then its receipt; `batch` is how many samples were computed at once.
 
     Unrepresentable, naming the value; TooCoarse when the shard alone is above the limit, and CacheError on a full disk.
     """
@@ -144,9 +152,9 @@ def write_rows(
     files = files_of(layout.backend).shard_files(folder, layout, shard, rows, block.keys)
     entries: list[ShardEntry] = []
     for name, content in files.items():
-        entry = ShardEntry(
-            name, first_row, shard.rows, len(content), checksum(content), None if entries else tuple(found)
-        )
+        entry = ShardEntry(name, first_row, shard.rows, len(content), checksum(content))
+        if not entries:
+            entry = replace(entry, moments=tuple(found), batch=batch)
         atomic_write(folder / name, content)
         entries.append(entry)
     write_receipt(folder, layout, receipt_name(shard), entries)
@@ -181,9 +189,37 @@ def finish(folder: Path, layout: Layout, limit: ErrorLimit = NO_LIMIT) -> CacheM
             backend=layout.backend,
             compression=layout.compression,
         )
+        atomic_write(manifest_copy(folder), seal(manifest.to_dict()))
         write_manifest(folder, manifest)
     _sweep(folder, {entry.name for entry in manifest.shards})
     return manifest
+
+
+def amend(folder: Path, limit: ErrorLimit = NO_LIMIT) -> bool:
+    """Takes what was written again of a finished cache into its manifest; says whether it is, to the bit, what was
+    there. TooCoarse as for `finish`."""
+    manifest = read_manifest(folder)
+    layout = manifest.layout
+    names = [STORE_RECEIPT, *(receipt_name(shard) for shard in layout.shards)]
+    again = {entry.name: entry for name in names for entry in read_receipt(folder, layout, name) or ()}
+    entries = tuple(again.get(entry.name, entry) for entry in manifest.shards)
+    same = entries == manifest.shards
+    if not same:
+        stats, errors = _view_stats(entries, layout)
+        worst = max(error.relative_rmse for error in errors)
+        limit.check(worst, layout.spec)
+        manifest = replace(
+            manifest, shards=entries, stats=stats, errors=errors, accumulated_error=limit.inherited + worst
+        )
+        atomic_write(manifest_copy(folder), seal(manifest.to_dict()))
+        write_manifest(folder, manifest)
+    _sweep(folder, {entry.name for entry in manifest.shards})
+    return same
+
+
+def drop_receipts(folder: Path) -> None:
+    """Forgets what was written again of a finished cache and not taken into its manifest: it is damage still."""
+    shutil.rmtree(folder / RECEIPTS, ignore_errors=True)
 
 
 def _finished(folder: Path, layout: Layout) -> CacheManifest | None:

@@ -13,11 +13,11 @@ from models.classifier import Classifier, build_classifier
 from models.drop import DepthDrop
 from models.learner import Learner
 from models.vit import build_encoder
-from pipeline.building import read_seconds
 from pipeline.config import ConfigError
 from pipeline.decide import inputs_digest
 from pipeline.desk import Desk
 from pipeline.layout import StagePaths
+from pipeline.seconds import read_seconds
 from pipeline.tuned import Tuning
 from pipeline.work import carry_out, file_checksum, finish_record, state_file
 from stages.arm import Arm

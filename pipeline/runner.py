@@ -14,6 +14,7 @@ from pipeline.job import Job
 from pipeline.kept import keep_last, kept_epochs
 from pipeline.layout import StagePaths
 from pipeline.needs import Need
+from pipeline.sharing import claim
 from pipeline.tuned import Tuning
 from stages.segment import Segment
 
@@ -141,6 +142,7 @@ def ensure_cache(desk: Desk, stage: int) -> None:
 
 def ensure_built(desk: Desk, need: Need) -> None:
     """Build a cache unless it is current. Its parent is needed only when it has to be built."""
+    claim(desk.wanted, [need])
     verdict = judge_cache(desk.wanted, need)
     desk.say(verdict)
     if verdict.current:

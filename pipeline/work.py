@@ -24,13 +24,14 @@ from models.learner import Learner
 from models.mim import MaskedModel
 from models.teacher import EmaTeacher, Teacher
 from models.vit import Encoder, frozen_hash
-from pipeline.building import read_seconds
 from pipeline.config import PipelineConfig
 from pipeline.decide import Wanted, inputs_digest, new_needs
 from pipeline.desk import Desk
 from pipeline.job import Interrupted, RunFailed
 from pipeline.kept import forget_epochs, kept_epochs
 from pipeline.layout import StagePaths
+from pipeline.seconds import read_seconds
+from pipeline.sharing import seconds_elsewhere
 from stages.adaptive import Settle
 from stages.arm import Arm, Hooks, Result
 from stages.book import Diverged
@@ -54,6 +55,7 @@ def train_stage(desk: Desk, stage: int) -> None:
     source = cached_source(wanted, stage) if stage else LiveImages(wanted.data.train, sampling(wanted))
     spec = wanted.cache_spec(stage) if stage else None
     built = built_seconds(wanted, stage)
+    found = [seconds_elsewhere(wanted, need, wanted.paths.stage(stage)) for need in new_needs(wanted, stage)]
     before = 0
     for part in wanted.asked(stage):
         if gone := [head.name for head in wanted.heads if before < head.block <= part.cut]:
@@ -73,8 +75,14 @@ def train_stage(desk: Desk, stage: int) -> None:
         start=state_file(wanted.paths.stage(stage - 1)) if stage else None,
         inputs=wanted.stage_inputs(stage),
         settling=settling(wanted, stage),
-        facts={"cut": wanted.cut(stage), "cache": spec.fingerprint if spec else None, "cache_seconds": built},
+        facts={"cut": wanted.cut(stage), "cache": spec.fingerprint if spec else None, "cache_seconds": built}
+        | {"cache_seconds_elsewhere": sum_known(found)},
     )
+
+
+def sum_known(seconds: list[float | None]) -> float | None:
+    """The sum, None where a part is unknown."""
+    return None if None in seconds else sum(part for part in seconds if part is not None)
 
 
 def built_seconds(wanted: Wanted, stage: int) -> float:

@@ -18,7 +18,7 @@ from cache import open_cache
 from cache.errors import StaleCache
 from cache.layout import Layout, Shard
 from cache.loader import prefetch
-from cache.manifest import read_manifest
+from cache.manifest import MANIFEST, CacheManifest, read_manifest
 from cache.size import check_space
 from cache.writer import NO_LIMIT, ErrorLimit, RowBlock, create_store, finish, missing_shards, write_rows
 from models.config import ModelConfig
@@ -63,17 +63,58 @@ def build(job: EncodeJob, images: ImageList, run: RunTasks) -> Iterator[tuple[in
     """Build what is missing of a cache; yields (shards done, shards in all) after each. Raises CacheError.
 
     `run` maps `encode_shard` over tasks anywhere and yields as they are done. What is made stays when the caller stops.
+    The caller holds the cache (cache.lock), the workers do not.
     """
     folder = Path(job.folder)
-    if job.parent:
-        job = replace(job, limit=replace(job.limit, inherited=read_manifest(job.parent).accumulated_error))
-        job.limit.check(0.0, job.layout.spec)
+    job, parent = inherited(job)
     check_space(folder, job.layout)
     create_store(folder, job.layout, images.labels, images.keys)
     missing, total = missing_shards(folder, job.layout), len(job.layout.shards)
     for count, _ in enumerate(run(encode_shard, [(job, shard) for shard in missing]), start=1):
         yield total - len(missing) + count, total
+    if not (folder / MANIFEST).exists():
+        check_inputs(job, images, parent)
     finish(folder, job.layout, job.limit)
+
+
+def inherited(job: EncodeJob) -> tuple[EncodeJob, CacheManifest | None]:
+    """The job with what its parent has lost, and the parent as it is now. TooCoarse where that alone is too much."""
+    if not job.parent:
+        return job, None
+    parent = read_manifest(job.parent)
+    job = replace(job, limit=replace(job.limit, inherited=parent.accumulated_error))
+    job.limit.check(0.0, job.layout.spec)
+    return job, parent
+
+
+def check_inputs(job: EncodeJob, images: ImageList, parent: CacheManifest | None) -> None:
+    """Whether a cache was made of what its spec names, from the first shard to the last: StaleCache, naming what was
+    changed in the meantime. Images are also compared with their hashes whenever one is read."""
+    spec = job.layout.spec
+    _require_weights(job.weights, load_file(job.weights), spec.cut, spec.weights)
+    if parent is not None:
+        assert job.parent is not None
+        if read_manifest(job.parent) != parent:
+            raise StaleCache(f"{job.parent} was built anew while it was read; run again, which builds from what it is")
+        return
+    found = open_data(job.data, Path(job.index_folder)).train
+    if found.digest != spec.data:
+        now, then = ({entry.key: entry.sha256 for entry in listed.entries} for listed in (found, images))
+        changed = min(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
+        how = "changed" if changed in now and changed in then else "added" if changed in now else "removed"
+        raise StaleCache(
+            f"{changed} in {job.data.source} was {how} while the cache was built; undo that, or run again, which takes "
+            "the images as they are now"
+        )
+
+
+def _require_weights(file: str, state: dict[str, Tensor], cut: int, weights_hash: str) -> None:
+    found = frozen_hash(state, cut)
+    if found != weights_hash:
+        raise StaleCache(
+            f"{file} has weights={found[:8]}… up to cut {cut}, the cache wants weights={weights_hash[:8]}…; "
+            "run `make explain`"
+        )
 
 
 @dataclass(frozen=True)
@@ -100,12 +141,7 @@ def frozen_encoder(weights: str, weights_hash: str, cut: int, model: ModelConfig
     """The encoder that a cache is made with, built once per worker. Raises StaleCache when its weights differ."""
     encoder = build_encoder(model, seed=0)
     state = load_file(weights)
-    found = frozen_hash(state, cut)
-    if found != weights_hash:
-        raise StaleCache(
-            f"{weights} has weights={found[:8]}… up to cut {cut}, the cache wants weights={weights_hash[:8]}…; "
-            "run `make explain`"
-        )
+    _require_weights(weights, state, cut, weights_hash)
     encoder.vit.load_state_dict(state)
     encoder.set_attention(device)
     return encoder.to(device).eval()
@@ -138,7 +174,7 @@ def encode_shard(task: tuple[EncodeJob, Shard]) -> Shard:
             with autocast(job.device, spec.dtype):
                 features, prefix = frozen_forward(encoder, job, part)
             blocks.append(part.block(features, prefix))
-    write_rows(Path(job.folder), job.layout, shard.view, shard.first_row, RowBlock.join(blocks), job.limit)
+    write_rows(Path(job.folder), job.layout, shard.view, shard.first_row, RowBlock.join(blocks), job.limit, job.batch)
     return shard
 
 

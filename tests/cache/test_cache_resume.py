@@ -29,7 +29,8 @@ def test_killed_anywhere_it_resumes_and_ends_the_same(tmp_path: Path, example, t
     plain = Path.replace
 
     def replace_and_note(source: Path, target: Path) -> Path:
-        writes.append((target.relative_to(tmp_path / "whole").as_posix(), source.read_bytes()))
+        if target.is_relative_to(tmp_path / "whole"):  # a copy of the manifest lies beside it
+            writes.append((target.relative_to(tmp_path / "whole").as_posix(), source.read_bytes()))
         return plain(source, target)
 
     with monkeypatch.context() as patch:

@@ -1,0 +1,61 @@
+"""Caches that several runs share (`cache.root`, CACHE_ROOT): which of them this run uses, noted where other runs look
+before they clear up, and what those have cost that another run has built. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from cache.errors import CacheError, MissingCache
+from cache.lock import CacheBusy, hold_cache, hold_store
+from cache.users import User, read_cost, register, users
+from cache.verify import remove_cache
+from pipeline.decide import Wanted, all_needs
+from pipeline.layout import StagePaths
+from pipeline.needs import Need
+from pipeline.seconds import read_seconds
+
+
+def used(wanted: Wanted, more: Iterable[Need] = ()) -> set[Path]:
+    """The caches that the run's settings ask for and whose identity is known, with those that they continue."""
+    needs = [*all_needs(wanted), *more]
+    for need in needs:
+        needs += [need.parent] if need.parent and need.parent not in needs else []
+    return {wanted.cache_folder(spec) for spec in map(wanted.spec, needs) if spec}
+
+
+def claim(wanted: Wanted, more: Iterable[Need] = ()) -> None:
+    """Note which caches the run uses, before it looks whether they are there."""
+    with suppress(CacheError):  # a store that cannot be written is read all the same, and nobody clears it up from here
+        register(wanted.paths.cache_root, wanted.paths.root, [folder.name for folder in used(wanted, more)])
+
+
+def other_users(wanted: Wanted, folder: Path) -> list[User]:
+    """The other runs that use a cache."""
+    own = str(wanted.paths.root.absolute())
+    return [user for user in users(wanted.paths.cache_root) if folder.name in user.caches and user.run != own]
+
+
+def remove_unused(wanted: Wanted, folder: Path) -> str:
+    """Remove a cache unless somebody builds it or has begun to use it; why it stays, or nothing."""
+    try:
+        with hold_cache(folder), hold_store(wanted.paths.cache_root):
+            if others := other_users(wanted, folder):
+                return f"used by {', '.join(map(str, others))}"
+            with suppress(MissingCache):  # another `gc` was here
+                remove_cache(folder)
+    except CacheBusy as error:
+        return str(error)
+    return ""
+
+
+def seconds_elsewhere(wanted: Wanted, need: Need, paths: StagePaths) -> float | None:
+    """What other runs have spent on building a cache that this one found; None where it did not build it and nobody
+    noted what it cost."""
+    spec = wanted.spec(need)
+    assert spec is not None, "the cache was built or found"
+    own, total = read_seconds(paths, spec.fingerprint), read_cost(wanted.cache_folder(spec))
+    if total is None:
+        return 0.0 if own else None
+    return max(0.0, total - own)
