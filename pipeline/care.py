@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
 
 from cache.errors import CacheError
@@ -101,13 +103,23 @@ def run_gc(job: Job) -> None:
         if not doomed:
             desk.log.message("nothing to remove: every cache is one that the run's settings, or another run, ask for")
             return
-        total = sum(file.stat().st_size for folder in doomed for file in folder.rglob("*") if file.is_file())
+        total = sum(map(bytes_of, doomed))
         desk.log.message("\n".join(f"not needed: {folder}" for folder in doomed))
         if not (job.yes or input(f"remove {len(doomed)} caches, {total / 1e9:.2f} GB? [y/N] ").strip().lower() == "y"):
             raise ConfigError("nothing removed; answer y, or give --yes")
         for folder in doomed:
             if why := remove_unused(wanted, folder):
                 desk.log.message(f"kept: {folder}: {why}")
+
+
+def bytes_of(folder: Path) -> int:
+    """Bytes on disk; what another `gc` removes in the meantime counts nothing."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.stat(os.path.join(place, name)).st_size
+    return total
 
 
 def caches(job: Job) -> list[Path]:
