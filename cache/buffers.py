@@ -17,12 +17,14 @@ class Buffers:
     def __init__(self, pinned: bool = False) -> None:
         self.pinned = pinned
         self._held: dict[str, torch.Tensor] = {}
+        self._parts: dict[str, Buffers] = {}
         self._copied: torch.cuda.Event | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(tensor.nbytes for tensor in self._held.values())
+        parts = sum(part.nbytes for part in self._parts.values())
+        return sum(tensor.nbytes for tensor in self._held.values()) + parts
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor whose content is whatever it was; what was handed out under this name before is overwritten."""
@@ -30,6 +32,10 @@ class Buffers:
         if held is None or held.dtype != dtype or len(held) < size:
             held = self._held[name] = torch.empty(size, dtype=dtype, pin_memory=self.pinned)
         return held[:size].view(shape)
+
+    def part(self, name: str) -> Buffers:
+        """Buffers of their own, for a second reader of the same batch."""
+        return self._parts.setdefault(name, Buffers(self.pinned))
 
     def retire(self) -> None:
         """Called when the batch in it has been used: copies to a GPU may still be under way."""
@@ -50,6 +56,10 @@ class Fresh(Buffers):
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A new tensor."""
         return torch.empty(shape, dtype=dtype)
+
+    def part(self, name: str) -> Buffers:
+        """The same."""
+        return self
 
 
 FRESH = Fresh()

@@ -6,13 +6,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cache.loader import prefetch
+from cache.buffers import FRESH, Buffers
 from models.batch import MaskedBatch
 from models.mim import MaskedModel
 from pipeline.decide import Wanted
@@ -20,7 +19,7 @@ from pipeline.work import cached_source, live_source, masked_build, optimizer_of
 from stages.device import synchronize
 from stages.segment import Segment
 from stages.sources import Inputs, Source, StepInputs
-from stages.train import build_model, train_step
+from stages.train import build_model, loader, train_step
 
 STEPS = ("e2e", "freeze", "cached", "memory")
 MEMORY_BATCHES = 4
@@ -38,7 +37,7 @@ class InMemory:
     def of(cls, source: Source, segment: Segment, batches: int) -> InMemory:
         return cls(source, tuple(source.load(segment, step % segment.steps) for step in range(batches)))
 
-    def load(self, segment: Segment, step: int) -> StepInputs:
+    def load(self, segment: Segment, step: int, into: Buffers = FRESH) -> StepInputs:
         return self.batches[step % len(self.batches)]
 
     def mask(self, model: MaskedModel, inputs: Inputs) -> MaskedBatch:
@@ -73,8 +72,7 @@ def step_runner(wanted: Wanted, stage: int, arm: str) -> Callable[[float], float
         torch.set_num_threads(train.threads)
         steps, started, elapsed = 0, 0.0, 0.0
         numbers = (number % segment.steps for number in count())
-        load = partial(source.load, segment)
-        with prefetch(load, numbers, train.loader_threads, train.prefetch) as batches:
+        with loader(source, segment, numbers, train, wanted.config.cache.memory) as batches:
             train_step(model, optimizer, source, next(batches), train)
             synchronize(device)
             started = time.perf_counter()
