@@ -21,7 +21,8 @@ from stages.segment import Segment
 from stages.sources import Inputs, Source, StepInputs
 from stages.train import build_model, loader, train_step
 
-STEPS = ("e2e", "freeze", "cached", "memory")
+STEPS = ("e2e", "freeze", "cached", "memory", "loader")
+"""What is timed: the three arms, the cached step on features in memory, the loader without a step."""
 MEMORY_BATCHES = 4
 Rates = dict[str, list[float]]
 
@@ -49,8 +50,10 @@ def stage_rates(wanted: Wanted, stage: int, seconds: float, rounds: int) -> Rate
 
     Each arm trains for at least `seconds` in a round; every other round goes backwards, so that a steady drift of the
     machine cancels. `memory` is the cached step on features in memory: what it would cost if loading were free.
+    `loader` are the images/s that the loader's threads give when nothing else runs.
     """
-    runners = {arm: step_runner(wanted, stage, arm) for arm in STEPS}
+    runners = {arm: step_runner(wanted, stage, arm) for arm in STEPS if arm != "loader"}
+    runners["loader"] = loader_runner(wanted, stage)
     rates: Rates = {arm: [] for arm in STEPS}
     for number in range(rounds):
         for arm in STEPS if number % 2 == 0 else reversed(STEPS):
@@ -81,6 +84,24 @@ def step_runner(wanted: Wanted, stage: int, arm: str) -> Callable[[float], float
                 synchronize(device)
                 steps, elapsed = steps + 1, time.perf_counter() - started
         return steps * train.batch_size / elapsed
+
+    return run
+
+
+def loader_runner(wanted: Wanted, stage: int) -> Callable[[float], float]:
+    """A function that loads a cached stage's batches for some seconds and returns images/s."""
+    train, segment, source = wanted.config.train, wanted.segments[stage], cached_source(wanted, stage)
+
+    def run(seconds: float) -> float:
+        batches, elapsed = 0, 0.0
+        numbers = (number % segment.steps for number in count())
+        with loader(source, segment, numbers, train, wanted.config.cache.memory) as loaded:
+            next(loaded)
+            started = time.perf_counter()
+            while elapsed < seconds:
+                next(loaded)
+                batches, elapsed = batches + 1, time.perf_counter() - started
+        return batches * train.batch_size / elapsed
 
     return run
 
