@@ -86,10 +86,11 @@ def encode_tar(
                     put(padding(len(header) + size) + (END if (row, array) == last else b""))
                 index.append((begin, offset, data, crc))
                 begin, crc = offset, 0
-    return b"".join(parts), _npy(np.array(index, "<u8").reshape(len(keys), -1, COLUMNS))
+    return b"".join(parts), npy(np.array(index, "<u8").reshape(len(keys), -1, COLUMNS))
 
 
-def _npy(values: np.ndarray) -> bytes:
+def npy(values: np.ndarray) -> bytes:
+    """A .npy file."""
     out = io.BytesIO()
     np.save(out, values, allow_pickle=False)
     return out.getvalue()
