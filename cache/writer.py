@@ -126,7 +126,7 @@ def write_rows(
     shard = Shard(view, first_row, len(block.keys))
     assert shard in layout.shards, f"{shard} is no shard of the layout: one writer per shard"
     rounded, prefix_NSD = _round(block, layout, view), _round_prefix(block, layout, view)
-    found = moments(block.features_NLD, rounded, layout.spec.codec)
+    found = Moments.join(moments(block.features_NLD, rounded, layout.spec.codec))
     limit.check(relative_rmse(found.error_squares, found.given_squares), layout.spec)
     given = {
         "features": rounded.values_NLD,
@@ -240,13 +240,12 @@ def _view_stats(
     stats, errors = [], []
     for view in range(layout.spec.views):
         own = found[view * shards : (view + 1) * shards]
-        sums = np.array(own).sum(0)
-        total = Moments(*sums.tolist())
+        total = Moments.join(own)
         mean = total.total / count
         variance = total.squares / count - mean**2
-        stats.append(ViewStats(mean, math.sqrt(max(variance, 0.0)), max(part.peak for part in own)))
+        stats.append(ViewStats(mean, math.sqrt(max(variance, 0.0)), total.peak))
         relative = relative_rmse(total.error_squares, total.given_squares)
-        errors.append(ViewError(relative, max(part.error_peak for part in own)))
+        errors.append(ViewError(relative, total.error_peak))
     return tuple(stats), tuple(errors)
 
 

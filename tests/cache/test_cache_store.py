@@ -123,8 +123,8 @@ def test_manifest_describes_the_cache(tmp_path: Path, example) -> None:
     rows = [(entry.first_row, entry.rows) for entry in manifest.shards if "/view_1/features/c" in entry.name]
     assert rows == [(0, 3), (3, 3), (6, 1)]
     for stats, stored in zip(manifest.stats, wanted.stored_VNLD.astype(np.float64), strict=True):
-        assert math.isclose(stats.mean, stored.mean(), rel_tol=1e-9)
-        assert math.isclose(stats.std, stored.std(), rel_tol=1e-9)
+        assert math.isclose(stats.mean, stored.mean(), rel_tol=1e-6)
+        assert math.isclose(stats.std, stored.std(), rel_tol=1e-6)
         assert stats.max_abs == np.abs(stored).max()
 
 
