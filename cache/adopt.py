@@ -39,6 +39,11 @@ class Taken:
         return np.flatnonzero(np.array(self.rows) >= 0)
 
     @property
+    def keys(self) -> tuple[str, ...]:
+        """Of the rows that are taken."""
+        return tuple(donor_reader(self.folder).keys[np.array(self.rows)[self.places]])
+
+    @property
     def new(self) -> np.ndarray:
         """Those that are not."""
         return np.flatnonzero(np.array(self.rows) < 0)
@@ -73,8 +78,8 @@ class Donor:
         return None if view is None or not (rows >= 0).any() else Taken(str(self.folder), view, tuple(rows.tolist()))
 
     def link(self, folder: Path, layout: Layout, shard: Shard) -> bool:
-        """Take a shard over whole, where one of the donor's has the same rows in the same places and is sound: its files
-        are linked, or copied where they cannot be, and get a receipt like a shard that was written."""
+        """Take a shard over whole, where one of the donor's has the same rows in the same places and is sound: its
+        files are linked, or copied where they cannot be, and get a receipt like those of a shard that was written."""
         taken, theirs = self.taken(layout, shard), self.reader.manifest.layout
         if taken is None:
             return False
@@ -101,7 +106,9 @@ class Donor:
         return True
 
 
-def find_donor(folder: Path, layout: Layout, kin: str, labels: np.ndarray, keys: Sequence[str], digests: np.ndarray) -> Donor | None:
+def find_donor(
+    folder: Path, layout: Layout, kin: str, labels: np.ndarray, keys: Sequence[str], digests: np.ndarray
+) -> Donor | None:
     """The finished cache beside `folder` of the same kin that has the most of what is wanted; None where none has any.
 
     keys and digests (N, 32), the sha256 of the images, say which samples are wanted.
