@@ -179,8 +179,8 @@ def test_the_oldest_view_is_replaced_in_its_slot(
     three = open_cache(make(tmp_path / "elsewhere" / "all", data, views=3))
     for slot, view in ((0, 2), (1, 1)):
         assert read_manifest(turned).spec.view_at(slot) == view
-        found, want = (cache.read(range(7), at).features_BLD for cache, at in ((open_cache(turned), slot), (three, view)))
-        np.testing.assert_array_equal(found, want)
+        here, there = open_cache(turned).read(range(7), slot), three.read(range(7), view)
+        np.testing.assert_array_equal(here.features_BLD, there.features_BLD)
 
 
 def test_a_second_cut_takes_over_though_its_parent_is_another(
