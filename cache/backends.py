@@ -12,7 +12,7 @@ import numpy as np
 from cache.errors import CacheError
 from cache.layout import Layout, Shard
 from cache.manifest import read_manifest
-from cache.reader import RowReader
+from cache.reader import MEMORY, RowReader
 from cache.store import CacheReader
 from cache.wds_reader import TarCache
 from cache.zarr_reader import ZarrCache
@@ -23,7 +23,9 @@ READERS: dict[str, type[RowReader]] = {"zarr": ZarrCache, "webdataset": TarCache
 class Files(Protocol):
     """What a backend's writer makes of a cache; cache.writer puts it on disk, safely."""
 
-    def static_files(self, layout: Layout, labels: np.ndarray, keys: Sequence[str]) -> dict[str, bytes]:
+    def static_files(
+        self, layout: Layout, labels: np.ndarray, keys: Sequence[str], digests: np.ndarray
+    ) -> dict[str, bytes]:
         """Content of the files that hold no rows of a view, by name."""
         ...
 
@@ -45,12 +47,14 @@ def files_of(backend: str) -> Files:
     return zarr_writer
 
 
-def open_cache(path: str | os.PathLike[str], verify: bool = False) -> CacheReader:
+def open_cache(path: str | os.PathLike[str], verify: bool = False, memory: int = MEMORY) -> CacheReader:
     """Reader of the finished cache at `path`; with `verify` every file is hashed first.
+
+    A cache of up to `memory` bytes is mapped, which is faster; its pages then count as the process's memory.
 
     Raises MissingCache (nothing there, or unfinished), DamagedCache, StaleCache (another version's format), CacheError
     (a URL, which is not built yet).
     """
     if "://" in str(path):
         raise CacheError(f"{path}: caches behind URLs are not built yet; give a local path")
-    return READERS[read_manifest(path).backend](Path(path), verify=verify)
+    return READERS[read_manifest(path).backend](Path(path), verify, memory)

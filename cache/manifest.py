@@ -19,7 +19,7 @@ from cache.layout import Layout
 from cache.lock import aside
 from models.spec import FeatureSpec
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 
 
@@ -72,6 +72,8 @@ class CacheManifest:
     errors: tuple[ViewError, ...]
     accumulated_error: float
     """The largest relative RMSE of a view, plus that of every cache that this one continues."""
+    kin: str
+    """Caches of one kin hold equal numbers for equal samples and views (`FeatureSpec.kin`)."""
     backend: str = "zarr"
     compression: str = ""
     format: int = FORMAT
@@ -109,6 +111,7 @@ class CacheManifest:
             "fingerprint": self.fingerprint,
             "parent": self.parent,
             "spec": self.spec.to_dict(),
+            "kin": self.kin,
             "num_samples": self.num_samples,
             "num_tokens": self.num_tokens,
             "width": self.width,
@@ -133,6 +136,7 @@ class CacheManifest:
             stats=tuple(ViewStats(**stats) for stats in values["stats"]),
             errors=tuple(ViewError(**error) for error in values["errors"]),
             accumulated_error=values["accumulated_error"],
+            kin=values["kin"],
             backend=values["backend"],
             compression=values["compression"],
             format=values["format"],

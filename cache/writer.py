@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -92,13 +92,16 @@ class ErrorLimit:
 NO_LIMIT = ErrorLimit()
 
 
-def create_store(folder: Path, layout: Layout, labels: np.ndarray, keys: Sequence[str]) -> None:
-    """Writes metadata, labels and keys. Does nothing to what is there already and as it should be."""
+def create_store(
+    folder: Path, layout: Layout, labels: np.ndarray, keys: Sequence[str], digests: np.ndarray
+) -> None:
+    """Writes metadata, labels, keys and digests (N, 32), the sha256 of the images. Does nothing to what is there and as
+    it should be."""
     if _finished(folder, layout):
         return
-    assert len(labels) == len(keys) == layout.num_samples
+    assert len(labels) == len(keys) == len(digests) == layout.num_samples
     entries = []
-    for name, content in files_of(layout.backend).static_files(layout, labels, keys).items():
+    for name, content in files_of(layout.backend).static_files(layout, labels, keys, digests).items():
         entry = ShardEntry(name, 0, 0, len(content), checksum(content))
         if find_damage(folder, entry):
             atomic_write(folder / entry.name, content)
@@ -133,9 +136,12 @@ def write_rows(
     """
     shard = Shard(view, first_row, len(block.keys))
     assert shard in layout.shards, f"{shard} is no shard of the layout: one writer per shard"
+    return write_stored(folder, layout, shard, stored_rows(layout, view, block), block.keys, limit, batch)
+
+
+def stored_rows(layout: Layout, view: int, block: RowBlock) -> dict[str, np.ndarray]:
+    """A block's rows of every array as they are stored. Unrepresentable, naming the value."""
     rounded, prefix_NSD = _round(block, layout, view), _round_prefix(block, layout, view)
-    found = moments(block.features_NLD, rounded, layout.spec.codec)
-    limit.check(relative_rmse(found.error_squares, found.given_squares), layout.spec)
     given = {
         "features": rounded.values_NLD,
         "scale": rounded.scale_NLK,
@@ -143,16 +149,33 @@ def write_rows(
         "token_ids": block.token_ids_NL,
         "pixels": block.pixels_NLP,
         "prefix": prefix_NSD,
+        "moments": moments(block.features_NLD, rounded, layout.spec.codec),
     }
     rows = {}
     for array in layout.arrays:
         values = given[array.name]
-        assert values is not None and values.shape == (shard.rows, *array.row_shape), f"{array} in a block of the spec"
-        rows[array.name] = values
-    files = files_of(layout.backend).shard_files(folder, layout, shard, rows, block.keys)
+        assert values is not None and values.shape == (len(block.keys), *array.row_shape), f"{array} in the block"
+        rows[array.name] = values.astype(array.dtype, copy=False)
+    return rows
+
+
+def write_stored(
+    folder: Path,
+    layout: Layout,
+    shard: Shard,
+    rows: Mapping[str, np.ndarray],
+    keys: Sequence[str],
+    limit: ErrorLimit = NO_LIMIT,
+    batch: int = 0,
+) -> list[ShardEntry]:
+    """`write_rows` of what is as it is stored already."""
+    assert shard in layout.shards, f"{shard} is no shard of the layout: one writer per shard"
+    found = Moments.join(rows["moments"])
+    limit.check(relative_rmse(found.error_squares, found.given_squares), layout.spec)
+    files = files_of(layout.backend).shard_files(folder, layout, shard, rows, keys)
     entries: list[ShardEntry] = []
     for name, content in files.items():
-        entry = ShardEntry(name, first_row, shard.rows, len(content), checksum(content))
+        entry = ShardEntry(name, shard.first_row, shard.rows, len(content), checksum(content))
         if not entries:
             entry = replace(entry, moments=tuple(found), batch=batch)
         atomic_write(folder / name, content)
@@ -161,9 +184,13 @@ def write_rows(
     return entries
 
 
-def finish(folder: Path, layout: Layout, limit: ErrorLimit = NO_LIMIT) -> CacheManifest:
-    """Declares the cache finished. CacheError when a shard is still missing, TooCoarse when it lost more than it may;
-    a second call changes nothing."""
+def finish(
+    folder: Path, layout: Layout, limit: ErrorLimit = NO_LIMIT, parent_kin: str = ""
+) -> CacheManifest:
+    """Declares the cache finished; a second call changes nothing. parent_kin: the kin of the cache that it continues.
+
+    CacheError when a shard is still missing, TooCoarse when it lost more than it may.
+    """
     manifest = _finished(folder, layout)
     if manifest is None:
         names = [STORE_RECEIPT, *(receipt_name(shard) for shard in layout.shards)]
@@ -186,6 +213,7 @@ def finish(folder: Path, layout: Layout, limit: ErrorLimit = NO_LIMIT) -> CacheM
             stats=stats,
             errors=errors,
             accumulated_error=limit.inherited + worst,
+            kin=layout.spec.kin(parent_kin),
             backend=layout.backend,
             compression=layout.compression,
         )
@@ -276,13 +304,12 @@ def _view_stats(
     stats, errors = [], []
     for view in range(layout.spec.views):
         own = found[view * shards : (view + 1) * shards]
-        sums = np.array(own).sum(0)
-        total = Moments(*sums.tolist())
+        total = Moments.join(own)
         mean = total.total / count
         variance = total.squares / count - mean**2
-        stats.append(ViewStats(mean, math.sqrt(max(variance, 0.0)), max(part.peak for part in own)))
+        stats.append(ViewStats(mean, math.sqrt(max(variance, 0.0)), total.peak))
         relative = relative_rmse(total.error_squares, total.given_squares)
-        errors.append(ViewError(relative, max(part.error_peak for part in own)))
+        errors.append(ViewError(relative, total.error_peak))
     return tuple(stats), tuple(errors)
 
 

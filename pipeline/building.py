@@ -43,7 +43,7 @@ def _build(desk: Desk, need: Need, paths: StagePaths, job: EncodeJob) -> None:
         return spent + seconds
 
     with task_runner(desk.wanted.config.cluster) as run:
-        for done, total in build(job, desk.wanted.data.train, run):
+        for done, total in build(job, desk.wanted.data.train, run, desk.log.message):
             built = True
             desk.log(need.tag | {"cut": spec.cut, "shard": done, "shards": total, "cache_seconds": account()})
             if desk.job.stop.is_set() and done < total:

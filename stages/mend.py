@@ -26,15 +26,15 @@ def mend(job: EncodeJob, images: ImageList, damages: Sequence[Damage], run: RunT
     check_spec(manifest, job.layout.spec)
     drop_receipts(folder)
     layout, bad = manifest.layout, {damage.file for damage in damages}
-    static = files_of(layout.backend).static_files(layout, images.labels, images.keys)
+    static = files_of(layout.backend).static_files(layout, images.labels, images.keys, images.digests)
     for name in bad & static.keys():
         atomic_write(folder / name, static[name])
     batch_of = {entry.name: entry.batch for entry in manifest.shards if entry.batch}
-    tasks: list[tuple[EncodeJob, Shard]] = []
+    tasks: list[tuple[EncodeJob, Shard, None]] = []
     for shard in layout.shards:
         first, *others = layout.files(shard)
         if not bad.isdisjoint((first, *others)):
-            tasks.append((replace(job, layout=layout, batch=batch_of.get(first, job.batch)), shard))
+            tasks.append((replace(job, layout=layout, batch=batch_of.get(first, job.batch)), shard, None))
     for count, _ in enumerate(run(encode_shard, tasks), start=1):
         yield count, len(tasks)
     check_inputs(job, images, parent)

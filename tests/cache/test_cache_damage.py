@@ -149,7 +149,7 @@ def test_a_read_only_cache_is_read_and_verified_and_says_so_when_written(
 
 def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, backend: str, whole: Path, tree) -> None:
     wanted, folder = of_backend(backend), tmp_path / "cache"
-    create_store(folder, wanted.layout, wanted.labels_N, wanted.keys)
+    create_store(folder, wanted.layout, wanted.labels_N, wanted.keys, wanted.digests_N)
     first = wanted.layout.shards[0]
     write_rows(folder, wanted.layout, first.view, first.first_row, wanted.block(first))
     for number, path in enumerate(sorted(folder.rglob("*"))):
@@ -245,7 +245,7 @@ def test_two_workers_of_one_build_are_no_conflict(tmp_path: Path, example, tree)
     wanted.build(tmp_path / "alone")
     folder = tmp_path / "shared"
     with hold_cache(folder):
-        create_store(folder, wanted.layout, wanted.labels_N, wanted.keys)
+        create_store(folder, wanted.layout, wanted.labels_N, wanted.keys, wanted.digests_N)
         workers = [in_python(WRITES_HALF, folder, half) for half in (0, 1)]
         assert [worker.wait() for worker in workers] == [0, 0]
         finish(folder, wanted.layout)
@@ -256,7 +256,7 @@ def test_two_builders_whom_no_lock_separates_end_in_the_same_bits(tmp_path: Path
     """As on a shared file system that does not pass `flock` on: both write everything, whole, in any order."""
     wanted, folder = example(), tmp_path / "both"
     wanted.build(tmp_path / "alone")
-    create_store(folder, wanted.layout, wanted.labels_N, wanted.keys)
+    create_store(folder, wanted.layout, wanted.labels_N, wanted.keys, wanted.digests_N)
     for shard in wanted.layout.shards:
         for _ in range(2):
             write_rows(folder, wanted.layout, shard.view, shard.first_row, wanted.block(shard))

@@ -41,8 +41,8 @@ class World(NamedTuple):
 
     def spec(self, stage: int = 1, **changes: object) -> str:
         """The fingerprint of a stage's cache under other settings."""
-        base = {"data.source": str(self.images), "data.val_source": "sample:val", "data.limit": 0, "train.batch_size": 4}
-        spec = Wanted(toy(**(base | changes)), RunPaths(self.root)).cache_spec(stage)
+        base = {"data.source": str(self.images), "data.val_source": "sample:val", "data.limit": 0}
+        spec = Wanted(toy(**({"train.batch_size": 4} | base | changes)), RunPaths(self.root)).cache_spec(stage)
         assert spec is not None
         return spec.fingerprint
 
@@ -133,7 +133,7 @@ CHANGES: dict[str, Callable[[World], bool]] = {
     "squares of the mask, full mode": setting(also=FULL, mask__block=2),
     "seed of views and masks": setting(seed=1),
     "number of views": setting(cache__views=3),
-    "crop scale": setting(data__crop_scale=(0.3, 1.0)),
+    "crop scale": setting(data__crop_scale=[0.3, 1.0]),
     "flip": setting(data__flip=0.0),
     "image size": setting(model__image_size=32),
     "number of images": setting(data__limit=9),

@@ -306,5 +306,5 @@ def test_a_shard_that_another_machine_computes_otherwise_is_taken_into_the_manif
     after = read_manifest(folder)
     assert verify_cache(folder) == [] and after != before
     changed = [e.name for e, old in zip(after.shards, before.shards, strict=True) if e != old]
-    assert changed == [job.layout.files(Shard(0, 0, 6))[0]] and after.stats[1] == before.stats[1]
+    assert set(changed) <= set(job.layout.files(Shard(0, 0, 6))) and changed and after.stats[1] == before.stats[1]
     assert after.stats[0].std > before.stats[0].std
