@@ -12,7 +12,7 @@ import numpy as np
 from cache.errors import CacheError
 from cache.layout import Layout, Shard
 from cache.manifest import read_manifest
-from cache.reader import RowReader
+from cache.reader import MEMORY, RowReader
 from cache.store import CacheReader
 from cache.wds_reader import TarCache
 from cache.zarr_reader import ZarrCache
@@ -45,12 +45,14 @@ def files_of(backend: str) -> Files:
     return zarr_writer
 
 
-def open_cache(path: str | os.PathLike[str], verify: bool = False) -> CacheReader:
+def open_cache(path: str | os.PathLike[str], verify: bool = False, memory: int = MEMORY) -> CacheReader:
     """Reader of the finished cache at `path`; with `verify` every file is hashed first.
+
+    A cache of up to `memory` bytes is mapped, which is faster; its pages then count as the process's memory.
 
     Raises MissingCache (nothing there, or unfinished), DamagedCache, StaleCache (another version's format), CacheError
     (a URL, which is not built yet).
     """
     if "://" in str(path):
         raise CacheError(f"{path}: caches behind URLs are not built yet; give a local path")
-    return READERS[read_manifest(path).backend](Path(path), verify=verify)
+    return READERS[read_manifest(path).backend](Path(path), verify, memory)

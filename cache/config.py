@@ -33,6 +33,9 @@ class CacheConfig:
     pixels: Literal["stored", "recut"] = "stored"
     """Where pixel and HOG targets of a cached stage come from: the crop's uint8 pixels, stored beside the features, or
     the original image, cut again by the stored parameters of that crop: less disk, more decoding at every step."""
+    memory_mb: int = 1024
+    """Memory that reading a cache may take, in MiB: half for the batches ahead of the step, half for mapped files: a
+    cache that fits is mapped, which is faster, a larger one is read by position."""
     root: str = ""
     """Folder of the caches; empty means <run>/cache."""
     shard_rows: int = 256
@@ -44,6 +47,11 @@ class CacheConfig:
     `shuffle_shards` shards of `shard_rows` rows, so that few files are read at a time."""
     shuffle_shards: int = 16
     """Shards in a window of block shuffling; a window of several batches mixes well."""
+
+    @property
+    def memory(self) -> int:
+        """Bytes for the batches ahead, and the same for mapped files."""
+        return self.memory_mb * 2**20 // 2
 
     @property
     def blocks(self) -> Blocks | None:

@@ -54,8 +54,10 @@ def round_features(values_NLD: np.ndarray, codec: str, block: int = 0, keepbits:
     return Rounded(stored.view(CODECS[codec].dtype), None)
 
 
-def restore(values: np.ndarray, codec: str, scale: np.ndarray | None = None) -> torch.Tensor:
-    """Stored values as float32, converted in pieces too small for torch to wake its thread pool.
+def restore(
+    values: np.ndarray, codec: str, scale: np.ndarray | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Stored values as float32, in `out` where it is given, in pieces too small for torch to wake its thread pool.
 
     A pool of the loader's own threads spins after each use and takes the cores from the training step: on two cores
     that cost 12-18 % of a step. With int8, the last axis of `scale` is that of `values` over the block's size.
@@ -63,19 +65,20 @@ def restore(values: np.ndarray, codec: str, scale: np.ndarray | None = None) -> 
     stored = torch.from_numpy((values.view(np.int16) if codec == "bfloat16" else values).reshape(-1))
     if codec == "bfloat16":
         stored = stored.view(torch.bfloat16)
-    found = torch.empty(stored.shape, dtype=torch.float32)
+    restored = torch.empty(values.shape, dtype=torch.float32) if out is None else out
+    found = restored.view(-1)
     if scale is None:
         for start in range(0, len(stored), SERIAL_VALUES):
             found[start : start + SERIAL_VALUES].copy_(stored[start : start + SERIAL_VALUES])
-        return found.reshape(values.shape)
+        return restored
     steps = torch.from_numpy(scale.reshape(-1, 1))
     block = len(stored) // len(steps)
     many = max(1, SERIAL_VALUES // block)
-    blocks, out = stored.reshape(-1, block), found.reshape(-1, block)
+    blocks, rows = stored.reshape(-1, block), found.view(-1, block)
     for start in range(0, len(steps), many):
         piece = slice(start, start + many)
-        out[piece].copy_(blocks[piece]).mul_(steps[piece].float())
-    return found.reshape(values.shape)
+        rows[piece].copy_(blocks[piece]).mul_(steps[piece].float())
+    return restored
 
 
 class Moments(NamedTuple):

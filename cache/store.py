@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from cache.buffers import FRESH, Buffers
 from cache.errors import CacheError, DamagedCache, MissingCache, StaleCache, Unrepresentable
 from cache.manifest import CacheManifest
 
@@ -54,8 +55,13 @@ class CacheReader(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, rows: Sequence[int] | np.ndarray, view: int = 0, group: int | None = None) -> FeatureBatch:
-        """Rows of a view in the order asked for; only one token group of them when `group` is given."""
+    def read(
+        self, rows: Sequence[int] | np.ndarray, view: int = 0, group: int | None = None, into: Buffers = FRESH
+    ) -> FeatureBatch:
+        """Rows of a view in the order asked for; only one token group of them when `group` is given.
+
+        The batch lies in memory of `into`, and is overwritten when that is handed to another call.
+        """
         ...
 
     def crops(self, rows: Sequence[int] | np.ndarray, view: int = 0) -> np.ndarray:

@@ -6,18 +6,17 @@ cover every byte of the tar. Free of torch."""
 from __future__ import annotations
 
 import io
-import mmap
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-import google_crc32c
 import numpy as np
+from awscrt import checksums
 
 from cache.errors import DamagedCache
 from cache.layout import RowArray
-from cache.shard import crc32c
+from cache.ranges import RangeFile
 
 COLUMNS = 4
 """Of an index: where the bytes under a checksum begin and end, where the chunk itself begins, the crc32c."""
@@ -64,12 +63,12 @@ def encode_tar(
     parts: list[bytes] = []
     index: list[tuple[int, int, int, int]] = []
     offset = begin = 0
-    crc = google_crc32c.Checksum()
+    crc = 0
 
     def put(content: bytes) -> None:
-        nonlocal offset
+        nonlocal offset, crc
         parts.append(content)
-        crc.update(content)
+        crc = checksums.crc32c(content, crc)
         offset += len(content)
 
     last = (len(keys) - 1, arrays[-1])
@@ -85,8 +84,8 @@ def encode_tar(
                 put(values[split].tobytes())
                 if split == array.splits - 1:
                     put(padding(len(header) + size) + (END if (row, array) == last else b""))
-                index.append((begin, offset, data, int.from_bytes(crc.digest(), "big")))
-                begin, crc = offset, google_crc32c.Checksum()
+                index.append((begin, offset, data, crc))
+                begin, crc = offset, 0
     return b"".join(parts), _npy(np.array(index, "<u8").reshape(len(keys), -1, COLUMNS))
 
 
@@ -97,24 +96,24 @@ def _npy(values: np.ndarray) -> bytes:
 
 
 class TarShard:
-    """Memory map of a tar; a chunk's crc32c is checked when it is read. `sizes`: bytes of a sample's chunks, in order.
-    DamagedCache when a file is not whole."""
+    """An open tar; a chunk's crc32c is checked when it is read. `sizes`: bytes of a sample's chunks, in order."""
 
-    def __init__(self, path: Path, index: np.ndarray, sizes: Sequence[int]) -> None:
-        self.path, self._sizes = path, tuple(sizes)
-        try:
-            with path.open("rb") as file:
-                self._content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        except FileNotFoundError:
-            raise DamagedCache(f"{path} is missing; run `make repair`") from None
-        except ValueError:  # an empty file cannot be mapped
-            raise DamagedCache(f"{path} is empty; run `make repair`") from None
-        self.size = len(self._content)
+    def __init__(self, path: Path, file: RangeFile, index: np.ndarray, sizes: Sequence[int]) -> None:
+        self.path, self._file, self._sizes = path, file, tuple(sizes)
         self._index = index.reshape(-1, COLUMNS)
 
-    def chunk(self, number: int) -> memoryview:
-        """Content of a chunk, counted from the shard's first; valid as long as it is referred to."""
-        begin, end, data, crc = self._index[number].tolist()
-        if crc32c(self._content[begin:end]) != crc.to_bytes(4, "little"):
-            raise DamagedCache(f"{self.path} is altered in chunk {number}; run `make repair`")
-        return self._content[data : data + self._sizes[number % len(self._sizes)]]
+    def read(self, first: int, out_NC: np.ndarray) -> None:
+        """N adjacent chunks of C bytes from chunk `first` on, counted from the shard's first, into uint8 rows."""
+        number, size = out_NC.shape
+        assert (size,) * number == tuple(self._sizes[(first + n) % len(self._sizes)] for n in range(number))
+        places = self._index[first : first + number].tolist()
+        before = [np.empty(data - begin, np.uint8) for begin, _, data, _ in places]
+        after = [np.empty(end - data - size, np.uint8) for _, end, data, _ in places]
+        parts = list(zip(before, out_NC, after, strict=True))
+        self._file.read_into(places[0][0], [buffer for part in parts for buffer in part if len(buffer)])
+        for chunk, (part, place) in enumerate(zip(parts, places, strict=True), first):
+            crc = 0
+            for buffer in part:
+                crc = checksums.crc32c(buffer, crc)
+            if crc != place[3]:
+                raise DamagedCache(f"{self.path} is altered in chunk {chunk}; run `make repair`")

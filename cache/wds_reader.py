@@ -22,8 +22,8 @@ from cache.tar import TarShard
 class TarCache(RowReader):
     """The CacheReader of a WebDataset cache. Raises MissingCache, DamagedCache or StaleCache when it does not open."""
 
-    def __init__(self, folder: Path, verify: bool = False) -> None:
-        super().__init__(folder, verify)
+    def __init__(self, folder: Path, verify: bool = False, memory: int = reader.MEMORY) -> None:
+        super().__init__(folder, verify, memory)
         arrays = self._layout.arrays
         self._sizes = [array.chunk_bytes for array in arrays for _ in range(array.splits)]
         starts = accumulate((array.splits for array in arrays), initial=0)
@@ -47,7 +47,4 @@ class TarCache(RowReader):
             raise DamagedCache(f"{path} is missing; run `make repair`") from None
         if checksum(content) != self._entries[index].checksum:
             raise DamagedCache(f"{path} is altered; run `make repair`")
-        shard = TarShard(self.folder / tar, np.load(io.BytesIO(content)), self._sizes)
-        if shard.size != (size := self._entries[tar].bytes):
-            raise DamagedCache(f"{shard.path} has {shard.size} bytes instead of {size}; run `make repair`")
-        return shard
+        return TarShard(self.folder / tar, self._open(tar), np.load(io.BytesIO(content)), self._sizes)

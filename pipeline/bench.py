@@ -19,7 +19,7 @@ from pipeline.costs import seconds_of, step_source
 from pipeline.decide import Wanted
 from pipeline.desk import Desk, at_work
 from pipeline.job import Job
-from pipeline.rates import flop_bound, fresh_model, ratios, stage_rates
+from pipeline.rates import Rates, flop_bound, fresh_model, ratios, stage_rates
 from pipeline.reading import parse
 from pipeline.runner import ensure_cache
 from pipeline.show import console, spread, table
@@ -41,7 +41,8 @@ def bench_arms(desk: Desk) -> list[dict[str, Any]]:
     stages = range(1, len(desk.wanted.segments))
     for stage in stages:
         ensure_cache(desk, stage)
-    rows = table("cut", "e2e", "freeze", "cached", "in memory", "cached / e2e", "FLOP bound", "cached / in memory")
+    heads = ("cut", "e2e", "freeze", "cached", "step alone", "loader alone", "cached / e2e", "FLOP bound")
+    rows, told = table(*heads, "cached / step alone"), []
     found = []
     for stage in stages:
         rates = stage_rates(desk.wanted, stage, seconds=2.0, rounds=ROUNDS)
@@ -53,9 +54,21 @@ def bench_arms(desk: Desk) -> list[dict[str, Any]]:
             f"{bound:.2f}",
             spread(ratios(rates, "cached", "memory")),
         )
+        told.append(f"cut {desk.wanted.segments[stage].cut}: {bounding(rates)}")
         found.append({"cut": desk.wanted.segments[stage].cut, "flop_bound": bound, "images_per_second": rates})
     console().print(rows)
+    for line in told:
+        console().print(line)
     return found
+
+
+def bounding(rates: Rates) -> str:
+    """What bounds cached training, from what it, its step alone and its loader alone reach."""
+    real, step, loading = (statistics.median(rates[name]) for name in ("cached", "memory", "loader"))
+    share = f"training reaches {real / min(step, loading):.2f} of it"
+    if loading < step:
+        return f"the loader bounds ({loading:.0f} images/s, the step could {step:.0f}); {share}"
+    return f"the step bounds ({step:.0f} images/s, the loader could {loading:.0f}); {share}"
 
 
 def methods(depth: int) -> dict[str, dict[str, Any]]:

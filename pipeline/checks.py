@@ -44,6 +44,7 @@ BOUNDS = {
     "cache.shard_rows": "[1, inf)",
     "cache.encode_batch": "[1, inf)",
     "cache.shuffle_shards": "[1, inf)",
+    "cache.memory_mb": "[1, inf)",
     "train.batch_size": "[1, inf)",
     "train.accumulate": "[1, inf)",
     "train.max_steps": "[0, inf)",

@@ -14,6 +14,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
+from cache.buffers import FRESH, Buffers
 from cache.config import Codec
 from cache.errors import CacheError
 from cache.manifest import atomic_write
@@ -245,7 +246,7 @@ class Imagined:
     prefix: int
     teacher_blocks: tuple[int, ...]
 
-    def load(self, segment: Segment, step: int) -> Inputs:
+    def load(self, segment: Segment, step: int, into: Buffers = FRESH) -> Inputs:
         how = self.sampling
         size = how.model.num_tokens if how.reads_all(segment) else how.group_tokens
         order = torch.rand(how.batch_size, how.model.num_tokens).argsort(1)

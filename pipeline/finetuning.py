@@ -55,6 +55,7 @@ def finetune(desk: Desk, tuning: Tuning) -> None:
         start=None,
         inputs=inputs_digest(inputs),
         section="finetune",
+        memory=config.cache.memory,
         eval_every=config.eval.every,
     )
     spec = wanted.spec(tuning.need) if tuning.need else None
@@ -136,4 +137,4 @@ def source_of(tuning: Tuning) -> Source:
     spec = wanted.spec(tuning.need)
     if spec is None:
         raise ConfigError(f"{tuning.encoder} has to be trained first; run `make finetune`")
-    return CachedPrefix(open_cache(wanted.cache_folder(spec)), lessons)
+    return CachedPrefix(open_cache(wanted.cache_folder(spec), memory=config.cache.memory), lessons)

@@ -6,13 +6,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cache.loader import prefetch
+from cache.buffers import FRESH, Buffers
 from models.batch import MaskedBatch
 from models.mim import MaskedModel
 from pipeline.decide import Wanted
@@ -20,9 +19,10 @@ from pipeline.work import cached_source, live_source, masked_build, optimizer_of
 from stages.device import synchronize
 from stages.segment import Segment
 from stages.sources import Inputs, Source, StepInputs
-from stages.train import build_model, train_step
+from stages.train import build_model, loader, train_step
 
-STEPS = ("e2e", "freeze", "cached", "memory")
+STEPS = ("e2e", "freeze", "cached", "memory", "loader")
+"""What is timed: the three arms, the cached step on features in memory, the loader without a step."""
 MEMORY_BATCHES = 4
 Rates = dict[str, list[float]]
 
@@ -38,7 +38,7 @@ class InMemory:
     def of(cls, source: Source, segment: Segment, batches: int) -> InMemory:
         return cls(source, tuple(source.load(segment, step % segment.steps) for step in range(batches)))
 
-    def load(self, segment: Segment, step: int) -> StepInputs:
+    def load(self, segment: Segment, step: int, into: Buffers = FRESH) -> StepInputs:
         return self.batches[step % len(self.batches)]
 
     def mask(self, model: MaskedModel, inputs: Inputs) -> MaskedBatch:
@@ -50,8 +50,10 @@ def stage_rates(wanted: Wanted, stage: int, seconds: float, rounds: int) -> Rate
 
     Each arm trains for at least `seconds` in a round; every other round goes backwards, so that a steady drift of the
     machine cancels. `memory` is the cached step on features in memory: what it would cost if loading were free.
+    `loader` are the images/s that the loader's threads give when nothing else runs.
     """
-    runners = {arm: step_runner(wanted, stage, arm) for arm in STEPS}
+    runners = {arm: step_runner(wanted, stage, arm) for arm in STEPS if arm != "loader"}
+    runners["loader"] = loader_runner(wanted, stage)
     rates: Rates = {arm: [] for arm in STEPS}
     for number in range(rounds):
         for arm in STEPS if number % 2 == 0 else reversed(STEPS):
@@ -73,8 +75,7 @@ def step_runner(wanted: Wanted, stage: int, arm: str) -> Callable[[float], float
         torch.set_num_threads(train.threads)
         steps, started, elapsed = 0, 0.0, 0.0
         numbers = (number % segment.steps for number in count())
-        load = partial(source.load, segment)
-        with prefetch(load, numbers, train.loader_threads, train.prefetch) as batches:
+        with loader(source, segment, numbers, train, wanted.config.cache.memory) as batches:
             train_step(model, optimizer, source, next(batches), train)
             synchronize(device)
             started = time.perf_counter()
@@ -83,6 +84,24 @@ def step_runner(wanted: Wanted, stage: int, arm: str) -> Callable[[float], float
                 synchronize(device)
                 steps, elapsed = steps + 1, time.perf_counter() - started
         return steps * train.batch_size / elapsed
+
+    return run
+
+
+def loader_runner(wanted: Wanted, stage: int) -> Callable[[float], float]:
+    """A function that loads a cached stage's batches for some seconds and returns images/s."""
+    train, segment, source = wanted.config.train, wanted.segments[stage], cached_source(wanted, stage)
+
+    def run(seconds: float) -> float:
+        batches, elapsed = 0, 0.0
+        numbers = (number % segment.steps for number in count())
+        with loader(source, segment, numbers, train, wanted.config.cache.memory) as loaded:
+            next(loaded)
+            started = time.perf_counter()
+            while elapsed < seconds:
+                next(loaded)
+                batches, elapsed = batches + 1, time.perf_counter() - started
+        return batches * train.batch_size / elapsed
 
     return run
 

@@ -85,11 +85,11 @@ def built_seconds(wanted: Wanted, stage: int) -> float:
 
 def cached_source(wanted: Wanted, stage: int) -> CachedFeatures:
     """What a stage learns from: its features and, where they are cached, its teacher's."""
-    caches = []
-    for need in wanted.needs(stage):
+    caches, needs = [], wanted.needs(stage)
+    for need in needs:
         spec = wanted.spec(need)
         assert spec is not None, "ensure_cache comes first"
-        caches.append(open_cache(wanted.cache_folder(spec)))
+        caches.append(open_cache(wanted.cache_folder(spec), memory=wanted.config.cache.memory // len(needs)))
     teachers = dict(zip(wanted.teacher_blocks(stage), caches[1:], strict=True))
     return CachedFeatures(caches[0], sampling(wanted), wanted.data.train, teachers)
 
@@ -139,6 +139,7 @@ def train(
     arm = Arm(
         tag=tag,
         segments=segments,
+        memory=config.cache.memory,
         make=lambda part: build_model(build, part.cut, config.train.device, part.entry),
         optimizer=lambda model: optimizer_of(wanted, model, freezes),
         train=config.train,

@@ -46,14 +46,13 @@ def test_every_group_has_its_own_prefix(tmp_path: Path, example, groups: int) ->
 def test_a_group_reads_its_own_prefix_only(tmp_path: Path, example, monkeypatch) -> None:
     example(prefix=PREFIX).build(tmp_path)
     reader = open_cache(tmp_path)
-    plain, read = ShardReader.chunk, defaultdict(list)
+    plain, read = ShardReader.read, defaultdict(list)
 
-    def chunk(shard: ShardReader, number: int) -> memoryview:
-        content = plain(shard, number)
-        read[shard.path.relative_to(tmp_path).parts[2]].append((number, len(content)))
-        return content
+    def counted(shard: ShardReader, first: int, out_NC: np.ndarray) -> None:
+        plain(shard, first, out_NC)
+        read[shard.path.relative_to(tmp_path).parts[2]].append((first, out_NC.nbytes))
 
-    monkeypatch.setattr(ShardReader, "chunk", chunk)
+    monkeypatch.setattr(ShardReader, "read", counted)
     reader.read([1, 5], view=1, group=3)
     assert read["prefix"] == [(1 * 4 + 3, PREFIX * 6 * 2), (2 * 4 + 3, PREFIX * 6 * 2)]
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import zarr
 from cache import open_cache
 from cache.errors import CacheError, DamagedCache, MissingCache
 from cache.manifest import read_manifest
+from cache.ranges import LocalFile
 from cache.shard import ShardReader
 from cache.store import CacheReader
 
@@ -70,20 +72,36 @@ def test_reader_returns_the_rows_asked_for(tmp_path: Path, example, groups: int,
 def test_a_group_reads_its_own_chunks_only(tmp_path: Path, example, monkeypatch, groups: int) -> None:
     example(groups=groups).build(tmp_path)
     reader = open_cache(tmp_path)
-    plain, read = ShardReader.chunk, defaultdict(list)
+    plain, read = ShardReader.read, defaultdict(list)
 
-    def chunk(shard: ShardReader, number: int) -> memoryview:
-        content = plain(shard, number)
-        read[shard.path.relative_to(tmp_path).parts[2]].append((number, len(content)))
-        return content
+    def counted(shard: ShardReader, first: int, out_NC: np.ndarray) -> None:
+        plain(shard, first, out_NC)
+        read[shard.path.relative_to(tmp_path).parts[2]].append((first, out_NC.nbytes))
 
-    monkeypatch.setattr(ShardReader, "chunk", chunk)
+    monkeypatch.setattr(ShardReader, "read", counted)
     reader.read([1, 5], view=1, group=groups - 1)
     last = [1 * groups + groups - 1, 2 * groups + groups - 1]
     assert read["features"] == [(number, 16 // groups * 6 * 2) for number in last]
     assert read["token_ids"] == ([(number, 16 // groups) for number in last] if groups > 1 else [])
     assert read["pixels"] == [(1, 16 * 48), (2, 16 * 48)]
     assert "crop" not in read
+
+
+def test_a_group_reads_the_bytes_of_its_group(tmp_path: Path, example, monkeypatch) -> None:
+    """Counted where they leave the disk."""
+    example(groups=4, pixels=False, width=96).build(tmp_path)
+    reader = open_cache(tmp_path, memory=0)
+    reader.read(range(7))  # opens the shards
+    plain, read = LocalFile.read_into, []
+
+    def counted(file: LocalFile, offset: int, buffers: Sequence[np.ndarray]) -> None:
+        plain(file, offset, buffers)
+        read.append(sum(buffer.nbytes for buffer in buffers))
+
+    monkeypatch.setattr(LocalFile, "read_into", counted)
+    reader.read([1, 5, 6], group=0)
+    features, ids, checksum = 4 * 96 * 2, 4, 4
+    assert sum(read) == 3 * (features + checksum + ids + checksum)
 
 
 def test_more_than_256_tokens_have_wider_ids(tmp_path: Path, example) -> None:
