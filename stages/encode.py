@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -152,8 +153,16 @@ def training_images(data: DataConfig, index_folder: str, digest: str) -> ImageLi
     return images
 
 
+SETUP, FORWARD = Lock(), Lock()
+"""One thread of a process at a time makes what all share, and one runs the frozen blocks."""
+
+
 def encode_shard(task: tuple[EncodeJob, Shard, Taken | None]) -> Shard:
-    """Compute and write one shard of one view: a pure function of its task, so it can run anywhere, and twice."""
+    """Compute and write one shard of one view: a pure function of its task, so it can run anywhere, and twice.
+
+    Two threads of a process are enough to keep it at the frozen blocks: while one runs them, the other writes the shard
+    before, then loads the first batches of the shard after. No more than two shards are in memory.
+    """
     job, shard, taken = task
     torch.set_num_threads(job.threads)
     folder, layout = Path(job.folder), job.layout
@@ -183,11 +192,12 @@ def encode_shard(task: tuple[EncodeJob, Shard, Taken | None]) -> Shard:
 def encode_rows(job: EncodeJob, view: int, rows: np.ndarray) -> RowBlock:
     """What the frozen blocks give for some rows of a view, and what is stored beside it."""
     spec = job.layout.spec
-    encoder = frozen_encoder(job.weights, spec.weights, spec.cut, job.model, job.device)
+    with SETUP:
+        encoder = frozen_encoder(job.weights, spec.weights, spec.cut, job.model, job.device)
+        load = from_cache(job, view) if job.parent else from_images(job, spec.view_at(view))
     batches = [rows[start : start + job.batch] for start in range(0, len(rows), job.batch)]
-    load = from_cache(job, view) if job.parent else from_images(job, spec.view_at(view))
     blocks = []
-    with prefetch(load, batches, job.loader_threads, 2) as loaded, torch.inference_mode():
+    with prefetch(load, batches, job.loader_threads, 2) as loaded, FORWARD, torch.inference_mode():
         for part in loaded:
             with autocast(job.device, spec.dtype):
                 features, prefix = frozen_forward(encoder, job, part)
