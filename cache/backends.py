@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from cache.errors import CacheError
 from cache.layout import Layout, Shard
-from cache.manifest import read_manifest
+from cache.manifest import Buffer, read_manifest
 from cache.reader import MEMORY, RowReader
 from cache.store import CacheReader
 from cache.wds_reader import TarCache
@@ -30,9 +30,15 @@ class Files(Protocol):
         ...
 
     def shard_files(
-        self, folder: Path, layout: Layout, shard: Shard, rows: Mapping[str, np.ndarray], keys: Sequence[str]
-    ) -> dict[str, bytes]:
-        """Content of a shard's files, by name, in the order of `Layout.files`."""
+        self,
+        folder: Path,
+        layout: Layout,
+        shard: Shard,
+        rows: Iterable[Mapping[str, np.ndarray]],
+        keys: Sequence[str],
+    ) -> Iterator[tuple[str, Iterable[Buffer]]]:
+        """A shard's files in the order of `Layout.files`, each by name and in parts, of the rows of every array. To be
+        written one after the other: the rows are taken while the first is."""
         ...
 
 

@@ -9,16 +9,20 @@ import hashlib
 import json
 import os
 import secrets
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from cache.errors import CacheError, DamagedCache, MissingCache, StaleCache
 from cache.layout import Layout
 from cache.lock import aside
 from models.spec import FeatureSpec
 
+Buffer = bytes | memoryview
 FORMAT = 3
 MANIFEST = "manifest.json"
 
@@ -241,16 +245,39 @@ def _seal_of(body: bytes) -> bytes:
     return f',\n "checksum": "{checksum(body)}"\n}}\n'.encode()
 
 
+def as_bytes(values: np.ndarray) -> memoryview:
+    """The bytes of a contiguous array, not copied."""
+    return values.reshape(-1).view(np.uint8).data
+
+
 def atomic_write(path: Path, content: bytes) -> None:
     """Writes a file durably, all or nothing: a kill at any moment leaves the old file or the new one.
 
     Raises CacheError when the disk does not take it.
     """
+    with _replacing(path, len(content)) as file:
+        file.write(content)
+
+
+def atomic_stream(path: Path, parts: Iterable[Buffer], size: int) -> tuple[int, str]:
+    """The same with a file of about `size` bytes that comes in parts and is never in memory whole; returns its bytes
+    and sha256. An error of `parts` leaves the old file, too."""
+    digest, written = hashlib.sha256(), 0
+    with _replacing(path, size) as file:
+        for part in parts:
+            written += file.write(part)
+            digest.update(part)
+    return written, digest.hexdigest()
+
+
+@contextmanager
+def _replacing(path: Path, size: int) -> Iterator[BinaryIO]:
+    """A new file that stands at `path` once it is durably written."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -258,8 +285,7 @@ def atomic_write(path: Path, content: bytes) -> None:
     except OSError as error:
         remedy = "make the folder writable" if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else "make room"
         raise CacheError(
-            f"cannot write {path} ({len(content)} bytes): {error.strerror}; "
-            f"{remedy} and run again, what is finished stays"
+            f"cannot write {path} ({size} bytes): {error.strerror}; {remedy} and run again, what is finished stays"
         ) from error
     finally:
         with suppress(OSError):  # whatever it is, the error above has said it

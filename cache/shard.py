@@ -5,7 +5,7 @@ Source: the Zarr v3 sharding codec, version 1.0."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,10 @@ from awscrt import checksums
 
 from cache.errors import DamagedCache
 from cache.layout import CRC_BYTES, INDEX_ENTRY_BYTES
+from cache.manifest import Buffer
 from cache.ranges import RangeFile
 
 MISSING = 2**64 - 1
-Buffer = bytes | memoryview
 
 
 def crc32c(content: Buffer | np.ndarray) -> bytes:
@@ -24,18 +24,19 @@ def crc32c(content: Buffer | np.ndarray) -> bytes:
     return checksums.crc32c(content).to_bytes(CRC_BYTES, "little")
 
 
-def encode_shard(chunks: Sequence[Buffer | None], chunks_per_shard: int) -> bytes:
-    """Content of a shard file; chunks that are None, and those after the last given, are marked missing."""
+def encode_shard(chunks: Iterable[Buffer | None], chunks_per_shard: int) -> Iterator[Buffer]:
+    """A shard file, part by part; chunks that are None, and those after the last given, are marked missing."""
     index = np.full((chunks_per_shard, 2), MISSING, "<u8")
-    parts: list[Buffer] = []
     offset = 0
     for number, chunk in enumerate(chunks):
         if chunk is not None:
             size = memoryview(chunk).nbytes + CRC_BYTES
             index[number] = offset, size
-            parts += [chunk, crc32c(chunk)]
+            yield chunk
+            yield crc32c(chunk)
             offset += size
-    return b"".join([*parts, index.data, crc32c(index.data)])
+    yield index.tobytes()
+    yield crc32c(index.tobytes())
 
 
 class ShardReader:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -16,6 +16,7 @@ from awscrt import checksums
 
 from cache.errors import DamagedCache
 from cache.layout import RowArray
+from cache.manifest import Buffer, as_bytes
 from cache.ranges import RangeFile
 
 COLUMNS = 4
@@ -57,36 +58,41 @@ def padding(size: int) -> bytes:
 
 
 def encode_tar(
-    arrays: Sequence[RowArray], rows: Mapping[str, np.ndarray], keys: Sequence[str], labels: np.ndarray
-) -> tuple[bytes, bytes]:
-    """The tar of a shard and its index. Members of a sample: `<key>.cls`, then `<key>.<array>.npy` of every array."""
-    parts: list[bytes] = []
-    index: list[tuple[int, int, int, int]] = []
-    offset = begin = 0
-    crc = 0
-
-    def put(content: bytes) -> None:
-        nonlocal offset, crc
-        parts.append(content)
-        crc = checksums.crc32c(content, crc)
-        offset += len(content)
-
-    last = (len(keys) - 1, arrays[-1])
-    for row, (key, label) in enumerate(zip(keys, labels.tolist(), strict=True)):
+    arrays: Sequence[RowArray],
+    rows: Iterable[Mapping[str, np.ndarray]],
+    keys: Sequence[str],
+    labels: np.ndarray,
+    index: list[tuple[int, int, int, int]],
+) -> Iterator[Buffer]:
+    """The tar of a shard, part by part; fills its index. Members of a sample: `<key>.cls`, then `<key>.<array>.npy` of
+    every array."""
+    offset = begin = crc = 0
+    headers = {array.name: npy_header(array) for array in arrays}
+    before = b""
+    last = (len(keys) - 1, arrays[-1].name)
+    for number, (row, key, label) in enumerate(zip(rows, keys, labels.tolist(), strict=True)):
         text = str(label).encode()
-        put(member_header(f"{escape_key(key)}.cls", len(text)) + text + padding(len(text)))
+        before += member_header(f"{escape_key(key)}.cls", len(text)) + text + padding(len(text))
         for array in arrays:
-            header, size = npy_header(array), array.splits * array.chunk_bytes
-            put(member_header(f"{escape_key(key)}.{array.name}.npy", len(header) + size) + header)
-            values = np.ascontiguousarray(rows[array.name][row], array.dtype).reshape(array.splits, -1)
+            header, size = headers[array.name], array.splits * array.chunk_bytes
+            before += member_header(f"{escape_key(key)}.{array.name}.npy", len(header) + size) + header
+            values = np.ascontiguousarray(row[array.name], array.dtype).reshape(array.splits, -1)
             for split in range(array.splits):
-                data = offset
-                put(values[split].tobytes())
+                after = b""
                 if split == array.splits - 1:
-                    put(padding(len(header) + size) + (END if (row, array) == last else b""))
+                    after = padding(len(header) + size) + (END if (number, array.name) == last else b"")
+                data = offset + len(before)
+                for part in (before, as_bytes(values[split]), after):
+                    if part:
+                        yield part
+                        crc, offset = checksums.crc32c(part, crc), offset + len(part)
                 index.append((begin, offset, data, crc))
-                begin, crc = offset, 0
-    return b"".join(parts), npy(np.array(index, "<u8").reshape(len(keys), -1, COLUMNS))
+                before, begin, crc = b"", offset, 0
+
+
+def encode_index(index: Sequence[tuple[int, int, int, int]], rows: int) -> bytes:
+    """The index of a tar as a .npy file."""
+    return npy(np.array(index, "<u8").reshape(rows, -1, COLUMNS))
 
 
 def npy(values: np.ndarray) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -20,12 +20,14 @@ from cache.backends import files_of
 from cache.codecs import CODECS, describe
 from cache.errors import CacheError, MissingCache, StaleCache, TooCoarse, Unrepresentable
 from cache.layout import INDEX, STORE, TARS, Layout, Shard
+from cache.loader import prefetch
 from cache.manifest import (
     MANIFEST,
     CacheManifest,
     ShardEntry,
     ViewError,
     ViewStats,
+    atomic_stream,
     atomic_write,
     check_spec,
     checksum,
@@ -130,55 +132,71 @@ def write_rows(
     limit: ErrorLimit = NO_LIMIT,
     batch: int = 0,
 ) -> list[ShardEntry]:
-    """Writes one shard of every array of a view, then its receipt; `batch` is how many samples were computed at once.
+    """Writes one shard of every array of a view, then its receipt; `batch` is how many samples were computed at once. A
+    thread rounds and measures the next rows while this one is checksummed, hashed and written.
 
     Unrepresentable, naming the value; TooCoarse when the shard alone is above the limit, and CacheError on a full disk.
     """
     shard = Shard(view, first_row, len(block.keys))
     assert shard in layout.shards, f"{shard} is no shard of the layout: one writer per shard"
-    return write_stored(folder, layout, shard, stored_rows(layout, view, block), block.keys, limit, batch)
+    def make(row: int) -> Mapping[str, np.ndarray]:
+        return stored_row(layout, view, block, row)
+
+    with prefetch(make, range(shard.rows), 1, ROWS_AHEAD) as rows:
+        return write_stored(folder, layout, shard, rows, block.keys, limit, batch)
 
 
-def stored_rows(layout: Layout, view: int, block: RowBlock) -> dict[str, np.ndarray]:
-    """A block's rows of every array as they are stored. Unrepresentable, naming the value."""
-    rounded, prefix_NSD = _round(block, layout, view), _round_prefix(block, layout, view)
+ROWS_AHEAD = 4
+"""Rows that are rounded and not yet written: few enough to be still in the processor's cache."""
+
+
+def stored_row(layout: Layout, view: int, block: RowBlock, row: int) -> dict[str, np.ndarray]:
+    """What is stored of one row of a block, by array. Unrepresentable, naming the value."""
+    rounded, prefix_SD = _round(block, layout, view, row), _round_prefix(block, layout, view, row)
     given = {
-        "features": rounded.values_NLD,
-        "scale": rounded.scale_NLK,
-        "crop": block.crop_N5,
-        "token_ids": block.token_ids_NL,
-        "pixels": block.pixels_NLP,
-        "prefix": prefix_NSD,
-        "moments": moments(block.features_NLD, rounded, layout.spec.codec),
+        "features": rounded.values_NLD[0],
+        "scale": None if rounded.scale_NLK is None else rounded.scale_NLK[0],
+        "crop": block.crop_N5[row],
+        "token_ids": None if block.token_ids_NL is None else block.token_ids_NL[row],
+        "pixels": None if block.pixels_NLP is None else block.pixels_NLP[row],
+        "prefix": prefix_SD,
+        "moments": moments(block.features_NLD[row : row + 1], rounded, layout.spec.codec)[0],
     }
-    rows = {}
+    stored = {}
     for array in layout.arrays:
         values = given[array.name]
-        assert values is not None and values.shape == (len(block.keys), *array.row_shape), f"{array} in the block"
-        rows[array.name] = values.astype(array.dtype, copy=False)
-    return rows
+        assert values is not None and values.shape == array.row_shape, f"{array} in a block of the spec"
+        stored[array.name] = values
+    return stored
 
 
 def write_stored(
     folder: Path,
     layout: Layout,
     shard: Shard,
-    rows: Mapping[str, np.ndarray],
+    rows: Iterable[Mapping[str, np.ndarray]],
     keys: Sequence[str],
     limit: ErrorLimit = NO_LIMIT,
     batch: int = 0,
 ) -> list[ShardEntry]:
-    """`write_rows` of what is as it is stored already."""
+    """`write_rows` of rows that are as they are stored already, one after the other."""
     assert shard in layout.shards, f"{shard} is no shard of the layout: one writer per shard"
-    found = Moments.join(rows["moments"])
-    limit.check(relative_rmse(found.error_squares, found.given_squares), layout.spec)
-    files = files_of(layout.backend).shard_files(folder, layout, shard, rows, keys)
+    found_N6 = np.empty((shard.rows, len(Moments._fields)))
+
+    def checked() -> Iterator[Mapping[str, np.ndarray]]:
+        for number, row in enumerate(rows):
+            found_N6[number] = row["moments"]
+            yield row
+        found = Moments.join(found_N6)  # before the file gets its name
+        limit.check(relative_rmse(found.error_squares, found.given_squares), layout.spec)
+
     entries: list[ShardEntry] = []
-    for name, content in files.items():
-        entry = ShardEntry(name, shard.first_row, shard.rows, len(content), checksum(content))
+    size = sum(array.shard_bytes(shard.rows, layout.shard_rows) for array in layout.arrays)
+    for name, parts in files_of(layout.backend).shard_files(folder, layout, shard, checked(), keys):
+        written, digest = atomic_stream(folder / name, parts, size)
+        entry = ShardEntry(name, shard.first_row, shard.rows, written, digest)
         if not entries:
-            entry = replace(entry, moments=tuple(found), batch=batch)
-        atomic_write(folder / name, content)
+            entry = replace(entry, moments=tuple(Moments.join(found_N6)), batch=batch)
         entries.append(entry)
     write_receipt(folder, layout, receipt_name(shard), entries)
     return entries
@@ -259,30 +277,28 @@ def _finished(folder: Path, layout: Layout) -> CacheManifest | None:
     return manifest
 
 
-def _round(block: RowBlock, layout: Layout, view: int) -> Rounded:
+def _round(block: RowBlock, layout: Layout, view: int, row: int) -> Rounded:
     spec = layout.spec
-    rounded = round_features(block.features_NLD, spec.codec, spec.block, spec.keepbits)
+    rounded = round_features(block.features_NLD[row : row + 1], spec.codec, spec.block, spec.keepbits)
     if isinstance(rounded, Unfit):
         ids = block.token_ids_NL
-        token = rounded.token if ids is None else ids[rounded.sample, rounded.token]
-        raise _unrepresentable(rounded, block, layout, view, f"token {token}", spec.codec)
+        token = rounded.token if ids is None else ids[row, rounded.token]
+        raise _unrepresentable(rounded, block.keys[row], layout, view, f"token {token}", spec.codec)
     return rounded
 
 
-def _round_prefix(block: RowBlock, layout: Layout, view: int) -> np.ndarray | None:
+def _round_prefix(block: RowBlock, layout: Layout, view: int, row: int) -> np.ndarray | None:
     if block.prefix_NSD is None:
         return None
     codec = "float16" if layout.spec.codec == "int8" else layout.spec.codec
-    rounded = round_features(block.prefix_NSD, codec)
+    rounded = round_features(block.prefix_NSD[row : row + 1], codec)
     if isinstance(rounded, Unfit):
         group, place = divmod(rounded.token, layout.spec.prefix)
-        raise _unrepresentable(rounded, block, layout, view, f"prefix token {place} of group {group}", codec)
-    return rounded.values_NLD
+        raise _unrepresentable(rounded, block.keys[row], layout, view, f"prefix token {place} of group {group}", codec)
+    return rounded.values_NLD[0]
 
 
-def _unrepresentable(
-    unfit: Unfit, block: RowBlock, layout: Layout, view: int, token: str, codec: str
-) -> Unrepresentable:
+def _unrepresentable(unfit: Unfit, key: str, layout: Layout, view: int, token: str, codec: str) -> Unrepresentable:
     remedy = "the encoder has diverged: lower train.lr and train again"
     if math.isfinite(unfit.value):
         remedy = "cut earlier" + ("" if codec == "bfloat16" else " or use cache.codec=bfloat16")
@@ -290,7 +306,7 @@ def _unrepresentable(
     if codec == "int8":
         place += f" (block {unfit.channel // spec.block} of {spec.width // spec.block})"
     return Unrepresentable(
-        f"sample {block.keys[unfit.sample]!r} view {view} {token} {place}: feature {unfit.value:g} at cut {spec.cut} "
+        f"sample {key!r} view {view} {token} {place}: feature {unfit.value:g} at cut {spec.cut} "
         f"does not fit {codec} (finite, magnitude at most {CODECS[codec].largest:.7g}); {remedy}"
     )
 

@@ -3,7 +3,7 @@ Zarr: any reader opens it. The steps of a build are in cache.writer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from zarr.codecs import BloscCname, BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
 from cache.layout import STORE, Layout, RowArray, Shard
+from cache.manifest import Buffer, as_bytes
 from cache.shard import encode_shard
 
 BLOSC_LEVEL = 5
@@ -52,21 +53,29 @@ def static_files(
 
 
 def shard_files(
-    folder: Path, layout: Layout, shard: Shard, rows: Mapping[str, np.ndarray], keys: Sequence[str]
-) -> dict[str, bytes]:
-    """The files of a shard, features first: its rows of every array, by name."""
-    return {
-        layout.file(array, shard.view, shard.first_row): _encode(rows[array.name], array, layout)
-        for array in layout.arrays
-    }
+    folder: Path, layout: Layout, shard: Shard, rows: Iterable[Mapping[str, np.ndarray]], keys: Sequence[str]
+) -> Iterator[tuple[str, Iterator[Buffer]]]:
+    """The files of a shard, features first, by name and in parts; the rows are taken while the first is written."""
+    features, *others = layout.arrays
+    kept: dict[str, list[np.ndarray]] = {array.name: [] for array in others}
+
+    def first() -> Iterator[np.ndarray]:
+        for row in rows:
+            for name, values in kept.items():
+                values.append(row[name])
+            yield row[features.name]
+
+    yield layout.file(features, shard.view, shard.first_row), _encode(first(), features, layout)
+    for array in others:
+        yield layout.file(array, shard.view, shard.first_row), _encode(kept[array.name], array, layout)
 
 
-def _encode(rows: np.ndarray, array: RowArray, layout: Layout) -> bytes:
-    # Splits cut the first axis of an entry, so the inner chunks of a shard, in order, are one contiguous array.
-    chunks = np.ascontiguousarray(rows, array.dtype).reshape(len(rows) * array.splits, -1)
+def _encode(rows: Iterable[np.ndarray], array: RowArray, layout: Layout) -> Iterator[Buffer]:
     pack = array.compression.encode()
-    contents = [blosc.compress(chunk, pack, BLOSC_LEVEL, blosc.SHUFFLE) if pack else chunk.data for chunk in chunks]
-    return encode_shard(contents, layout.shard_rows * array.splits)
+    # Splits cut the first axis of an entry, so the inner chunks of a row, in order, are one contiguous array.
+    chunks = (chunk for row in rows for chunk in np.ascontiguousarray(row, array.dtype).reshape(array.splits, -1))
+    packed = (blosc.compress(chunk, pack, BLOSC_LEVEL, blosc.SHUFFLE) if pack else as_bytes(chunk) for chunk in chunks)
+    return encode_shard(packed, layout.shard_rows * array.splits)
 
 
 def _compressors(array: RowArray) -> list[BloscCodec]:

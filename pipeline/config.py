@@ -20,7 +20,8 @@ class ClusterConfig:
     """Where the tasks that build caches run."""
 
     address: str = ""
-    """Dask scheduler to connect to; empty starts a local cluster."""
+    """Dask scheduler to connect to; empty starts a local cluster. Start its workers with two threads each: one computes
+    a shard while the other writes the one before."""
     workers: int = 0
     """Worker processes of the local cluster; 0 keeps one worker inside this process."""
     threads: int = 0

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from cache.writer import (
     create_store,
     finish,
     missing_shards,
-    stored_rows,
+    stored_row,
     write_rows,
     write_stored,
 )
@@ -188,41 +189,52 @@ def training_images(data: DataConfig, index_folder: str, digest: str) -> ImageLi
     return images
 
 
+SETUP, FORWARD = Lock(), Lock()
+"""One thread of a process at a time makes what all share, and one runs the frozen blocks."""
+
+
 def encode_shard(task: tuple[EncodeJob, Shard, Taken | None]) -> Shard:
-    """Compute and write one shard of one view: a pure function of its task, so it can run anywhere, and twice."""
+    """Compute and write one shard of one view: a pure function of its task, so it can run anywhere, and twice.
+
+    Two threads of a process are enough to keep it at the frozen blocks: while one runs them, the other writes the shard
+    before, then loads the first batches of the shard after. No more than two shards are in memory.
+    """
     job, shard, taken = task
     torch.set_num_threads(job.threads)
     folder, layout = Path(job.folder), job.layout
     rows = np.arange(shard.first_row, shard.first_row + shard.rows)
     if taken is None:
-        block = encode_rows(job, shard.view, rows)
-        write_rows(folder, layout, shard.view, shard.first_row, block, job.limit, job.batch)
+        made = encode_rows(job, shard.view, rows)
+        write_rows(folder, layout, shard.view, shard.first_row, made, job.limit, job.batch)
         return shard
     try:
-        parts = [(taken.places, taken.stored(layout), taken.keys)]
+        stored, old = taken.stored(layout), {int(place): number for number, place in enumerate(taken.places)}
     except (DamagedCache, MissingCache):  # `gc` may have removed it since
         return encode_shard((job, shard, None))
-    stored = {array.name: np.empty((shard.rows, *array.row_shape), array.dtype) for array in layout.arrays}
-    keys = np.empty(shard.rows, object)
-    if len(taken.new):
-        block = encode_rows(job, shard.view, rows[taken.new])
-        parts.append((taken.new, stored_rows(layout, shard.view, block), block.keys))
-    for places, values, names in parts:
-        keys[places] = names
-        for name, target in stored.items():
-            target[places] = values[name]
-    write_stored(folder, layout, shard, stored, tuple(keys), job.limit, job.batch)
+    new = {int(place): number for number, place in enumerate(taken.new)}
+    block = encode_rows(job, shard.view, rows[taken.new]) if new else None
+
+    def row(place: int) -> dict[str, np.ndarray]:
+        if block is None or place in old:
+            return {name: values[old[place]] for name, values in stored.items()}
+        return stored_row(layout, shard.view, block, new[place])
+
+    names = dict(zip(taken.places.tolist(), taken.keys, strict=True))
+    names |= dict(zip(taken.new.tolist(), block.keys, strict=True)) if block else {}
+    keys = [names[place] for place in range(len(rows))]
+    write_stored(folder, layout, shard, map(row, range(len(rows))), keys, job.limit, job.batch)
     return shard
 
 
 def encode_rows(job: EncodeJob, view: int, rows: np.ndarray) -> RowBlock:
     """What the frozen blocks give for some rows of a view, and what is stored beside it."""
     spec = job.layout.spec
-    encoder = frozen_encoder(job.weights, spec.weights, spec.cut, job.model, job.device)
+    with SETUP:
+        encoder = frozen_encoder(job.weights, spec.weights, spec.cut, job.model, job.device)
+        load = from_cache(job, view) if job.parent else from_images(job, spec.view_at(view))
     batches = [rows[start : start + job.batch] for start in range(0, len(rows), job.batch)]
-    load = from_cache(job, view) if job.parent else from_images(job, spec.view_at(view))
     blocks = []
-    with prefetch(load, batches, job.loader_threads, 2) as loaded, torch.inference_mode():
+    with prefetch(load, batches, job.loader_threads, 2) as loaded, FORWARD, torch.inference_mode():
         for part in loaded:
             with autocast(job.device, spec.dtype):
                 features, prefix = frozen_forward(encoder, job, part)

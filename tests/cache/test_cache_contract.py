@@ -109,7 +109,7 @@ def test_the_manifest_states_the_measured_error(whole: Path, wanted) -> None:
     assert manifest.accumulated_error == max(error.relative_rmse for error in manifest.errors)
 
 
-def test_errors_add_up_along_a_chain_and_are_refused_above_the_bound(tmp_path: Path, whole: Path, wanted) -> None:
+def test_errors_add_up_along_a_chain_and_are_refused_above_the_bound(tmp_path: Path, whole: Path, wanted, tree) -> None:
     own = read_manifest(whole).accumulated_error
     layout, shards = wanted.layout, wanted.layout.shards
     create_store(tmp_path, layout, wanted.labels_N, wanted.keys, wanted.digests_N)
@@ -118,9 +118,11 @@ def test_errors_add_up_along_a_chain_and_are_refused_above_the_bound(tmp_path: P
     with pytest.raises(TooCoarse, match=rf"loses {own:.4f} .* at cut 3 after 0.2500 .* cache.max_error = 0.25"):
         finish(tmp_path, layout, ErrorLimit(0.25, 0.25))
     assert finish(tmp_path, layout, ErrorLimit(0.25, 0.5)).accumulated_error == 0.25 + own
+    create_store(tmp_path / "b", layout, wanted.labels_N, wanted.keys, wanted.digests_N)
+    before = tree(tmp_path / "b")
     with pytest.raises(TooCoarse, match=r"cache.max_error = 1e-09"):
         write_rows(tmp_path / "b", layout, 0, 0, wanted.block(shards[0]), ErrorLimit(0.0, 1e-9))
-    assert not (tmp_path / "b").exists()
+    assert tree(tmp_path / "b") == before, "not even a part of the shard is left"
 
 
 @settings(max_examples=60, deadline=None)

@@ -18,7 +18,7 @@ from cache.shard import ShardReader, encode_shard
 @given(chunks=st.lists(st.none() | st.binary(min_size=1, max_size=40), max_size=6), spare=st.integers(1, 3))
 def test_chunks_round_trip(tmp_path_factory: pytest.TempPathFactory, chunks: list[bytes | None], spare: int) -> None:
     path = tmp_path_factory.mktemp("shard") / "0"
-    path.write_bytes(encode_shard(chunks, len(chunks) + spare))
+    path.write_bytes(b"".join(encode_shard(chunks, len(chunks) + spare)))
     reader = ShardReader(path, LocalFile(path), len(chunks) + spare)
     for number, chunk in enumerate([*chunks, *[None] * spare]):
         if chunk is None:
@@ -32,7 +32,7 @@ def test_chunks_round_trip(tmp_path_factory: pytest.TempPathFactory, chunks: lis
 
 
 def test_size_is_chunks_and_index() -> None:
-    assert len(encode_shard([b"abc", None, b"de"], 4)) == (3 + 4) + (2 + 4) + 4 * 16 + 4
+    assert len(b"".join(encode_shard([b"abc", None, b"de"], 4))) == (3 + 4) + (2 + 4) + 4 * 16 + 4
 
 
 def test_reads_what_zarr_python_writes(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_reads_what_zarr_python_writes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", [0, 1, 30, 67, 80])
 def test_truncated_file_is_refused(tmp_path: Path, kept: int) -> None:
-    content = encode_shard([b"x" * 9], 4)
+    content = b"".join(encode_shard([b"x" * 9], 4))
     assert len(content) == 81
     (tmp_path / "0").write_bytes(content[:kept])
     with pytest.raises(DamagedCache, match=f"{tmp_path}/0 (is empty|has a damaged index)"):
@@ -69,7 +69,7 @@ def test_a_file_cut_short_while_it_is_open_is_damage_and_no_crash(
 ) -> None:
     """Touching what has been cut off a map would end the process by SIGBUS."""
     path = tmp_path / "0"
-    path.write_bytes(encode_shard([b"x" * 5000, b"y" * 5000], 2))
+    path.write_bytes(b"".join(encode_shard([b"x" * 5000, b"y" * 5000], 2)))
     reader = ShardReader(path, kind(path), 2)
     os.truncate(path, 7000)
     out = np.empty((1, 5000), np.uint8)

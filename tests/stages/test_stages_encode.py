@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Condition, Lock
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from models.mim import raster_order
 from models.spec import FeatureSpec
 from models.targets import normalize_images, patchify
 from models.vit import Encoder, build_encoder, frozen_hash
+from stages import encode
 from stages.config import DataConfig
 from stages.encode import EncodeJob, build, encode_shard
 from stages.images import open_data
@@ -178,6 +180,39 @@ def test_features_that_float16_cannot_hold_stop_the_build_by_name(tmp_path: Path
     spec = replace(one.layout.spec, weights=frozen_hash(state, 2))
     with pytest.raises(Unrepresentable, match=rf"{IMAGES.keys[0]}.* 65504"):
         list(build(replace(one, layout=replace(one.layout, spec=spec)), IMAGES, serial))
+
+
+def test_a_shard_is_computed_while_the_one_before_is_written(
+    tmp_path: Path, weights: Path, encoder: Encoder, monkeypatch
+) -> None:
+    from pipeline.cluster import task_runner
+    from pipeline.config import ClusterConfig
+
+    forward, write = encode.frozen_forward, encode.write_rows
+    running, changed, forwards, writes = Lock(), Condition(), [], []
+
+    def watched(*args):
+        assert running.acquire(blocking=False), "one forward at a time"
+        try:
+            return forward(*args)
+        finally:
+            running.release()
+            with changed:
+                forwards.append(1)
+                changed.notify_all()
+
+    def late(*args):
+        with changed:
+            writes.append(1)
+            before = 3 * len(writes)  # batches of the shards that are computed
+            assert before == 18 or changed.wait_for(lambda: len(forwards) > before, 20), "the next is not computed"
+        return write(*args)
+
+    monkeypatch.setattr(encode, "frozen_forward", watched)
+    monkeypatch.setattr(encode, "write_rows", late)
+    one = job(tmp_path / "a", weights, encoder, 2, 4)
+    with task_runner(ClusterConfig()) as run:
+        assert list(build(one, IMAGES, run))[-1] == (6, 6)
 
 
 @pytest.mark.slow
