@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import socket
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -25,13 +26,17 @@ class User:
     host: str
     caches: tuple[str, ...]
     """Names of the caches that its settings ask for, as they were when it last looked."""
+    root: str
+    """The folder of the caches, as it was called then."""
     file: str = ""
     """Where this is noted."""
 
     @property
     def gone(self) -> bool:
-        """Whether its folder is no longer there; of another host's nobody knows unless it is seen from here."""
-        return self.host == socket.gethostname() and not Path(self.run).exists()
+        """Whether its folder is no longer there, or it used the folder that these caches were copied or moved from; of
+        another host's runs nobody here knows."""
+        here = os.path.realpath(Path(self.file).parents[2])
+        return self.host == socket.gethostname() and (not Path(self.run).exists() or self.root != here)
 
     def __str__(self) -> str:
         here = "" if self.host == socket.gethostname() else f" of {self.host} (no longer there? delete {self.file})"
@@ -45,7 +50,7 @@ def register(root: Path, run: Path, caches: Iterable[str]) -> None:
     """
     host, path = socket.gethostname(), str(run.absolute())
     name = hashlib.sha256(f"{host}\n{path}".encode()).hexdigest()[:16]
-    user = User(path, host, tuple(sorted(set(caches))))
+    user = User(path, host, tuple(sorted(set(caches))), os.path.realpath(root))
     with hold_store(root):
         file = root.absolute() / ASIDE / "users" / f"{name}.json"
         content = json.dumps({key: value for key, value in asdict(user).items() if key != "file"}).encode()
@@ -59,7 +64,7 @@ def users(root: Path) -> list[User]:
     for file in sorted((root.absolute() / ASIDE / "users").glob("*.json")):
         try:
             values = json.loads(file.read_text())
-            user = User(values["run"], values["host"], tuple(values["caches"]), str(file))
+            user = User(values["run"], values["host"], tuple(values["caches"]), values["root"], str(file))
         except (ValueError, KeyError, TypeError) as error:
             raise CacheError(
                 f"{file} does not say which run uses which caches ({error}); delete it, and run any verb but gc in the "

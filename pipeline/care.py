@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from cache.errors import CacheError
+from cache.errors import CacheError, DamagedCache, MissingCache, StaleCache
 from cache.layout import TARS
 from cache.lock import hold_cache
 from cache.manifest import MANIFEST, read_manifest
@@ -65,6 +65,13 @@ def repair(desk: Desk, need: Need) -> None:
     folder = desk.wanted.cache_folder(spec) if spec else None
     if folder is None or not folder.exists() or in_progress(folder):
         return
+    try:
+        read_manifest(folder)
+    except StaleCache as error:  # nothing is damaged, and nothing of it is of use
+        desk.log.message(f"{folder}: {error}")
+        return
+    except (DamagedCache, MissingCache):
+        pass
     damages = check(folder)
     whole = not any(damage.file == MANIFEST for damage in damages)
     if not whole and restore_manifest(folder):

@@ -1,5 +1,5 @@
 """Caches that several runs share (`cache.root`, CACHE_ROOT): which of them this run uses, noted where other runs look
-before they clear up, and what those have cost that another run has built. Free of torch."""
+before they clear up. Free of torch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from pathlib import Path
 
 from cache.errors import CacheError, MissingCache
 from cache.lock import CacheBusy, hold_cache, hold_store
-from cache.users import User, read_cost, register, users
+from cache.users import User, register, users
 from cache.verify import remove_cache
 from pipeline.decide import Wanted, all_needs
-from pipeline.layout import StagePaths
 from pipeline.needs import Need
-from pipeline.seconds import read_seconds
 
 
 def used(wanted: Wanted, more: Iterable[Need] = ()) -> set[Path]:
@@ -48,14 +46,3 @@ def remove_unused(wanted: Wanted, folder: Path) -> str:
     except CacheBusy as error:
         return str(error)
     return ""
-
-
-def seconds_elsewhere(wanted: Wanted, need: Need, paths: StagePaths) -> float | None:
-    """What other runs have spent on building a cache that this one found; None where it did not build it and nobody
-    noted what it cost."""
-    spec = wanted.spec(need)
-    assert spec is not None, "the cache was built or found"
-    own, total = read_seconds(paths, spec.fingerprint), read_cost(wanted.cache_folder(spec))
-    if total is None:
-        return 0.0 if own else None
-    return max(0.0, total - own)

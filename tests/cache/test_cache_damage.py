@@ -280,10 +280,12 @@ def test_users_are_the_runs_that_are_still_there(tmp_path: Path) -> None:
         (str(runs[0]), ("cut-1-x",)),
         (str(runs[1]), ("cut-1-x", "cut-2-b")),
     }
+    shutil.copytree(tmp_path / "store", tmp_path / "copy")
+    assert users(tmp_path / "copy") == [], "they use what was copied, not the copy"
     runs[1].rmdir()
     assert [user.run for user in users(tmp_path / "store")] == [str(runs[0])]
     (file,) = [user.file for user in users(tmp_path / "store")]
-    Path(file).write_text(json.dumps({"run": str(runs[1]), "host": "elsewhere", "caches": ["cut-1-x"]}))
+    Path(file).write_text(json.dumps({"run": str(runs[1]), "host": "elsewhere", "caches": ["cut-1-x"], "root": "r"}))
     (far,) = users(tmp_path / "store")
     assert str(far) == f"{runs[1]} of elsewhere (no longer there? delete {file})", "nobody here knows, so it counts"
     Path(file).write_text("{")

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from cache.errors import CacheError
 from cache.lock import hold_cache
-from cache.manifest import read_manifest
+from cache.manifest import atomic_write, read_manifest, seal
 from cache.users import read_cost
 from cache.verify import verify_cache
 from pipeline import care, runner, speedup
@@ -22,8 +23,7 @@ from pipeline.config import PipelineConfig
 from pipeline.decide import Wanted, judge_all
 from pipeline.job import Interrupted, Job
 from pipeline.layout import RunPaths
-from pipeline.seconds import read_seconds
-from pipeline.work import sum_known
+from pipeline.seconds import read_seconds, sum_known
 from tests.cache.conftest import files_of
 from tests.pipeline.toy import StopAfter, job, record, same, toy, weights
 
@@ -43,9 +43,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def shared(first: Path, tmp_path: Path) -> Path:
-    place = shutil.copytree(first, tmp_path / "place")
-    shutil.rmtree(place / "store/.permafrost/users")  # it names the run that was copied, where it still is
-    return place
+    return shutil.copytree(first, tmp_path / "place")
 
 
 def test_a_second_run_builds_nothing_says_from_where_and_owes_what_the_first_has_paid(
@@ -84,6 +82,8 @@ def test_a_build_that_two_runs_share_counts_each_second_once(tmp_path: Path) -> 
     store = tmp_path / "store"
     with pytest.raises(Interrupted, match=r"cache 1 has \d of 6 shards"):
         runner.run_cache(sharing(tmp_path / "a", store, target=1, stop=StopAfter(8)))
+    for receipt in store.glob("cut-1-*/receipts/view_1-*"):  # what was under way may have been done all the same
+        receipt.unlink()
     runner.run_stage(sharing(tmp_path / "b", store, target=1))
     (folder,) = store.glob("cut-1-*")
     fingerprint = read_manifest(folder).fingerprint
@@ -206,3 +206,18 @@ def test_a_lost_manifest_costs_no_shard(shared: Path, how: str, capsys: pytest.C
     assert "manifest.json was damaged, its copy is in its place" in capsys.readouterr().out
     assert files_of(folder) == whole and all(path.stat().st_mtime_ns == time for path, time in times.items())
     assert all(verdict.current for verdict in judge_all(Wanted(toy(), RunPaths(shared / "first", store)))[:5])
+
+
+@pytest.mark.parametrize("version", [1, 99])
+def test_a_repair_leaves_a_cache_of_another_version_alone(shared: Path, version: int, capsys) -> None:
+    folder = first_caches(shared)[0]
+    atomic_write(folder / "manifest.json", seal({**read_manifest(folder).to_dict(), "format": version}))
+    before = files_of(folder)
+    repairing = sharing(shared / "first", shared / "store")
+    if version == 1:
+        care.run_repair(repairing)
+        assert "has format 1, this version reads" in capsys.readouterr().out
+    else:
+        with pytest.raises(CacheError, match=r"has format 99, .* a later version made it and may need it; update"):
+            care.run_repair(repairing)
+    assert files_of(folder) == before
