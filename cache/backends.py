@@ -23,7 +23,9 @@ READERS: dict[str, type[RowReader]] = {"zarr": ZarrCache, "webdataset": TarCache
 class Files(Protocol):
     """What a backend's writer makes of a cache; cache.writer puts it on disk, safely."""
 
-    def static_files(self, layout: Layout, labels: np.ndarray, keys: Sequence[str]) -> dict[str, bytes]:
+    def static_files(
+        self, layout: Layout, labels: np.ndarray, keys: Sequence[str], digests: np.ndarray
+    ) -> dict[str, bytes]:
         """Content of the files that hold no rows of a view, by name."""
         ...
 

@@ -21,7 +21,7 @@ from cache.layout import Layout
 from models.spec import FeatureSpec
 
 Buffer = bytes | memoryview
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 
 
@@ -71,6 +71,8 @@ class CacheManifest:
     errors: tuple[ViewError, ...]
     accumulated_error: float
     """The largest relative RMSE of a view, plus that of every cache that this one continues."""
+    kin: str
+    """Caches of one kin hold equal numbers for equal samples and views (`FeatureSpec.kin`)."""
     backend: str = "zarr"
     compression: str = ""
     format: int = FORMAT
@@ -108,6 +110,7 @@ class CacheManifest:
             "fingerprint": self.fingerprint,
             "parent": self.parent,
             "spec": self.spec.to_dict(),
+            "kin": self.kin,
             "num_samples": self.num_samples,
             "num_tokens": self.num_tokens,
             "width": self.width,
@@ -132,6 +135,7 @@ class CacheManifest:
             stats=tuple(ViewStats(**stats) for stats in values["stats"]),
             errors=tuple(ViewError(**error) for error in values["errors"]),
             accumulated_error=values["accumulated_error"],
+            kin=values["kin"],
             backend=values["backend"],
             compression=values["compression"],
             format=values["format"],

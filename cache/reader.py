@@ -64,13 +64,13 @@ class RowReader(ABC):
             # Metadata, labels and keys are read once, so they are hashed here; shards are checked chunk by chunk.
             if verify or entry.rows == 0:
                 _require_whole(folder, entry)
-        self._labels, self._keys = self._labels_and_keys()
+        self.labels, self.keys, self.digests = self._samples()
         self._local = threading.local()
         self._mapped = sum(entry.bytes for entry in self._entries.values()) <= memory
 
     @abstractmethod
-    def _labels_and_keys(self) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) int64 labels and (N,) keys."""
+    def _samples(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(N,) int64 labels, (N,) keys and (N, 32) uint8 sha256 of the images."""
 
     @abstractmethod
     def _locate(self, array: RowArray, view: int, row: int) -> tuple[Chunks, int]:
@@ -109,8 +109,8 @@ class RowReader(ABC):
             features_BLD=self._restored("features", codec, rows_B, view, group, into),
             ids_BL=ids_BL,
             pixels_BLP=self._pixels(rows_B, view, into) if "pixels" in self._arrays else None,
-            labels_B=torch.from_numpy(self._labels[rows_B]),
-            keys=tuple(self._keys[rows_B]),
+            labels_B=torch.from_numpy(self.labels[rows_B]),
+            keys=tuple(self.keys[rows_B]),
             prefix_BSD=prefix_BSD,
         )
 

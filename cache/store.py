@@ -53,6 +53,21 @@ class CacheReader(Protocol):
     @property
     def manifest(self) -> CacheManifest: ...
 
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) int64, -1 where unknown."""
+        ...
+
+    @property
+    def keys(self) -> np.ndarray:
+        """(N,) strings."""
+        ...
+
+    @property
+    def digests(self) -> np.ndarray:
+        """(N, 32) uint8: sha256 of the images that the samples were made of."""
+        ...
+
     def __len__(self) -> int: ...
 
     def read(
@@ -62,6 +77,10 @@ class CacheReader(Protocol):
 
         The batch lies in memory of `into`, and is overwritten when that is handed to another call.
         """
+        ...
+
+    def stored(self, name: str, rows_B: np.ndarray, view: int = 0, group: int | None = None) -> np.ndarray:
+        """(B, ...): an array's rows as they are stored."""
         ...
 
     def crops(self, rows: Sequence[int] | np.ndarray, view: int = 0) -> np.ndarray:

@@ -90,10 +90,10 @@ def encode_tar(
                 before, begin, crc = b"", offset, 0
 
 
-def encode_index(index: Sequence[tuple[int, int, int, int]], rows: int) -> bytes:
-    """The index of a tar as a .npy file."""
+def npy(values: np.ndarray) -> bytes:
+    """A .npy file."""
     out = io.BytesIO()
-    np.save(out, np.array(index, "<u8").reshape(rows, -1, COLUMNS), allow_pickle=False)
+    np.save(out, values, allow_pickle=False)
     return out.getvalue()
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from cache import reader
 from cache.errors import DamagedCache
-from cache.layout import KEYS, LABELS, RowArray, Shard
+from cache.layout import DIGESTS, KEYS, LABELS, RowArray, Shard
 from cache.manifest import checksum
 from cache.reader import Chunks, RowReader
 from cache.tar import TarShard
@@ -30,9 +30,9 @@ class TarCache(RowReader):
         self._first = dict(zip((array.name for array in arrays), starts, strict=False))
         self._shard: Callable[[int, int], TarShard] = lru_cache(reader.OPEN_SHARDS)(self._open_shard)
 
-    def _labels_and_keys(self) -> tuple[np.ndarray, np.ndarray]:
+    def _samples(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         keys = json.loads((self.folder / KEYS).read_text(encoding="utf-8"))
-        return np.load(self.folder / LABELS), np.array(keys, object)
+        return np.load(self.folder / LABELS), np.array(keys, object), np.load(self.folder / DIGESTS)
 
     def _locate(self, array: RowArray, view: int, row: int) -> tuple[Chunks, int]:
         number, place = divmod(row, self._layout.shard_rows)

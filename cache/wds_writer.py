@@ -3,23 +3,26 @@ indexes, the labels and the keys, which no reader but ours needs. The steps of a
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from cache.layout import KEYS, LABELS, Layout, Shard
+from cache.layout import DIGESTS, KEYS, LABELS, Layout, Shard
 from cache.manifest import Buffer
-from cache.tar import encode_index, encode_tar
+from cache.tar import COLUMNS, encode_tar, npy
 
 
-def static_files(layout: Layout, labels: np.ndarray, keys: Sequence[str]) -> dict[str, bytes]:
-    """Files that hold no rows of a view: labels and keys, by name."""
-    out = io.BytesIO()
-    np.save(out, np.asarray(labels, "<i8"), allow_pickle=False)
-    return {LABELS: out.getvalue(), KEYS: json.dumps(list(keys), ensure_ascii=False).encode()}
+def static_files(
+    layout: Layout, labels: np.ndarray, keys: Sequence[str], digests: np.ndarray
+) -> dict[str, bytes]:
+    """Files that hold no rows of a view: labels, keys and digests, by name."""
+    return {
+        LABELS: npy(np.asarray(labels, "<i8")),
+        KEYS: json.dumps(list(keys), ensure_ascii=False).encode(),
+        DIGESTS: npy(np.asarray(digests, "|u1")),
+    }
 
 
 def shard_files(
@@ -30,4 +33,4 @@ def shard_files(
     tar, index_name = layout.files(shard)
     index: list[tuple[int, int, int, int]] = []
     yield tar, encode_tar(layout.arrays, rows, keys, labels, index)
-    yield index_name, [encode_index(index, shard.rows)]
+    yield index_name, [npy(np.array(index, "<u8").reshape(shard.rows, -1, COLUMNS))]

@@ -92,13 +92,16 @@ class ErrorLimit:
 NO_LIMIT = ErrorLimit()
 
 
-def create_store(folder: Path, layout: Layout, labels: np.ndarray, keys: Sequence[str]) -> None:
-    """Writes metadata, labels and keys. Does nothing to what is there already and as it should be."""
+def create_store(
+    folder: Path, layout: Layout, labels: np.ndarray, keys: Sequence[str], digests: np.ndarray
+) -> None:
+    """Writes metadata, labels, keys and digests (N, 32), the sha256 of the images. Does nothing to what is there and as
+    it should be."""
     if _finished(folder, layout):
         return
-    assert len(labels) == len(keys) == layout.num_samples
+    assert len(labels) == len(keys) == len(digests) == layout.num_samples
     entries = []
-    for name, content in files_of(layout.backend).static_files(layout, labels, keys).items():
+    for name, content in files_of(layout.backend).static_files(layout, labels, keys, digests).items():
         entry = ShardEntry(name, 0, 0, len(content), checksum(content))
         if find_damage(folder, entry):
             atomic_write(folder / entry.name, content)
@@ -118,6 +121,13 @@ def missing_shards(folder: Path, layout: Layout) -> list[Shard]:
     return [shard for shard in layout.shards if not is_whole(shard)]
 
 
+ROWS_AHEAD = 4
+"""Rows that are rounded and not yet written: few enough to be still in the processor's cache."""
+
+Row = Mapping[str, np.ndarray]
+"""What is stored of one sample, by array."""
+
+
 def write_rows(
     folder: Path, layout: Layout, view: int, first_row: int, block: RowBlock, limit: ErrorLimit = NO_LIMIT
 ) -> list[ShardEntry]:
@@ -127,36 +137,12 @@ def write_rows(
     Unrepresentable, naming the value; TooCoarse when the shard alone is above the limit, and CacheError on a full disk.
     """
     shard = Shard(view, first_row, len(block.keys))
-    assert shard in layout.shards, f"{shard} is no shard of the layout: one writer per shard"
-    found_N6 = np.empty((shard.rows, len(Moments._fields)))
-
-    def make(row: int) -> Mapping[str, np.ndarray]:
-        values, found_N6[row] = _stored_row(block, layout, view, row)
-        return values
-
-    with prefetch(make, range(shard.rows), 1, ROWS_AHEAD) as made:
-
-        def rows() -> Iterator[Mapping[str, np.ndarray]]:
-            yield from made
-            found = Moments.join(found_N6)  # before the file gets its name
-            limit.check(relative_rmse(found.error_squares, found.given_squares), layout.spec)
-
-        entries: list[ShardEntry] = []
-        size = sum(array.shard_bytes(shard.rows, layout.shard_rows) for array in layout.arrays)
-        for name, parts in files_of(layout.backend).shard_files(folder, layout, shard, rows(), block.keys):
-            written, digest = atomic_stream(folder / name, parts, size)
-            found = None if entries else tuple(Moments.join(found_N6))
-            entries.append(ShardEntry(name, first_row, shard.rows, written, digest, found))
-    write_receipt(folder, layout, receipt_name(shard), entries)
-    return entries
+    with prefetch(lambda row: stored_row(layout, view, block, row), range(shard.rows), 1, ROWS_AHEAD) as rows:
+        return write_stored(folder, layout, shard, rows, block.keys, limit)
 
 
-ROWS_AHEAD = 4
-"""Rows that are rounded and not yet written: few enough to be still in the processor's cache."""
-
-
-def _stored_row(block: RowBlock, layout: Layout, view: int, row: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """What is stored of one row, by array, and its moments."""
+def stored_row(layout: Layout, view: int, block: RowBlock, row: int) -> Row:
+    """A row of a block as it is stored. Unrepresentable, naming the value."""
     rounded, prefix_SD = _round(block, layout, view, row), _round_prefix(block, layout, view, row)
     given = {
         "features": rounded.values_NLD[0],
@@ -165,18 +151,47 @@ def _stored_row(block: RowBlock, layout: Layout, view: int, row: int) -> tuple[d
         "token_ids": None if block.token_ids_NL is None else block.token_ids_NL[row],
         "pixels": None if block.pixels_NLP is None else block.pixels_NLP[row],
         "prefix": prefix_SD,
+        "moments": moments(block.features_NLD[row : row + 1], rounded, layout.spec.codec)[0],
     }
     stored = {}
     for array in layout.arrays:
         values = given[array.name]
-        assert values is not None and values.shape == array.row_shape, f"{array} in a block of the spec"
-        stored[array.name] = values
-    return stored, moments(block.features_NLD[row : row + 1], rounded, layout.spec.codec)[0]
+        assert values is not None and values.shape == array.row_shape, f"{array} in the block"
+        stored[array.name] = values.astype(array.dtype, copy=False)
+    return stored
 
 
-def finish(folder: Path, layout: Layout, limit: ErrorLimit = NO_LIMIT) -> CacheManifest:
-    """Declares the cache finished. CacheError when a shard is still missing, TooCoarse when it lost more than it may;
-    a second call changes nothing."""
+def write_stored(
+    folder: Path, layout: Layout, shard: Shard, rows: Iterable[Row], keys: Sequence[str], limit: ErrorLimit = NO_LIMIT
+) -> list[ShardEntry]:
+    """`write_rows` of what is as it is stored already."""
+    assert shard in layout.shards, f"{shard} is no shard of the layout: one writer per shard"
+    measured: list[np.ndarray] = []
+
+    def watched() -> Iterator[Row]:
+        for row in rows:
+            measured.append(row["moments"])
+            yield row
+        found = Moments.join(measured)  # before the first file gets its name
+        limit.check(relative_rmse(found.error_squares, found.given_squares), layout.spec)
+
+    entries: list[ShardEntry] = []
+    size = sum(array.shard_bytes(shard.rows, layout.shard_rows) for array in layout.arrays)
+    for name, parts in files_of(layout.backend).shard_files(folder, layout, shard, watched(), keys):
+        written, digest = atomic_stream(folder / name, parts, size)
+        found = None if entries else tuple(Moments.join(measured))
+        entries.append(ShardEntry(name, shard.first_row, shard.rows, written, digest, found))
+    write_receipt(folder, layout, receipt_name(shard), entries)
+    return entries
+
+
+def finish(
+    folder: Path, layout: Layout, limit: ErrorLimit = NO_LIMIT, parent_kin: str = ""
+) -> CacheManifest:
+    """Declares the cache finished; a second call changes nothing. parent_kin: the kin of the cache that it continues.
+
+    CacheError when a shard is still missing, TooCoarse when it lost more than it may.
+    """
     manifest = _finished(folder, layout)
     if manifest is None:
         names = [STORE_RECEIPT, *(receipt_name(shard) for shard in layout.shards)]
@@ -199,6 +214,7 @@ def finish(folder: Path, layout: Layout, limit: ErrorLimit = NO_LIMIT) -> CacheM
             stats=stats,
             errors=errors,
             accumulated_error=limit.inherited + worst,
+            kin=layout.spec.kin(parent_kin),
             backend=layout.backend,
             compression=layout.compression,
         )

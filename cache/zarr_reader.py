@@ -22,11 +22,12 @@ class ZarrCache(RowReader):
         super().__init__(folder, verify, memory)
         self._shard: Callable[[str, int], ShardReader] = lru_cache(reader.OPEN_SHARDS)(self._open_shard)
 
-    def _labels_and_keys(self) -> tuple[np.ndarray, np.ndarray]:
-        return np.frombuffer(self._static("labels"), "<i8"), VLenUTF8().decode(self._static("keys"))
+    def _samples(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        digests = np.frombuffer(self._static("digests/c/0/0"), np.uint8).reshape(len(self), -1)
+        return np.frombuffer(self._static("labels/c/0"), "<i8"), VLenUTF8().decode(self._static("keys/c/0")), digests
 
     def _static(self, name: str) -> bytes:
-        return (self.folder / STORE / name / "c/0").read_bytes()[:-CRC_BYTES]
+        return (self.folder / STORE / name).read_bytes()[:-CRC_BYTES]
 
     def _locate(self, array: RowArray, view: int, row: int) -> tuple[Chunks, int]:
         shard_rows = self._layout.shard_rows

@@ -24,11 +24,13 @@ BLOSC_LEVEL = 5
 blosc.use_threads = False
 
 
-def static_files(layout: Layout, labels: np.ndarray, keys: Sequence[str]) -> dict[str, bytes]:
-    """Files that hold no rows of a view: metadata, labels and keys, by name."""
+def static_files(
+    layout: Layout, labels: np.ndarray, keys: Sequence[str], digests: np.ndarray
+) -> dict[str, bytes]:
+    """Files that hold no rows of a view: metadata, labels, keys and digests, by name."""
     files: dict[str, Any] = {}
     root = zarr.create_group(MemoryStore(files), zarr_format=3)
-    settings: dict[str, Any] = {"chunks": (len(keys),), "compressors": [Crc32cCodec()]}
+    settings: dict[str, Any] = {"compressors": [Crc32cCodec()]}
     for view in range(layout.spec.views):
         for array in layout.arrays:
             root.create_array(
@@ -43,8 +45,9 @@ def static_files(layout: Layout, labels: np.ndarray, keys: Sequence[str]) -> dic
             )
     # Zarr leaves out chunks that equal the fill value; here a chunk that is missing is damage.
     with zarr.config.set({"array.write_empty_chunks": True}):
-        root.create_array("labels", data=np.asarray(labels, "<i8"), **settings)
-        stored_keys = root.create_array("keys", shape=(len(keys),), dtype=str, **settings)
+        root.create_array("labels", data=np.asarray(labels, "<i8"), chunks=(len(keys),), **settings)
+        root.create_array("digests", data=np.asarray(digests, "|u1"), chunks=digests.shape, **settings)
+        stored_keys = root.create_array("keys", shape=(len(keys),), dtype=str, chunks=(len(keys),), **settings)
         stored_keys[:] = np.asarray(keys, dtype=object)
     return {f"{STORE}/{name}": content.to_bytes() for name, content in sorted(files.items())}
 

@@ -23,7 +23,7 @@ def build_cache(desk: Desk, need: Need, paths: StagePaths) -> None:
     spec = job.layout.spec
     spent, started = read_seconds(paths, spec.fingerprint), time.perf_counter()
     with task_runner(wanted.config.cluster) as run:
-        for done, total in build(job, wanted.data.train, run):
+        for done, total in build(job, wanted.data.train, run, desk.log.message):
             seconds = spent + time.perf_counter() - started
             write_seconds(paths, spec.fingerprint, seconds)
             desk.log(need.tag | {"cut": spec.cut, "shard": done, "shards": total, "cache_seconds": seconds})

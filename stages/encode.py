@@ -16,12 +16,23 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cache import open_cache
-from cache.errors import StaleCache
+from cache.adopt import Taken, find_donor
+from cache.errors import DamagedCache, StaleCache
 from cache.layout import Layout, Shard
 from cache.loader import prefetch
 from cache.manifest import read_manifest
 from cache.size import check_space
-from cache.writer import NO_LIMIT, ErrorLimit, RowBlock, create_store, finish, missing_shards, write_rows
+from cache.writer import (
+    NO_LIMIT,
+    ErrorLimit,
+    RowBlock,
+    create_store,
+    finish,
+    missing_shards,
+    stored_row,
+    write_rows,
+    write_stored,
+)
 from models.config import ModelConfig
 from models.masking import take_tokens
 from models.targets import normalize_images, patchify
@@ -60,21 +71,39 @@ class EncodeJob:
 RunTasks = Callable[[Callable[[Any], Shard], Sequence[Any]], Iterator[Shard]]
 
 
-def build(job: EncodeJob, images: ImageList, run: RunTasks) -> Iterator[tuple[int, int]]:
+def build(
+    job: EncodeJob, images: ImageList, run: RunTasks, tell: Callable[[str], None] = lambda line: None
+) -> Iterator[tuple[int, int]]:
     """Build what is missing of a cache; yields (shards done, shards in all) after each. Raises CacheError.
 
-    `run` maps `encode_shard` over tasks anywhere and yields as they are done. What is made stays when the caller stops.
+    What a finished cache beside it has of the same samples and views is taken over, and told. `run` maps `encode_shard`
+    over tasks anywhere and yields as they are done. What is made stays when the caller stops.
     """
-    folder = Path(job.folder)
+    folder, layout, parent_kin = Path(job.folder), job.layout, ""
     if job.parent:
-        job = replace(job, limit=replace(job.limit, inherited=read_manifest(job.parent).accumulated_error))
-        job.limit.check(0.0, job.layout.spec)
-    check_space(folder, job.layout)
-    create_store(folder, job.layout, images.labels, images.keys)
-    missing, total = missing_shards(folder, job.layout), len(job.layout.shards)
-    for count, _ in enumerate(run(encode_shard, [(job, shard) for shard in missing]), start=1):
-        yield total - len(missing) + count, total
-    finish(folder, job.layout, job.limit)
+        parent = read_manifest(job.parent)
+        job, parent_kin = replace(job, limit=replace(job.limit, inherited=parent.accumulated_error)), parent.kin
+        job.limit.check(0.0, layout.spec)
+    check_space(folder, layout)
+    create_store(folder, layout, images.labels, images.keys, images.digests)
+    donor = None
+    if missing := missing_shards(folder, layout):
+        kin = layout.spec.kin(parent_kin)
+        donor = find_donor(folder, layout, kin, images.labels, images.keys, images.digests)
+    if donor:
+        missing = [shard for shard in missing if not donor.link(folder, layout, shard)]
+    tasks = [(job, shard, donor.taken(layout, shard) if donor else None) for shard in missing]
+    if donor:
+        new = sum(shard.rows if taken is None else len(taken.new) for _, shard, taken in tasks)
+        total = layout.num_samples * layout.spec.views
+        tell(f"{total - new} of {total} rows are taken over from {donor.folder} or there already, {new} are computed")
+    done = len(layout.shards) - len(missing)
+    if donor and done:
+        yield done, len(layout.shards)
+    for _ in run(encode_shard, tasks):
+        done += 1
+        yield done, len(layout.shards)
+    finish(folder, layout, job.limit, parent_kin)
 
 
 @dataclass(frozen=True)
@@ -128,19 +157,44 @@ SETUP, FORWARD = Lock(), Lock()
 """One thread of a process at a time makes what all share, and one runs the frozen blocks."""
 
 
-def encode_shard(task: tuple[EncodeJob, Shard]) -> Shard:
+def encode_shard(task: tuple[EncodeJob, Shard, Taken | None]) -> Shard:
     """Compute and write one shard of one view: a pure function of its task, so it can run anywhere, and twice.
 
     Two threads of a process are enough to keep it at the frozen blocks: while one runs them, the other writes the shard
     before, then loads the first batches of the shard after. No more than two shards are in memory.
     """
-    job, shard = task
+    job, shard, taken = task
     torch.set_num_threads(job.threads)
+    folder, layout = Path(job.folder), job.layout
+    rows = np.arange(shard.first_row, shard.first_row + shard.rows)
+    if taken is None:
+        write_rows(folder, layout, shard.view, shard.first_row, encode_rows(job, shard.view, rows), job.limit)
+        return shard
+    try:
+        parts = [(taken.places, taken.stored(layout), taken.keys)]
+    except DamagedCache:
+        return encode_shard((job, shard, None))
+    stored = {array.name: np.empty((shard.rows, *array.row_shape), array.dtype) for array in layout.arrays}
+    keys = np.empty(shard.rows, object)
+    if len(taken.new):
+        block = encode_rows(job, shard.view, rows[taken.new])
+        made = [stored_row(layout, shard.view, block, row) for row in range(len(taken.new))]
+        parts.append((taken.new, {name: np.stack([row[name] for row in made]) for name in stored}, block.keys))
+    for places, values, names in parts:
+        keys[places] = names
+        for name, target in stored.items():
+            target[places] = values[name]
+    whole = ({name: values[row] for name, values in stored.items()} for row in range(shard.rows))
+    write_stored(folder, layout, shard, whole, tuple(keys), job.limit)
+    return shard
+
+
+def encode_rows(job: EncodeJob, view: int, rows: np.ndarray) -> RowBlock:
+    """What the frozen blocks give for some rows of a view, and what is stored beside it."""
     spec = job.layout.spec
     with SETUP:
         encoder = frozen_encoder(job.weights, spec.weights, spec.cut, job.model, job.device)
-        load = from_cache(job, shard.view) if job.parent else from_images(job, shard.view)
-    rows = np.arange(shard.first_row, shard.first_row + shard.rows)
+        load = from_cache(job, view) if job.parent else from_images(job, spec.view_at(view))
     batches = [rows[start : start + job.batch] for start in range(0, len(rows), job.batch)]
     blocks = []
     with prefetch(load, batches, job.loader_threads, 2) as loaded, FORWARD, torch.inference_mode():
@@ -148,8 +202,7 @@ def encode_shard(task: tuple[EncodeJob, Shard]) -> Shard:
             with autocast(job.device, spec.dtype):
                 features, prefix = frozen_forward(encoder, job, part)
             blocks.append(part.block(features, prefix))
-    write_rows(Path(job.folder), job.layout, shard.view, shard.first_row, RowBlock.join(blocks), job.limit)
-    return shard
+    return RowBlock.join(blocks)
 
 
 def frozen_forward(encoder: Encoder, job: EncodeJob, part: Part) -> tuple[Tensor, Tensor]:

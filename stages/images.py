@@ -48,6 +48,12 @@ class ImageList:
         return np.array([entry.label for entry in self.entries], np.int64)
 
     @cached_property
+    def digests(self) -> np.ndarray:
+        """(N, 32) uint8: sha256 of every image's content."""
+        content = b"".join(bytes.fromhex(entry.sha256) for entry in self.entries)
+        return np.frombuffer(content, np.uint8).reshape(len(self), 32)
+
+    @cached_property
     def digest(self) -> str:
         """sha256 over keys, labels and contents, in order; where the files lie does not matter."""
         return digest([[entry.key, entry.label, entry.sha256] for entry in self.entries])

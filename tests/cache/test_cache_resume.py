@@ -15,7 +15,7 @@ from cache.writer import create_store, finish, missing_shards, write_rows
 def test_the_order_of_writing_does_not_matter(tmp_path: Path, example, tree) -> None:
     wanted = example()
     wanted.build(tmp_path / "a")
-    create_store(tmp_path / "b", wanted.layout, wanted.labels_N, wanted.keys)
+    create_store(tmp_path / "b", wanted.layout, wanted.labels_N, wanted.keys, wanted.digests_N)
     for shard in reversed(wanted.layout.shards):
         write_rows(tmp_path / "b", wanted.layout, shard.view, shard.first_row, wanted.block(shard))
     finish(tmp_path / "b", wanted.layout)
@@ -66,7 +66,7 @@ def test_a_second_build_writes_nothing(tmp_path: Path, example) -> None:
 
 def test_resume_hashes_again(tmp_path: Path, example) -> None:
     wanted = example()
-    create_store(tmp_path, wanted.layout, wanted.labels_N, wanted.keys)
+    create_store(tmp_path, wanted.layout, wanted.labels_N, wanted.keys, wanted.digests_N)
     for shard in wanted.layout.shards:
         write_rows(tmp_path, wanted.layout, shard.view, shard.first_row, wanted.block(shard))
     assert missing_shards(tmp_path, wanted.layout) == []
@@ -79,7 +79,7 @@ def test_resume_hashes_again(tmp_path: Path, example) -> None:
 
 def test_an_unfinished_cache_is_refused(tmp_path: Path, example) -> None:
     wanted = example()
-    create_store(tmp_path, wanted.layout, wanted.labels_N, wanted.keys)
+    create_store(tmp_path, wanted.layout, wanted.labels_N, wanted.keys, wanted.digests_N)
     for shard in wanted.layout.shards[:4]:
         write_rows(tmp_path, wanted.layout, shard.view, shard.first_row, wanted.block(shard))
     with pytest.raises(MissingCache, match="is unfinished"):
@@ -90,7 +90,7 @@ def test_an_unfinished_cache_is_refused(tmp_path: Path, example) -> None:
 
 def test_receipts_of_another_seed_or_shard_size_do_not_count(tmp_path: Path, example, tree) -> None:
     old, other_seed, other_size = example(seed=1), example(), example(shard_rows=2)
-    create_store(tmp_path / "a", old.layout, old.labels_N, old.keys)
+    create_store(tmp_path / "a", old.layout, old.labels_N, old.keys, old.digests_N)
     for shard in old.layout.shards:
         write_rows(tmp_path / "a", old.layout, shard.view, shard.first_row, old.block(shard))
     assert missing_shards(tmp_path / "a", other_seed.layout) == list(other_seed.layout.shards)
@@ -98,7 +98,7 @@ def test_receipts_of_another_seed_or_shard_size_do_not_count(tmp_path: Path, exa
     assert missing_shards(tmp_path / "a", other_size.layout) == []
     other_seed.build(tmp_path / "b")
     smaller = example(shard_rows=7)
-    create_store(tmp_path / "c", other_seed.layout, other_seed.labels_N, other_seed.keys)
+    create_store(tmp_path / "c", other_seed.layout, other_seed.labels_N, other_seed.keys, other_seed.digests_N)
     shard = other_seed.layout.shards[1]
     write_rows(tmp_path / "c", other_seed.layout, shard.view, shard.first_row, other_seed.block(shard))
     smaller.build(tmp_path / "c")
@@ -129,7 +129,7 @@ def test_what_float16_cannot_hold_is_refused(
     shard = wanted.layout.shards[4]
     wanted.features_VNLD[1, 4, 9, 2] = value
     token = wanted.token_ids_VNL[1, 4, 9]
-    create_store(tmp_path, wanted.layout, wanted.labels_N, wanted.keys)
+    create_store(tmp_path, wanted.layout, wanted.labels_N, wanted.keys, wanted.digests_N)
     before = tree(tmp_path)
     message = f"sample 'sämple/4' view 1 token {token} channel 2: feature {shown} at cut 3 .*at most 65504\\); {remedy}"
     with pytest.raises(Unrepresentable, match=message) as caught:
@@ -159,7 +159,7 @@ def test_one_writer_per_shard_is_asserted(tmp_path: Path, example) -> None:
 
 def test_a_full_disk_is_one_line(tmp_path: Path, example, monkeypatch, tree) -> None:
     wanted = example()
-    create_store(tmp_path, wanted.layout, wanted.labels_N, wanted.keys)
+    create_store(tmp_path, wanted.layout, wanted.labels_N, wanted.keys, wanted.digests_N)
     before = tree(tmp_path)
 
     def full(descriptor: int) -> None:

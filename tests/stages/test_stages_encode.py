@@ -135,7 +135,7 @@ def test_a_cache_of_a_cache_is_that_of_the_images_but_for_rounding(
 
 def test_a_build_in_two_goes_is_byte_for_byte_that_in_one(tmp_path: Path, weights: Path, encoder: Encoder) -> None:
     straight = built(job(tmp_path / "straight", weights, encoder, 2, 4))
-    one = job(tmp_path / "halves", weights, encoder, 2, 4)
+    one = job(tmp_path / "elsewhere" / "halves", weights, encoder, 2, 4)  # beside it, it would take all over
     ran: list[Shard] = []
 
     def counted(function: Callable[[object], Shard], tasks: Sequence[object]) -> Iterator[Shard]:
@@ -161,14 +161,14 @@ def test_other_weights_in_the_file_are_refused(tmp_path: Path, encoder: Encoder)
     other = tmp_path / "other.safetensors"
     save_file(build_encoder(MODEL, seed=4).vit.state_dict(), other)
     with pytest.raises(StaleCache, match=r"weights=\w{8}… up to cut 2, the cache wants weights=\w{8}…"):
-        encode_shard((job(tmp_path / "a", other, encoder, 2, 4), Shard(0, 0, 12)))
+        encode_shard((job(tmp_path / "a", other, encoder, 2, 4), Shard(0, 0, 12), None))
 
 
 def test_other_images_than_the_wanted_ones_are_refused(tmp_path: Path, weights: Path, encoder: Encoder) -> None:
     one = job(tmp_path / "a", weights, encoder, 2, 4)
     layout = replace(one.layout, spec=replace(one.layout.spec, data="0" * 64))
     with pytest.raises(StaleCache, match=r"sample holds data=\w{8}…, the cache wants data=00000000…"):
-        encode_shard((replace(one, layout=layout), Shard(0, 0, 12)))
+        encode_shard((replace(one, layout=layout), Shard(0, 0, 12), None))
 
 
 def test_features_that_float16_cannot_hold_stop_the_build_by_name(tmp_path: Path, encoder: Encoder) -> None:
@@ -224,7 +224,7 @@ def test_worker_processes_write_the_same_bytes_as_one_worker_inside(
 
     folders = []
     for workers in (0, 2):
-        one = job(tmp_path / str(workers), weights, encoder, 2, 4)
+        one = job(tmp_path / str(workers) / "cache", weights, encoder, 2, 4)
         with task_runner(ClusterConfig(workers=workers)) as run:
             assert [total for _, total in build(one, IMAGES, run)] == [6] * 6
         folders.append(Path(one.folder))
