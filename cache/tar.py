@@ -90,6 +90,11 @@ def encode_tar(
                 before, begin, crc = b"", offset, 0
 
 
+def encode_index(index: Sequence[tuple[int, int, int, int]], rows: int) -> bytes:
+    """The index of a tar as a .npy file."""
+    return npy(np.array(index, "<u8").reshape(rows, -1, COLUMNS))
+
+
 def npy(values: np.ndarray) -> bytes:
     """A .npy file."""
     out = io.BytesIO()

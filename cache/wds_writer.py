@@ -11,7 +11,7 @@ import numpy as np
 
 from cache.layout import DIGESTS, KEYS, LABELS, Layout, Shard
 from cache.manifest import Buffer
-from cache.tar import COLUMNS, encode_tar, npy
+from cache.tar import encode_index, encode_tar, npy
 
 
 def static_files(
@@ -33,4 +33,4 @@ def shard_files(
     tar, index_name = layout.files(shard)
     index: list[tuple[int, int, int, int]] = []
     yield tar, encode_tar(layout.arrays, rows, keys, labels, index)
-    yield index_name, [npy(np.array(index, "<u8").reshape(shard.rows, -1, COLUMNS))]
+    yield index_name, [encode_index(index, shard.rows)]

@@ -121,13 +121,6 @@ def missing_shards(folder: Path, layout: Layout) -> list[Shard]:
     return [shard for shard in layout.shards if not is_whole(shard)]
 
 
-ROWS_AHEAD = 4
-"""Rows that are rounded and not yet written: few enough to be still in the processor's cache."""
-
-Row = Mapping[str, np.ndarray]
-"""What is stored of one sample, by array."""
-
-
 def write_rows(
     folder: Path, layout: Layout, view: int, first_row: int, block: RowBlock, limit: ErrorLimit = NO_LIMIT
 ) -> list[ShardEntry]:
@@ -137,12 +130,20 @@ def write_rows(
     Unrepresentable, naming the value; TooCoarse when the shard alone is above the limit, and CacheError on a full disk.
     """
     shard = Shard(view, first_row, len(block.keys))
-    with prefetch(lambda row: stored_row(layout, view, block, row), range(shard.rows), 1, ROWS_AHEAD) as rows:
+    assert shard in layout.shards, f"{shard} is no shard of the layout: one writer per shard"
+    def make(row: int) -> Mapping[str, np.ndarray]:
+        return stored_row(layout, view, block, row)
+
+    with prefetch(make, range(shard.rows), 1, ROWS_AHEAD) as rows:
         return write_stored(folder, layout, shard, rows, block.keys, limit)
 
 
-def stored_row(layout: Layout, view: int, block: RowBlock, row: int) -> Row:
-    """A row of a block as it is stored. Unrepresentable, naming the value."""
+ROWS_AHEAD = 4
+"""Rows that are rounded and not yet written: few enough to be still in the processor's cache."""
+
+
+def stored_row(layout: Layout, view: int, block: RowBlock, row: int) -> dict[str, np.ndarray]:
+    """What is stored of one row of a block, by array. Unrepresentable, naming the value."""
     rounded, prefix_SD = _round(block, layout, view, row), _round_prefix(block, layout, view, row)
     given = {
         "features": rounded.values_NLD[0],
@@ -156,31 +157,36 @@ def stored_row(layout: Layout, view: int, block: RowBlock, row: int) -> Row:
     stored = {}
     for array in layout.arrays:
         values = given[array.name]
-        assert values is not None and values.shape == array.row_shape, f"{array} in the block"
-        stored[array.name] = values.astype(array.dtype, copy=False)
+        assert values is not None and values.shape == array.row_shape, f"{array} in a block of the spec"
+        stored[array.name] = values
     return stored
 
 
 def write_stored(
-    folder: Path, layout: Layout, shard: Shard, rows: Iterable[Row], keys: Sequence[str], limit: ErrorLimit = NO_LIMIT
+    folder: Path,
+    layout: Layout,
+    shard: Shard,
+    rows: Iterable[Mapping[str, np.ndarray]],
+    keys: Sequence[str],
+    limit: ErrorLimit = NO_LIMIT,
 ) -> list[ShardEntry]:
-    """`write_rows` of what is as it is stored already."""
+    """`write_rows` of rows that are as they are stored already, one after the other."""
     assert shard in layout.shards, f"{shard} is no shard of the layout: one writer per shard"
-    measured: list[np.ndarray] = []
+    found_N6 = np.empty((shard.rows, len(Moments._fields)))
 
-    def watched() -> Iterator[Row]:
-        for row in rows:
-            measured.append(row["moments"])
+    def checked() -> Iterator[Mapping[str, np.ndarray]]:
+        for number, row in enumerate(rows):
+            found_N6[number] = row["moments"]
             yield row
-        found = Moments.join(measured)  # before the first file gets its name
+        found = Moments.join(found_N6)  # before the file gets its name
         limit.check(relative_rmse(found.error_squares, found.given_squares), layout.spec)
 
     entries: list[ShardEntry] = []
     size = sum(array.shard_bytes(shard.rows, layout.shard_rows) for array in layout.arrays)
-    for name, parts in files_of(layout.backend).shard_files(folder, layout, shard, watched(), keys):
+    for name, parts in files_of(layout.backend).shard_files(folder, layout, shard, checked(), keys):
         written, digest = atomic_stream(folder / name, parts, size)
-        found = None if entries else tuple(Moments.join(measured))
-        entries.append(ShardEntry(name, shard.first_row, shard.rows, written, digest, found))
+        moment = None if entries else tuple(Moments.join(found_N6))
+        entries.append(ShardEntry(name, shard.first_row, shard.rows, written, digest, moment))
     write_receipt(folder, layout, receipt_name(shard), entries)
     return entries
 

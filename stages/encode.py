@@ -171,21 +171,21 @@ def encode_shard(task: tuple[EncodeJob, Shard, Taken | None]) -> Shard:
         write_rows(folder, layout, shard.view, shard.first_row, encode_rows(job, shard.view, rows), job.limit)
         return shard
     try:
-        parts = [(taken.places, taken.stored(layout), taken.keys)]
+        stored, old = taken.stored(layout), {int(place): number for number, place in enumerate(taken.places)}
     except DamagedCache:
         return encode_shard((job, shard, None))
-    stored = {array.name: np.empty((shard.rows, *array.row_shape), array.dtype) for array in layout.arrays}
-    keys = np.empty(shard.rows, object)
-    if len(taken.new):
-        block = encode_rows(job, shard.view, rows[taken.new])
-        made = [stored_row(layout, shard.view, block, row) for row in range(len(taken.new))]
-        parts.append((taken.new, {name: np.stack([row[name] for row in made]) for name in stored}, block.keys))
-    for places, values, names in parts:
-        keys[places] = names
-        for name, target in stored.items():
-            target[places] = values[name]
-    whole = ({name: values[row] for name, values in stored.items()} for row in range(shard.rows))
-    write_stored(folder, layout, shard, whole, tuple(keys), job.limit)
+    new = {int(place): number for number, place in enumerate(taken.new)}
+    block = encode_rows(job, shard.view, rows[taken.new]) if new else None
+
+    def row(place: int) -> dict[str, np.ndarray]:
+        if block is None or place in old:
+            return {name: values[old[place]] for name, values in stored.items()}
+        return stored_row(layout, shard.view, block, new[place])
+
+    names = dict(zip(taken.places.tolist(), taken.keys, strict=True))
+    names |= dict(zip(taken.new.tolist(), block.keys, strict=True)) if block else {}
+    keys = [names[place] for place in range(len(rows))]
+    write_stored(folder, layout, shard, map(row, range(len(rows))), keys, job.limit)
     return shard
 
 
