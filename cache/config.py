@@ -30,6 +30,9 @@ class CacheConfig:
     """A cache whose measured relative RMSE, with that of the caches it continues added, is larger is refused."""
     views: int = 2
     """Augmented views kept of every image; epoch e reads view e mod views."""
+    refresh: int = 0
+    """A ring of views: after so many epochs of a cached stage its oldest view is replaced by a new one, so that
+    augmentation does not stay frozen; 0 keeps the views. Later cuts are then built from images."""
     pixels: Literal["stored", "recut"] = "stored"
     """Where pixel and HOG targets of a cached stage come from: the crop's uint8 pixels, stored beside the features, or
     the original image, cut again by the stored parameters of that crop: less disk, more decoding at every step."""

@@ -45,6 +45,7 @@ BOUNDS = {
     "cache.encode_batch": "[1, inf)",
     "cache.shuffle_shards": "[1, inf)",
     "cache.memory_mb": "[1, inf)",
+    "cache.refresh": "[0, inf)",
     "train.batch_size": "[1, inf)",
     "train.accumulate": "[1, inf)",
     "train.max_steps": "[0, inf)",
@@ -272,6 +273,11 @@ def cache_problems(config: PipelineConfig) -> Iterator[str]:
         codec = getattr(cache, name)
         if codec and (problem := codec_problem(codec, width, cache.block, keepbits)):
             yield problem.replace("cache.codec", f"cache.{name}")
+    if cache.refresh and "teacher" in (config.target.kind, *config.heads.targets) and config.teacher.kind == "frozen":
+        yield (
+            f"cache.refresh = {cache.refresh} replaces the views that the teacher's features are of; use "
+            "teacher.kind=ema or cache.refresh=0"
+        )
     if cache.later_codec and len(config.schedule.cuts) < 3 and config.schedule.kind == "explicit":
         cuts = list(config.schedule.cuts)
         yield f"cache.later_codec = {cache.later_codec} is for a second cut, but schedule.cuts = {cuts}; leave it empty"

@@ -176,6 +176,7 @@ def stage_cost(wanted: Wanted, stage: int) -> StageCost:
     if not stage:  # the same for all arms
         return StageCost(stage, 0, epochs, verdict.state, freeze, freeze, freeze, 0.0, 0)
     needs, images = new_needs(wanted, stage), wanted.data.train
+    views = wanted.config.cache.views + wanted.generation(parts[-1], stage)  # a ring encodes one more at every turn
     return StageCost(
         stage=stage,
         cut=segment.cut,
@@ -184,7 +185,7 @@ def stage_cost(wanted: Wanted, stage: int) -> StageCost:
         e2e_seconds=step_seconds(wanted, stage, as_end_to_end([segment])[0], "e2e") * segment.steps,
         freeze_seconds=freeze,
         cached_seconds=sum(step_seconds(wanted, stage, part, "cached") * part.steps for part in parts),
-        cache_seconds=sum(encode_seconds(wanted, need) for need in needs) * wanted.config.cache.views * len(images),
+        cache_seconds=sum(encode_seconds(wanted, need) for need in needs) * views * len(images),
         cache_bytes=sum(cache_bytes(wanted.layout(need)) for need in needs),
     )
 

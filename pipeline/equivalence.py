@@ -90,7 +90,8 @@ def compare_stage(wanted: Wanted, stage: int) -> Comparison:
     apply_tensors(model, optimizer, read_state(state_file(wanted.paths.stage(stage - 1)))[2])
     model.eval()  # what is dropped at random would differ between the two
     cached = cached_source(wanted, stage)
-    live = LiveFeatures(wanted.data.train, sampling(wanted), config.cache.views)
+    first = cached.cache.manifest.spec.first_view
+    live = LiveFeatures(wanted.data.train, sampling(wanted), config.cache.views, first)
 
     def loss(source: Source) -> float:
         with torch.no_grad(), autocast(config.train.device, config.train.precision):

@@ -31,6 +31,7 @@ from pipeline.desk import Desk
 from pipeline.job import Interrupted, RunFailed
 from pipeline.kept import forget_epochs, kept_epochs
 from pipeline.layout import StagePaths
+from pipeline.ring import turn_ring
 from stages.adaptive import Settle
 from stages.arm import Arm, Hooks, Result
 from stages.book import Diverged
@@ -51,9 +52,7 @@ from stages.weights import load_weights
 def train_stage(desk: Desk, stage: int) -> None:
     """Stage 0 trains everything from images; a later one the blocks behind its cut, from the cache."""
     wanted = desk.wanted
-    source = cached_source(wanted, stage) if stage else LiveImages(wanted.data.train, sampling(wanted))
-    spec = wanted.cache_spec(stage) if stage else None
-    built = built_seconds(wanted, stage)
+    spec = wanted.spec(wanted.features(stage, 0)) if stage else None
     before = 0
     for part in wanted.asked(stage):
         if gone := [head.name for head in wanted.heads if before < head.block <= part.cut]:
@@ -69,17 +68,28 @@ def train_stage(desk: Desk, stage: int) -> None:
         tag={"stage": stage},
         segments=wanted.asked(stage),
         build=masked_build(wanted, stage, cached=True),
-        source=lambda segment: source,
+        source=lambda segment: stage_source(desk, stage, segment),
         start=state_file(wanted.paths.stage(stage - 1)) if stage else None,
         inputs=wanted.stage_inputs(stage),
         settling=settling(wanted, stage),
-        facts={"cut": wanted.cut(stage), "cache": spec.fingerprint if spec else None, "cache_seconds": built},
+        facts={"cut": wanted.cut(stage), "cache": spec.fingerprint if spec else None},
+        cache_seconds=lambda: built_seconds(wanted, stage),
     )
+
+
+def stage_source(desk: Desk, stage: int, segment: Segment) -> Source:
+    """What a segment of a stage learns from; a ring of views turns as far as the segment asks for."""
+    if not stage:
+        return LiveImages(desk.wanted.data.train, sampling(desk.wanted))
+    if desk.wanted.refresh(stage):
+        turn_ring(desk, stage, desk.wanted.generation(segment, stage))
+    return cached_source(desk.wanted, stage)
 
 
 def built_seconds(wanted: Wanted, stage: int) -> float:
     """What the caches have cost that a stage was the first to read."""
-    specs = map(wanted.spec, new_needs(wanted, stage))
+    needs = [*new_needs(wanted, stage), *(wanted.features(stage, before) for before in range(wanted.turns(stage)))]
+    specs = map(wanted.spec, needs if stage else ())
     return sum(read_seconds(wanted.paths.stage(stage), spec.fingerprint) for spec in specs if spec)
 
 
@@ -108,7 +118,7 @@ def train_baseline(desk: Desk, arm: str) -> None:
         source=lambda segment: live_source(wanted, segment),
         start=state_file(wanted.paths.stage(0)),
         inputs=wanted.arm_inputs(arm),
-        facts={"cut": segments[-1].cut, "cache": None, "cache_seconds": 0.0},
+        facts={"cut": segments[-1].cut, "cache": None},
         freezes=arm != "e2e",
     )
 
@@ -133,8 +143,12 @@ def train(
     facts: dict[str, Any],
     settling: Settling | None = None,
     freezes: bool = True,
+    cache_seconds: Callable[[], float] = lambda: 0.0,
 ) -> None:
-    """Train an arm to its end and write its record, model and final state. Raises Interrupted with the state saved."""
+    """Train an arm to its end and write its record, model and final state. Raises Interrupted with the state saved.
+
+    cache_seconds: what its caches have cost by now; a ring of views goes on costing while it trains.
+    """
     wanted, config = desk.wanted, desk.wanted.config
     arm = Arm(
         tag=tag,
@@ -155,8 +169,9 @@ def train(
     )
     if (wanted.record(paths) or {}).get("fingerprint") != arm.inputs:
         forget_epochs(paths)
-    record = facts | {"parent": parent_of(wanted, start), "inputs": inputs}
+    record = facts | {"cache_seconds": cache_seconds(), "parent": parent_of(wanted, start), "inputs": inputs}
     done = carry_out(desk, paths, arm, record, lambda model: evaluate_encoder(wanted, model.encoder))
+    done.record["cache_seconds"] = cache_seconds()
     last = done.progress.curve[-1]
     scores = {name: last[name] for name in ("knn_top1", "linear_top1")}
     finish_record(paths, done, done.model.encoder.vit.state_dict(), scores)

@@ -246,10 +246,13 @@ class LiveFeatures:
     images: ImageList
     sampling: Sampling
     views: int
+    first_view: int = 0
+    """The first of the views that a ring holds."""
 
     def load(self, segment: Segment, step: int, into: Buffers = FRESH) -> Inputs:
         rows = self.sampling.rows(segment, step, len(self.images))
         view, group = self.sampling.slot(segment, step, self.views)
+        view = self.first_view + (view - self.first_view) % self.views  # that lies in the slot
         images, ids = self.sampling.views(self.images, rows, view)
         inputs = self.sampling.inputs(segment, step, images, self.sampling.group_tokens)
         return replace(inputs, ids_BL=ids, images=images, group=group)
