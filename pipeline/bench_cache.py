@@ -205,14 +205,17 @@ def read_of(setting: Setting, name: str, group: int | None = None) -> Callable[[
         def made(rows: np.ndarray, into: Buffers) -> Any:
             return reader.read(rows, 0, group, into=into)
 
-        def epoch() -> None:
-            with Prefetch(made, batches, setting.config.threads, 2 * setting.config.threads) as loaded:
-                for _ in loaded:
-                    pass
-
-        return timed(epoch)
+        threads = setting.config.threads
+        with Prefetch(made, batches * (EPOCHS + 1), threads, 2 * threads) as loaded:
+            for _ in batches:  # the loader's memory is touched for the first time, once a training, not once an epoch
+                next(loaded)
+            return timed(lambda: [None for _ in loaded]) / EPOCHS
 
     return read
+
+
+EPOCHS = 8
+"""Epochs that Permafrost's loader reads in one go; a few hundred rows are only a few batches."""
 
 
 def bench_spec(codec: str) -> FeatureSpec:
@@ -310,7 +313,7 @@ def foreign(setting: Setting, stack: ExitStack) -> dict[str, Way]:
     np.save(features, setting.half_NLD)
     found = {}
     for name in peers.PEERS:
-        ask = stack.enter_context(peer(name, features, setting))
+        ask = stack.enter_context(peer(name, features, setting, PEERS_PYTHON))
         try:
             first = ask("write")
             ask("read 0")
@@ -339,7 +342,7 @@ class PeerFailed(RuntimeError):
 
 
 @contextmanager
-def peer(name: str, features: Path, setting: Setting, python: Path = PEERS_PYTHON) -> Iterator[Callable[[str], float]]:
+def peer(name: str, features: Path, setting: Setting, python: Path) -> Iterator[Callable[[str], float]]:
     """A running peer: a function that sends a command and gives its seconds. PeerFailed."""
     words = [name, features, setting.folder / name, setting.config.threads, setting.config.batch]
     command = [str(python), peers.__file__, *map(str, words)]
