@@ -40,8 +40,8 @@ class Prefetch(Iterator[U], Generic[T, U]):
     """`make(item, into)` for every item, in order; a `with` block ends its threads however the block is left.
 
     `into` is memory in which make may put what it returns: it is filled again once the consumer asks for the result
-    after it; page-locked for `device` where that is a GPU. No more than `ahead` results are made and not taken, and no more than `memory` bytes lie in the ring,
-    results being of one size.
+    after it, and is page-locked where it goes to a GPU, `device`. No more than `ahead` results are made and not taken,
+    and no more than `memory` bytes lie in the ring, results being of one size.
     Raises CacheError when not even the result in use and the next one fit in these.
     """
 

@@ -26,6 +26,7 @@ from models.vit import build_encoder
 from pipeline.decide import Wanted, judge_stage, new_needs
 from pipeline.freezing import show_adaptive, show_events
 from pipeline.job import Job
+from pipeline.memory import refuse_too_little_memory
 from pipeline.needs import Need
 from pipeline.rates import fresh_model
 from pipeline.runner import refuse_what_does_not_fit
@@ -58,6 +59,7 @@ class StageCost:
 def show_plan(job: Job) -> None:
     """Measure, predict, print, and write plan.json."""
     wanted = Wanted(job.config, job.paths)
+    refuse_too_little_memory(wanted, wanted.candidates - 1)
     refuse_what_does_not_fit(wanted, wanted.candidates - 1)
     costs = [stage_cost(wanted, stage) for stage in range(len(wanted.segments))]
     rows = table("stage", "cut", "epochs", "state", "e2e s", "freeze s", "cached s", "cache s", "cache on disk")

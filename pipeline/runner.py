@@ -13,6 +13,7 @@ from pipeline.desk import Desk, at_work
 from pipeline.job import Job
 from pipeline.kept import keep_last, kept_epochs
 from pipeline.layout import StagePaths
+from pipeline.memory import refuse_too_little_memory
 from pipeline.needs import Need
 from pipeline.sharing import claim
 from pipeline.tuned import Tuning
@@ -200,7 +201,7 @@ def refuse_what_does_not_exist(wanted: Wanted, stage: int) -> None:
 
 
 def look_before(desk: Desk, last: int, more: Sequence[Need] = ()) -> None:
-    """What is told and refused before anything runs: images left out, caches that do not fit."""
+    """What is told and refused before anything runs: images left out, batches and caches that do not fit."""
     data = desk.wanted.data
     for name, images in (("training", data.train), ("evaluation", data.val)):
         if images.skipped:
@@ -209,6 +210,7 @@ def look_before(desk: Desk, last: int, more: Sequence[Need] = ()) -> None:
                 f"{name}: {len(images.skipped)} files are no images and left out, first {first}; "
                 f"{desk.wanted.paths.index} names all"
             )
+    refuse_too_little_memory(desk.wanted, last, more)
     refuse_what_does_not_fit(desk.wanted, last, more)
     refuse_what_is_not_labelled(desk.wanted)
     refuse_epochs_that_never_end(desk.wanted)
