@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,7 +25,16 @@ from stages.train import build_model, loader, train_step
 STEPS = ("e2e", "freeze", "cached", "memory", "loader")
 """What is timed: the three arms, the cached step on features in memory, the loader without a step."""
 MEMORY_BATCHES = 4
+WAITING = "waiting"
 Rates = dict[str, list[float]]
+
+
+class Pace(NamedTuple):
+    """How an arm trained."""
+
+    images_per_second: float
+    waiting: float
+    """Share of its time spent waiting for batches."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +60,26 @@ def stage_rates(wanted: Wanted, stage: int, seconds: float, rounds: int) -> Rate
 
     Each arm trains for at least `seconds` in a round; every other round goes backwards, so that a steady drift of the
     machine cancels. `memory` is the cached step on features in memory: what it would cost if loading were free.
-    `loader` are the images/s that the loader's threads give when nothing else runs.
+    `loader` are the images/s that the loader's threads give when nothing else runs, `waiting` no rate but the share of
+    the cached arm's time that it waits for batches.
     """
     runners = {arm: step_runner(wanted, stage, arm) for arm in STEPS if arm != "loader"}
-    runners["loader"] = loader_runner(wanted, stage)
-    rates: Rates = {arm: [] for arm in STEPS}
+    load = loader_runner(wanted, stage)
+    rates: Rates = {arm: [] for arm in (*STEPS, WAITING)}
     for number in range(rounds):
         for arm in STEPS if number % 2 == 0 else reversed(STEPS):
-            rates[arm].append(runners[arm](seconds))
+            if arm == "loader":
+                rates[arm].append(load(seconds))
+                continue
+            pace = runners[arm](seconds)
+            rates[arm].append(pace.images_per_second)
+            if arm == "cached":
+                rates[WAITING].append(pace.waiting)
     return rates
 
 
-def step_runner(wanted: Wanted, stage: int, arm: str) -> Callable[[float], float]:
-    """A function that trains an arm for some seconds, after a step that is not counted, and returns images/s."""
+def step_runner(wanted: Wanted, stage: int, arm: str) -> Callable[[float], Pace]:
+    """A function that trains an arm for some seconds, after a step that is not counted, and says how fast."""
     train = wanted.config.train
     segment = wanted.segments[stage] if arm != "e2e" else replace(wanted.segments[stage], cut=0)
     model, optimizer = fresh_model(wanted, stage, segment.cut, cached=arm in ("cached", "memory"))
@@ -71,19 +88,20 @@ def step_runner(wanted: Wanted, stage: int, arm: str) -> Callable[[float], float
         source = InMemory.of(source, segment, MEMORY_BATCHES)
     device = torch.device(train.device)
 
-    def run(seconds: float) -> float:
+    def run(seconds: float) -> Pace:
         torch.set_num_threads(train.threads)
         steps, started, elapsed = 0, 0.0, 0.0
         numbers = (number % segment.steps for number in count())
         with loader(source, segment, numbers, train, wanted.config.cache.memory) as batches:
             train_step(model, optimizer, source, next(batches), train)
             synchronize(device)
-            started = time.perf_counter()
+            before, started = batches.spent, time.perf_counter()
             while elapsed < seconds:
                 train_step(model, optimizer, source, next(batches), train)
                 synchronize(device)
                 steps, elapsed = steps + 1, time.perf_counter() - started
-        return steps * train.batch_size / elapsed
+            waited = batches.spent.since(before).wait_seconds
+        return Pace(steps * train.batch_size / elapsed, waited / elapsed)
 
     return run
 
