@@ -9,7 +9,8 @@ import pytest
 
 from cache import open_cache
 from cache.buffers import Buffers
-from pipeline import costs, runner
+from cache.store import CacheReader
+from pipeline import costs, runner, work
 from pipeline.building import encode_job
 from pipeline.config import ConfigError
 from pipeline.decide import Wanted
@@ -68,12 +69,22 @@ def test_too_little_memory_is_refused_before_anything_runs(tmp_path: Path) -> No
     runner.run_stage(job(tmp_path / "toy", toy(**LITTLE), target=0))
 
 
-def test_the_setting_reaches_what_builds_caches_and_changes_no_number(finished: Path, tmp_path: Path) -> None:
-    """1 MiB: positional reads of two batches, one ahead; the other run maps its caches and keeps several ahead."""
+def test_the_setting_reaches_what_builds_caches_and_changes_no_number(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Positional reads, as of a cache beyond the memory, and one batch ahead, against mapped files and four ahead."""
+    mapped: list[bool] = []
+
+    def unmapped(path: Path, memory: int) -> CacheReader:
+        mapped.append(open_cache(path, memory=memory)._mapped)  # type: ignore[attr-defined]
+        return open_cache(path, memory=0)
+
     little = toy(**{"cache.memory_mb": 1, "train.prefetch": 1})
     wanted = Wanted(little, RunPaths(finished))
     one = encode_job(wanted, wanted.features(2))
     assert one.memory == 2**19 == little.cache.memory
+    monkeypatch.setattr(work, "open_cache", unmapped)
     runner.run_stage(job(tmp_path / "toy", little, target=2))
+    assert mapped == [True, True] and toy().train.prefetch == 4
     for stage in ("stage-1", "stage-2"):
         assert same(weights(finished, stage), weights(tmp_path / "toy", stage))
