@@ -1,0 +1,173 @@
+"""Where a cache lies: a folder, or a prefix of an object store, named by a URL that fsspec knows. Paths of both kinds
+behave alike (universal_pathlib); what differs between a disk and a store is here and in `manifest`, and nowhere else.
+Free of torch.
+
+In a store an object appears whole or not at all, so that writing needs no second name, and nothing is locked: two
+builders of one cache write the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from cache.errors import CacheError, DamagedCache
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    # Listings are not kept: other processes write, too. S3's checksum of a whole object cannot be checked on a part of
+    # it, as some compatible servers would have it; every chunk has a checksum of ours.
+    "s3": {"use_listings_cache": False, "config_kwargs": {"response_checksum_validation": "when_required"}},
+}
+EXTRA = {"s3": "pip install 's3fs'", "gs": "pip install gcsfs", "az": "pip install adlfs"}
+
+
+class StoreUnreachable(CacheError):
+    """An object store did not answer, or refused: nothing is known of what lies there."""
+
+
+def place_of(place: str | os.PathLike[str]) -> Path:
+    """A folder's path, or that of a URL such as `s3://bucket/caches`. CacheError for a protocol that is not installed."""
+    if isinstance(place, Path) or is_remote(place):
+        return cast(Path, place)
+    text = os.fspath(place)
+    protocol, colon, rest = text.partition("://")
+    if not colon:
+        return Path(text)
+    if protocol in ("file", "local"):
+        return Path(rest)
+    from upath import UPath
+
+    try:
+        found = UPath(text, **OPTIONS.get(protocol, {}))
+        _ = found.fs
+    except (ImportError, ValueError) as error:
+        remedy = EXTRA.get(protocol, "see fsspec's list of protocols")
+        raise CacheError(f"{text} cannot be opened ({error}); {remedy}") from error
+    return cast(Path, found)
+
+
+def is_remote(place: object) -> bool:
+    """Whether a path is one of an object store."""
+    return hasattr(place, "fs") and not isinstance(place, Path)
+
+
+@contextmanager
+def reaching(place: Path) -> Iterator[None]:
+    """Turns what a store's client raises into one line; FileNotFoundError passes, and everything of a local disk."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, CacheError):
+        raise
+    except Exception as error:
+        if not is_remote(place):
+            raise
+        why = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, PermissionError) or "credential" in why.lower():
+            raise StoreUnreachable(
+                f"{place} is refused ({why}); check the bucket and the keys in the environment (AWS_ACCESS_KEY_ID, ...)"
+            ) from error
+        raise StoreUnreachable(f"{place} cannot be reached ({why}); nothing is lost, run again when it can") from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """A whole file. FileNotFoundError, or StoreUnreachable."""
+    with reaching(path):
+        return path.read_bytes()
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file, a folder or anything below it exists."""
+    with reaching(path):
+        return path.exists()
+
+
+def files_below(folder: Path) -> list[tuple[Path, int]]:
+    """(path, bytes) of every file; what goes in the meantime counts nothing."""
+    found = []
+    with reaching(folder):
+        for path in folder.rglob("*"):
+            try:
+                if path.is_file():
+                    found.append((path, path.stat().st_size))
+            except FileNotFoundError:
+                continue
+    return found
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove all below a folder, which need not exist."""
+    if not is_remote(folder):
+        shutil.rmtree(folder)
+        return
+    with reaching(folder):
+        store = cast(Any, folder)
+        if store.exists():
+            store.fs.rm(store.path, recursive=True)
+
+
+def put(path: Path, write: Callable[[Any], None]) -> None:
+    """Store an object that `write` writes, whole or not at all."""
+    with reaching(path):
+        store = cast(Any, path)
+        try:
+            with store.fs.open(store.path, "wb") as file:
+                try:
+                    write(file)
+                except BaseException:
+                    file.discard()
+                    file.closed = True  # closing would store what there is
+                    raise
+        except FileNotFoundError as error:
+            raise StoreUnreachable(f"{path} cannot be written ({error}); create the bucket first") from error
+
+
+def copy_object(source: Path, target: Path) -> None:
+    """Copy an object inside a store, or from one to another."""
+    with reaching(target):
+        ours, theirs = cast(Any, target), cast(Any, source)
+        if is_remote(source) and theirs.fs is ours.fs:
+            ours.fs.cp_file(theirs.path, ours.path)
+        else:
+            ours.write_bytes(source.read_bytes())
+
+
+def free_bytes(folder: Path) -> float:
+    """Free space on a folder's disk; a store has no end."""
+    if is_remote(folder):
+        return float("inf")
+    disk = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    return shutil.disk_usage(disk).free
+
+
+class ObjectFile:
+    """A RangeFile in an object store. `size` is what it should have: asking for it would be a request of its own."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path, self.size = path, size
+
+    def read_into(self, offset: int, buffers: Sequence[np.ndarray]) -> None:
+        """See RangeFile; one request. StoreUnreachable when the store does not answer, DamagedCache when it does and the
+        object is not there or not as long."""
+        store, size = cast(Any, self.path), sum(len(buffer) for buffer in buffers)
+        try:
+            with reaching(self.path):
+                content = store.fs.cat_file(store.path, start=offset, end=offset + size)
+        except FileNotFoundError:
+            raise DamagedCache(f"{self.path} is missing; run `make repair`") from None
+        except StoreUnreachable:
+            with reaching(self.path):  # a range behind an object's end is an error of its own
+                if store.exists() and store.fs.size(store.path) < offset + size:
+                    raise DamagedCache(f"{self.path} is cut short; run `make repair`") from None
+            raise
+        if len(content) < size:
+            raise DamagedCache(f"{self.path} is cut short; run `make repair`")
+        place = 0
+        for buffer in buffers:
+            buffer[:] = np.frombuffer(content, np.uint8, len(buffer), place)
+            place += len(buffer)
