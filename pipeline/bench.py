@@ -12,6 +12,8 @@ from typing import Any
 
 from cache.manifest import atomic_write
 from models.config import TeacherConfig
+from pipeline.bench_cache import bench_cache
+from pipeline.bench_encode import bench_encode
 from pipeline.bench_step import bench_steps, profile_steps
 from pipeline.checks import check
 from pipeline.config import ConfigError
@@ -29,10 +31,13 @@ ROUNDS = 6
 
 
 def run_bench(job: Job) -> None:
-    """Every arm's step at every cut, then every method's; prints medians and spread, writes bench.json."""
+    """Every arm's step at every cut, every method's, and the cache; prints medians and spread, writes bench.json."""
     with at_work(job) as desk:
-        found = {"arms": bench_arms(desk), "steps": bench_steps(desk.wanted), "parts": profile_steps(desk.wanted)}
+        found: dict[str, Any] = {"arms": bench_arms(desk), "steps": bench_steps(desk.wanted)}
+        found["parts"] = profile_steps(desk.wanted)
         found["methods"] = bench_methods(desk.wanted)
+        found["cache"] = bench_cache(job.config.bench, job.paths.root)
+        found["cache"]["encode"] = bench_encode(desk)
         atomic_write(job.paths.root / "bench.json", (json.dumps(found, indent=2) + "\n").encode())
 
 

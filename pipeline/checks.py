@@ -92,6 +92,12 @@ BOUNDS = {
     "finetune.views": "[1, inf)",
     "cluster.workers": "[0, inf)",
     "cluster.threads": "[0, inf)",
+    "bench.rows": "[4, inf)",
+    "bench.rounds": "[1, inf)",
+    "bench.threads": "[1, inf)",
+    "bench.batch": "[1, inf)",
+    "bench.shard_rows": "[1, inf)",
+    "bench.shards": "[1, inf)",
 }
 """The interval in which a single number makes sense."""
 
