@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -32,7 +33,7 @@ class StoreUnreachable(CacheError):
 
 
 def place_of(place: str | os.PathLike[str]) -> Path:
-    """A folder's path, or that of a URL such as `s3://bucket/caches`. CacheError for a protocol that is not installed."""
+    """A folder's path, or that of a URL such as `s3://bucket/caches`. CacheError for a protocol that is unknown."""
     if isinstance(place, Path) or is_remote(place):
         return cast(Path, place)
     text = os.fspath(place)
@@ -83,21 +84,40 @@ def read_bytes(path: Path) -> bytes:
 
 def is_there(path: Path) -> bool:
     """Whether a file, a folder or anything below it exists."""
-    with reaching(path):
+    if not is_remote(path):
         return path.exists()
+    store = cast(Any, path)
+    try:
+        with reaching(path):
+            store.fs.info(store.path)  # `exists` of a store that does not answer says no
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def files_below(folder: Path) -> list[tuple[Path, int]]:
     """(path, bytes) of every file; what goes in the meantime counts nothing."""
-    found = []
-    with reaching(folder):
-        for path in folder.rglob("*"):
-            try:
-                if path.is_file():
-                    found.append((path, path.stat().st_size))
-            except FileNotFoundError:
-                continue
+    found: list[tuple[Path, int]] = []
+    if is_remote(folder):
+        store = cast(Any, folder)
+        with reaching(folder), suppress(FileNotFoundError):
+            for name, info in store.fs.find(store.path, detail=True).items():
+                found.append((store / name[len(store.path) :].lstrip("/"), info["size"]))
+        return found
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            if path.is_file():
+                found.append((path, path.stat().st_size))
     return found
+
+
+def matching(folder: Path, pattern: str) -> list[Path]:
+    """What lies in a folder and fits a pattern, sorted; nothing where there is no folder."""
+    with reaching(folder):
+        try:
+            return sorted(folder.glob(pattern), key=str)
+        except FileNotFoundError:
+            return []
 
 
 def remove_tree(folder: Path) -> None:
@@ -107,22 +127,20 @@ def remove_tree(folder: Path) -> None:
         return
     with reaching(folder):
         store = cast(Any, folder)
-        if store.exists():
+        if is_there(folder):
             store.fs.rm(store.path, recursive=True)
 
 
-def put(path: Path, write: Callable[[Any], None]) -> None:
-    """Store an object that `write` writes, whole or not at all."""
-    with reaching(path):
+@contextmanager
+def new_object(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which becomes an object when the block is left, and does not when that raises."""
+    with tempfile.NamedTemporaryFile() as file:
+        yield cast(BinaryIO, file)
+        file.flush()
         store = cast(Any, path)
         try:
-            with store.fs.open(store.path, "wb") as file:
-                try:
-                    write(file)
-                except BaseException:
-                    file.discard()
-                    file.closed = True  # closing would store what there is
-                    raise
+            with reaching(path):
+                store.fs.put_file(file.name, store.path)
         except FileNotFoundError as error:
             raise StoreUnreachable(f"{path} cannot be written ({error}); create the bucket first") from error
 
@@ -152,17 +170,21 @@ class ObjectFile:
         self.path, self.size = path, size
 
     def read_into(self, offset: int, buffers: Sequence[np.ndarray]) -> None:
-        """See RangeFile; one request. StoreUnreachable when the store does not answer, DamagedCache when it does and the
-        object is not there or not as long."""
+        """See RangeFile; one request. StoreUnreachable when the store does not answer, DamagedCache when it does and
+        the object is not there or not as long."""
         store, size = cast(Any, self.path), sum(len(buffer) for buffer in buffers)
         try:
             with reaching(self.path):
                 content = store.fs.cat_file(store.path, start=offset, end=offset + size)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if "bucket" in str(error):
+                raise StoreUnreachable(f"{self.path} cannot be read ({error}); check the bucket's name") from None
             raise DamagedCache(f"{self.path} is missing; run `make repair`") from None
-        except StoreUnreachable:
+        except StoreUnreachable as error:
+            if "Connect" in type(error.__cause__).__name__:
+                raise
             with reaching(self.path):  # a range behind an object's end is an error of its own
-                if store.exists() and store.fs.size(store.path) < offset + size:
+                if store.fs.size(store.path) < offset + size:
                     raise DamagedCache(f"{self.path} is cut short; run `make repair`") from None
             raise
         if len(content) < size:
