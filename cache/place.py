@@ -25,7 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # it, as some compatible servers would have it; every chunk has a checksum of ours.
     "s3": {"use_listings_cache": False, "config_kwargs": {"response_checksum_validation": "when_required"}},
 }
-EXTRA = {"s3": "pip install 's3fs'", "gs": "pip install gcsfs", "az": "pip install adlfs"}
+EXTRA = {"s3": "pip install s3fs", "gs": "pip install gcsfs", "az": "pip install adlfs"}
 
 
 class StoreUnreachable(CacheError):
@@ -134,15 +134,27 @@ def remove_tree(folder: Path) -> None:
 @contextmanager
 def new_object(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which becomes an object when the block is left, and does not when that raises."""
-    with tempfile.NamedTemporaryFile() as file:
-        yield cast(BinaryIO, file)
-        file.flush()
-        store = cast(Any, path)
-        try:
-            with reaching(path):
-                store.fs.put_file(file.name, store.path)
-        except FileNotFoundError as error:
-            raise StoreUnreachable(f"{path} cannot be written ({error}); create the bucket first") from error
+    try:
+        with tempfile.NamedTemporaryFile() as file:
+            yield cast(BinaryIO, file)
+            file.flush()
+            _store(path, file.name, file.tell())
+    except OSError as error:
+        raise CacheError(
+            f"cannot write to {tempfile.gettempdir()} on the way to {path}: {error.strerror or error}; make room or "
+            "set TMPDIR, and run again, what is finished stays"
+        ) from error
+
+
+def _store(path: Path, file: str, size: int) -> None:
+    store = cast(Any, path)
+    try:
+        with reaching(path):
+            store.fs.put_file(file, store.path)
+            if (found := store.fs.size(store.path)) != size:
+                raise StoreUnreachable(f"{path} has {found} bytes instead of the {size} that were sent; run again")
+    except FileNotFoundError as error:
+        raise StoreUnreachable(f"{path} cannot be written ({error}); create the bucket first") from error
 
 
 def copy_object(source: Path, target: Path) -> None:
@@ -184,8 +196,9 @@ class ObjectFile:
             if "Connect" in type(error.__cause__).__name__:
                 raise
             with reaching(self.path):  # a range behind an object's end is an error of its own
-                if store.fs.size(store.path) < offset + size:
-                    raise DamagedCache(f"{self.path} is cut short; run `make repair`") from None
+                there = store.fs.size(store.path) if is_there(self.path) else 0
+            if there < offset + size:
+                raise DamagedCache(f"{self.path} is {'cut short' if there else 'missing'}; run `make repair`") from None
             raise
         if len(content) < size:
             raise DamagedCache(f"{self.path} is cut short; run `make repair`")

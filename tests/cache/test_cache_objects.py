@@ -155,6 +155,29 @@ def test_no_part_of_an_object_is_ever_there(object_store: ObjectStore, tmp_path:
     assert read_bytes(place) == b"old" and free_bytes(place) == float("inf")
 
 
+def test_a_store_that_keeps_less_than_it_was_sent_is_told(
+    object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = object_store.at(tmp_path / "x" / "short")
+    plain = place.fs.put_file  # type: ignore[attr-defined]
+
+    def short(source: str, target: str) -> None:
+        os.truncate(source, 3)
+        plain(source, target)
+
+    monkeypatch.setattr(place.fs, "put_file", short)  # type: ignore[attr-defined]
+    with pytest.raises(StoreUnreachable, match="has 3 bytes instead of the 6 that were sent; run again"):
+        atomic_write(place, b"abcdef")
+
+
+def test_a_full_temporary_folder_is_told(
+    object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    with pytest.raises(CacheError, match=r"cannot write to .*gone on the way to .* set TMPDIR, and run again"):
+        atomic_write(object_store.at(tmp_path / "x" / "any"), b"abcdef")
+
+
 def test_other_protocols_and_files(tmp_path: Path, example) -> None:
     wanted = example()
     wanted.build(place_of("memory://caches/cut-3"))
