@@ -43,6 +43,7 @@ BOUNDS = {
     "cache.shard_rows": "[1, inf)",
     "cache.encode_batch": "[1, inf)",
     "cache.shuffle_shards": "[1, inf)",
+    "cache.budget_gb": "[0, inf)",
     "train.batch_size": "[1, inf)",
     "train.accumulate": "[1, inf)",
     "train.max_steps": "[0, inf)",
@@ -260,6 +261,8 @@ def cache_problems(config: PipelineConfig) -> Iterator[str]:
     if cache.later_codec and len(config.schedule.cuts) < 3 and config.schedule.kind == "explicit":
         cuts = list(config.schedule.cuts)
         yield f"cache.later_codec = {cache.later_codec} is for a second cut, but schedule.cuts = {cuts}; leave it empty"
+    if cache.over_budget == "live" and not cache.budget_gb:
+        yield "cache.over_budget = live without cache.budget_gb leaves nothing out; set cache.budget_gb above 0"
 
 
 def probe_problems(config: PipelineConfig) -> Iterator[str]:

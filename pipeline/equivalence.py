@@ -55,7 +55,7 @@ def run_equivalence(job: Job) -> None:
     stages = [
         stage
         for stage in range(1, len(wanted.segments))
-        if all(judge_cache(wanted, need).current for need in wanted.needs(stage))
+        if stage in wanted.cached_stages and all(judge_cache(wanted, need).current for need in wanted.needs(stage))
     ]
     tuning = last_tuning(wanted)
     tuned = tuning if tuning and tuning.need and judge_cache(wanted, tuning.need).current else None
@@ -96,12 +96,12 @@ def compare_stage(wanted: Wanted, stage: int) -> Comparison:
         with torch.no_grad(), autocast(config.train.device, config.train.precision):
             return float(model(source.mask(model, source.load(segment, 0).to(config.train.device))).sum())
 
-    inputs = live.load(segment, 0).to(config.train.device)
-    assert inputs.ids_BL is not None
-    with autocast(config.train.device, config.train.precision):
-        found = model.frozen_features(inputs.values, inputs.ids_BL, config.mask.groups)
     rows = live.sampling.rows(segment, 0, len(cached.cache))
-    read = cached.cache.read(rows, live.sampling.slot(segment, 0, config.cache.views)[0])
+    view, _ = live.sampling.slot(segment, 0, config.cache.views)
+    images, ids = (part.to(config.train.device) for part in live.sampling.views(live.images, rows, view))
+    with autocast(config.train.device, config.train.precision):
+        found = model.frozen_features(images, ids, config.mask.groups)
+    read = cached.cache.read(rows, view)
     wants = torch.cat(found, dim=1).float().cpu()
     has = torch.cat([read.features_BLD, *([] if read.prefix_BSD is None else [read.prefix_BSD])], dim=1)
     return comparison(stage, cached.cache, has, wants, loss(cached), loss(live))

@@ -16,7 +16,7 @@ from cache.loader import prefetch
 from models.batch import MaskedBatch
 from models.mim import MaskedModel
 from pipeline.decide import Wanted
-from pipeline.work import cached_source, live_source, masked_build, optimizer_of
+from pipeline.work import live_source, masked_build, optimizer_of, stage_source
 from stages.device import synchronize
 from stages.segment import Segment
 from stages.sources import Inputs, Source, StepInputs
@@ -63,8 +63,9 @@ def step_runner(wanted: Wanted, stage: int, arm: str) -> Callable[[float], float
     """A function that trains an arm for some seconds, after a step that is not counted, and returns images/s."""
     train = wanted.config.train
     segment = wanted.segments[stage] if arm != "e2e" else replace(wanted.segments[stage], cut=0)
-    model, optimizer = fresh_model(wanted, stage, segment.cut, cached=arm in ("cached", "memory"))
-    source = live_source(wanted, segment) if arm in ("e2e", "freeze") else cached_source(wanted, stage)
+    staged = arm in ("cached", "memory")
+    model, optimizer = fresh_model(wanted, stage, segment.cut, staged and stage in wanted.cached_stages)
+    source = stage_source(wanted, stage) if staged else live_source(wanted, segment)
     if arm == "memory":
         source = InMemory.of(source, segment, MEMORY_BATCHES)
     device = torch.device(train.device)
@@ -98,9 +99,9 @@ def flop_bound(wanted: Wanted, stage: int) -> float:
     """FLOPs of an e2e step over those of a cached step at the stage's cut: the speed-up that skipping could give."""
     segment = wanted.segments[stage]
     e2e, _ = fresh_model(wanted, stage, 0, cached=False)
-    cached, _ = fresh_model(wanted, stage, segment.cut, cached=True)
+    cached, _ = fresh_model(wanted, stage, segment.cut, stage in wanted.cached_stages)
     live = step_flops(wanted, e2e, live_source(wanted, replace(segment, cut=0)), segment)
-    return live / step_flops(wanted, cached, cached_source(wanted, stage), segment)
+    return live / step_flops(wanted, cached, stage_source(wanted, stage), segment)
 
 
 def step_flops(wanted: Wanted, model: MaskedModel, source: Source, segment: Segment) -> int:

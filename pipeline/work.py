@@ -49,10 +49,12 @@ from stages.weights import load_weights
 
 
 def train_stage(desk: Desk, stage: int) -> None:
-    """Stage 0 trains everything from images; a later one the blocks behind its cut, from the cache."""
+    """Stage 0 trains everything from images; a later one the blocks behind its cut, from the cache where it has one."""
     wanted = desk.wanted
-    source = cached_source(wanted, stage) if stage else LiveImages(wanted.data.train, sampling(wanted))
-    spec = wanted.cache_spec(stage) if stage else None
+    source, cached = stage_source(wanted, stage), stage in wanted.cached_stages
+    spec = wanted.cache_spec(stage) if cached else None
+    if stage and not cached:
+        desk.log.message(f"stage {stage}: its frozen blocks run live, for want of cache.budget_gb; see `make explain`")
     built = built_seconds(wanted, stage)
     before = 0
     for part in wanted.asked(stage):
@@ -68,7 +70,7 @@ def train_stage(desk: Desk, stage: int) -> None:
         paths=wanted.paths.stage(stage),
         tag={"stage": stage},
         segments=wanted.asked(stage),
-        build=masked_build(wanted, stage, cached=True),
+        build=masked_build(wanted, stage, cached),
         source=lambda segment: source,
         start=state_file(wanted.paths.stage(stage - 1)) if stage else None,
         inputs=wanted.stage_inputs(stage),
@@ -83,8 +85,17 @@ def built_seconds(wanted: Wanted, stage: int) -> float:
     return sum(read_seconds(wanted.paths.stage(stage), spec.fingerprint) for spec in specs if spec)
 
 
+def stage_source(wanted: Wanted, stage: int) -> Source:
+    """What a stage learns from: images, caches, or, where the budget leaves it none, what they would hold."""
+    if stage in wanted.cached_stages:
+        return cached_source(wanted, stage)
+    if stage:
+        return LiveFeatures(wanted.data.train, sampling(wanted), wanted.config.cache.views)
+    return LiveImages(wanted.data.train, sampling(wanted))
+
+
 def cached_source(wanted: Wanted, stage: int) -> CachedFeatures:
-    """What a stage learns from: its features and, where they are cached, its teacher's."""
+    """A stage's caches: its features and, where its teacher is frozen, the teacher's."""
     caches = []
     for need in wanted.needs(stage):
         spec = wanted.spec(need)
