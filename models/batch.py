@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.masking import Mask, take_tokens
+from models.masking import Mask, inverse, take_tokens
 
 TargetKey = tuple[str, float]
 """Kind and scale of a target."""
@@ -58,7 +58,7 @@ def masked_loss(prediction_BLT: Tensor, target_BLT: Tensor, scored_BL: Tensor) -
 
 def raster_order(stored_BLD: Tensor, ids_BL: Tensor) -> Tensor:
     """Tokens in stored order put back where they belong in the image."""
-    return take_tokens(stored_BLD, ids_BL.argsort(dim=1))
+    return take_tokens(stored_BLD, inverse(ids_BL))
 
 
 def decode_ids(scored_BL: Tensor, noise_BL: Tensor, share: float) -> Tensor:

@@ -32,7 +32,8 @@ class ModelConfig:
     registers: int = 0
     """Register tokens before the patches; 0 takes the named model's own."""
     attention: Literal["auto", "plain", "fused"] = "auto"
-    """plain softmax(QKᵀ)V, torch's fused kernel, or auto: plain on a CPU, where it is faster, fused elsewhere."""
+    """plain softmax(QKᵀ)V, torch's fused kernel, or auto: plain on a CPU up to 256 tokens, where it is faster, else
+    fused."""
 
     @property
     def num_tokens(self) -> int:

@@ -68,7 +68,7 @@ def block_noise(noise_BL: Tensor, block: int) -> Tensor:
     squares = place[-1] + 1
     square_L = (place[:, None] * squares + place).flatten()
     first = torch.stack([(square_L == square).nonzero()[0, 0] for square in range(int(squares) ** 2)])
-    rank_BS = noise_BL[:, first].argsort(dim=1).argsort(dim=1)
+    rank_BS = inverse(noise_BL[:, first].argsort(dim=1))
     return rank_BS[:, square_L] + noise_BL
 
 
@@ -91,7 +91,7 @@ def weigh_by_distance(scored_BL: Tensor, distance_BL: Tensor, power: float, shar
     weight_BL = torch.where(scored_BL > 0, distance_BL**power, 0.0)
     if share < 1:
         far_BL = torch.where(scored_BL > 0, distance_BL, torch.inf)
-        nearest_first = far_BL.argsort(dim=1, stable=True).argsort(dim=1)
+        nearest_first = inverse(far_BL.argsort(dim=1, stable=True))
         weight_BL = torch.where(nearest_first < (number * share).ceil().clamp(min=1), weight_BL, 0.0)
     return weight_BL * (number / weight_BL.sum(dim=1, keepdim=True))
 
@@ -132,6 +132,12 @@ def restore_tokens(tokens_BKD: Tensor, mask_token_D: Tensor, ids_restore_BL: Ten
     return take_tokens(torch.cat([tokens_BKD, filler], dim=1), ids_restore_BL)
 
 
+def inverse(order_BL: Tensor) -> Tensor:
+    """(B, L) int64: where each token stands in a permutation of all tokens; what argsort gives, without sorting."""
+    places_BL = torch.arange(order_BL.shape[1], device=order_BL.device).expand_as(order_BL)
+    return torch.empty_like(order_BL).scatter_(1, order_BL, places_BL)
+
+
 def _mask_of(ids_shuffle_BL: Tensor, keep: int) -> Mask:
-    ids_restore_BL = ids_shuffle_BL.argsort(dim=1)
+    ids_restore_BL = inverse(ids_shuffle_BL)
     return Mask(ids_shuffle_BL[:, :keep], ids_restore_BL, (ids_restore_BL >= keep).float())

@@ -94,9 +94,10 @@ class MaskedModel(Learner):
         stds = [target_std(batch.targets[name, 1.0]) for name in self.taught.values()]
         return torch.stack(stds) if stds else batch.visible_BKD.new_empty(0)
 
-    def set_attention(self, kind: str, device: torch.device | str) -> None:
-        """Choose the attention kernel of every block and decoder for a device."""
-        use_attention(self, kind, device)
+    def set_attention(self, kind: str, device: torch.device | str, visible: int) -> None:
+        """Choose the attention kernel of every block, which sees `visible` tokens, and every decoder for a device."""
+        use_attention(self.encoder, kind, device, visible)
+        use_attention(self.heads, kind, device, self.encoder.num_tokens)
 
     def warning(self, watched: Mapping[str, float]) -> str:
         """Names the teacher's blocks whose features no longer tell tokens apart."""

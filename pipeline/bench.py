@@ -12,18 +12,17 @@ from typing import Any
 
 from cache.manifest import atomic_write
 from models.config import TeacherConfig
+from pipeline.bench_step import bench_steps, profile_steps
 from pipeline.checks import check
 from pipeline.config import ConfigError
-from pipeline.costs import Imagined, seconds_of
+from pipeline.costs import seconds_of, step_source
 from pipeline.decide import Wanted
 from pipeline.desk import Desk, at_work
 from pipeline.job import Job
 from pipeline.rates import flop_bound, fresh_model, ratios, stage_rates
 from pipeline.reading import parse
 from pipeline.runner import ensure_cache
-from pipeline.show import console, table
-from pipeline.work import live_source, sampling
-from stages.sources import Source
+from pipeline.show import console, spread, table
 from stages.train import train_step
 
 ROUNDS = 6
@@ -32,18 +31,18 @@ ROUNDS = 6
 def run_bench(job: Job) -> None:
     """Every arm's step at every cut, then every method's; prints medians and spread, writes bench.json."""
     with at_work(job) as desk:
-        found = {"arms": bench_arms(desk), "methods": bench_methods(desk.wanted)}
+        found = {"arms": bench_arms(desk), "steps": bench_steps(desk.wanted), "parts": profile_steps(desk.wanted)}
+        found["methods"] = bench_methods(desk.wanted)
         atomic_write(job.paths.root / "bench.json", (json.dumps(found, indent=2) + "\n").encode())
 
 
 def bench_arms(desk: Desk) -> list[dict[str, Any]]:
     """images/s of every arm's step at every cut, on the run's own caches."""
     stages = range(1, len(desk.wanted.segments))
-    for stage in stages:
-        ensure_cache(desk, stage)
     rows = table("cut", "e2e", "freeze", "cached", "in memory", "cached / e2e", "FLOP bound", "cached / in memory")
     found = []
     for stage in stages:
+        ensure_cache(desk, stage)
         rates = stage_rates(desk.wanted, stage, seconds=2.0, rounds=ROUNDS)
         bound = flop_bound(desk.wanted, stage)
         rows.add_row(
@@ -123,14 +122,7 @@ def method_runner(wanted: Wanted, stage: int) -> Callable[[], float]:
     """A function that gives the median seconds of a few steps on inputs in memory."""
     segment = wanted.segments[stage]
     model, optimizer = fresh_model(wanted, stage, segment.cut, cached=stage > 0)
-    source: Source = live_source(wanted, segment)
-    if stage:
-        encoder = model.encoder
-        source = Imagined(sampling(wanted), encoder.width, encoder.num_prefix, wanted.teacher_blocks(stage))
+    source = step_source(wanted, stage, segment, model)
     inputs, train = source.load(segment, 0), wanted.config.train
     return lambda: seconds_of(lambda: train_step(model, optimizer, source, inputs, train), train)
 
-
-def spread(values: list[float]) -> str:
-    """`median (least-largest)`."""
-    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"

@@ -116,6 +116,8 @@ def course_of_disk(
     kept, nothing stays that no later stage needs.
     """
     disk, built = set(there), []
+    if not keep_all:
+        disk &= still_needed(stages, disk)
     most = sum(map(size, disk))
 
     def build(need: Need, left: Sequence[Sequence[Need]]) -> None:

@@ -10,6 +10,7 @@ from cache.errors import CacheError
 from models.config import IMAGE_TARGETS, SCALES, SIZES, TeacherConfig, loss_weights
 from pipeline.config import ConfigError, PipelineConfig, get
 from pipeline.timing import timing_problems
+from stages.compiling import compiler
 
 BOUNDS = {
     "seed": "[0, inf)",
@@ -210,6 +211,13 @@ def _data_problems(config: PipelineConfig) -> Iterator[str]:
     if train.batch_size % train.accumulate:
         parts = f"train.accumulate = {train.accumulate}"
         yield f"train.batch_size = {train.batch_size} is not divisible by {parts}; change either"
+    if train.compile == "on" and not compiler():
+        yield "train.compile = on needs a C++ compiler, and neither $CXX, g++ nor clang++ is here; use compile=off"
+    if train.compile == "on" and train.layer_drop:
+        yield (
+            f"train.compile = on compiles anew whenever other blocks are skipped, and train.layer_drop = "
+            f"{train.layer_drop} skips some at every step; use train.compile=off"
+        )
     if train.min_lr > train.lr:
         yield f"train.min_lr = {train.min_lr} is above train.lr = {train.lr}; lower train.min_lr"
     kind, _, index = train.device.partition(":")
@@ -261,6 +269,11 @@ def cache_problems(config: PipelineConfig) -> Iterator[str]:
     if cache.later_codec and len(config.schedule.cuts) < 3 and config.schedule.kind == "explicit":
         cuts = list(config.schedule.cuts)
         yield f"cache.later_codec = {cache.later_codec} is for a second cut, but schedule.cuts = {cuts}; leave it empty"
+    if cache.keep == "needed" and cache.root:
+        yield (
+            f"cache.keep = needed removes caches, which other runs may read in cache.root = {cache.root}; "
+            "set cache.keep=all, or leave cache.root (CACHE_ROOT) empty"
+        )
     if cache.over_budget == "live" and not cache.budget_gb:
         yield "cache.over_budget = live without cache.budget_gb leaves nothing out; set cache.budget_gb above 0"
 

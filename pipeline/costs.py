@@ -24,11 +24,11 @@ from models.mim import MaskedModel
 from models.vit import build_encoder
 from pipeline.budget import budget_lines
 from pipeline.decide import Wanted, judge_stage, new_needs
+from pipeline.disk import refuse_what_does_not_fit
 from pipeline.freezing import show_adaptive, show_events
 from pipeline.job import Job
 from pipeline.needs import Need
 from pipeline.rates import fresh_model
-from pipeline.runner import refuse_what_does_not_fit
 from pipeline.show import console, table
 from pipeline.speedup import break_even
 from pipeline.work import live_source, sampling, stage_source
@@ -199,13 +199,20 @@ def step_seconds(wanted: Wanted, stage: int, segment: Segment, arm: str) -> floa
     cached = arm == "cached" and stage in wanted.cached_stages
     model, optimizer = fresh_model(wanted, stage, segment.cut, cached, segment.entry)
     train = wanted.config.train
-    if cached:
-        encoder, blocks = model.encoder, wanted.teacher_blocks(stage)
-        source: Source = Imagined(sampling(wanted), encoder.width, encoder.num_prefix, blocks)
+    if arm == "cached" and not cached:
+        source = stage_source(wanted, stage)
     else:
-        source = stage_source(wanted, stage) if arm == "cached" else live_source(wanted, segment)
+        source = step_source(wanted, stage if cached else 0, segment, model)
     inputs = source.load(segment, 0)
     return seconds_of(lambda: train_step(model, optimizer, source, inputs, train), train)
+
+
+def step_source(wanted: Wanted, stage: int, segment: Segment, model: MaskedModel) -> Source:
+    """What a step's inputs are made by where only its time counts: images for stage 0, imagined features for others."""
+    if not stage:
+        return live_source(wanted, segment)
+    encoder = model.encoder
+    return Imagined(sampling(wanted), encoder.width, encoder.num_prefix, wanted.teacher_blocks(stage))
 
 
 def encode_seconds(wanted: Wanted, need: Need) -> float:

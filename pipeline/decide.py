@@ -34,6 +34,7 @@ ARMS = ("e2e", "freeze")
 NO_INFLUENCE = frozenset(
     {
         *("train.device", "train.threads", "train.loader_threads", "train.prefetch", "train.save_every"),
+        "train.compile",
         *("train.max_steps", "train.save_epochs"),
     }
 )

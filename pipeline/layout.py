@@ -36,6 +36,11 @@ class StagePaths:
         return self.root / f"epoch-{epoch}.safetensors"
 
     @property
+    def speed(self) -> Path:
+        """How fast a stage's steps are beside the arms', measured before its caches were removed."""
+        return self.root / "speed.json"
+
+    @property
     def last(self) -> Path:
         """Folder of what a mid-stage resume needs."""
         return self.root / "last"

@@ -318,7 +318,8 @@ def masked_build(wanted: Wanted, stage: int, cached: bool) -> Build:
     elif stage and not cached:
         teacher = partial(frozen_teacher, wanted)
     drop = DepthDrop(config.seed, config.train.drop_path, config.train.layer_drop, wanted.total_steps)
-    return Build(config.seed, config.model, config.decoder, wanted.heads_of(stage), teacher, drop)
+    visible = sampling(wanted).keep(0.0)
+    return Build(config.seed, config.model, config.decoder, wanted.heads_of(stage), teacher, drop, visible)
 
 
 def frozen_teacher(wanted: Wanted, student: Encoder) -> Teacher:

@@ -104,6 +104,9 @@ class TrainConfig:
     block would be skipped for a step; block i of L has i/L of it. The paper's limit of theta is 1 minus this."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast precision of all blocks, frozen or not; auto: bfloat16 where the hardware has it, else float32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the step with torch.compile: seconds of start-up, some per cent of every step. auto: for stages of 5,000
+    steps or more, where there is a C++ compiler."""
     device: str = "auto"
     """cpu, cuda, or auto."""
     threads: int = 0

@@ -16,6 +16,7 @@ from models.drop import DepthDrop
 from models.learner import Learner
 from models.mim import MaskedModel
 from models.multiscale import build_heads
+from models.targets import constant
 from models.teacher import Teacher
 from models.vit import Encoder, build_encoder
 from stages.arm import Arm, Hooks
@@ -29,6 +30,7 @@ from stages.checkpoint import (
     read_state,
     save_state,
 )
+from stages.compiling import compile_learner, compiles
 from stages.config import TrainConfig
 from stages.device import autocast
 from stages.endings import PROBE, Watch, stopped_early
@@ -51,6 +53,8 @@ class Build:
     teacher: Callable[[Encoder], Teacher] | None = None
     """Makes the teacher of a student that is on its device; None where no target is made live by one."""
     drop: DepthDrop | None = None
+    visible: int = 0
+    """Tokens of an image that the encoder mostly sees; 0 means all."""
 
 
 def build_model(build: Build, cut: int, device: str, entry: int | None = None) -> MaskedModel:
@@ -62,7 +66,7 @@ def build_model(build: Build, cut: int, device: str, entry: int | None = None) -
     specs = learning_heads(build.heads, cut, entry)
     heads = build_heads(specs, build.decoder, encoder, build.model.patch_size, build.seed)
     model = MaskedModel(encoder, heads, cut, entry)
-    model.set_attention(build.model.attention, device)
+    model.set_attention(build.model.attention, device, build.visible or encoder.num_tokens)
     model.to(device)
     if build.teacher and model.taught:
         model.teacher = build.teacher(encoder)  # before dropping is installed: an average drops nothing
@@ -81,7 +85,7 @@ def train_step(
     """
     device = next(model.parameters()).device
     optimizer.zero_grad(set_to_none=True)
-    weights = torch.tensor(model.loss_weights(inputs.progress), device=device)
+    weights = constant(model.loss_weights(inputs.progress), device)
     total = torch.zeros(1 + len(weights) + len(model.watch_names), device=device)
     with model.dropping(inputs.step):
         for micro in inputs.to(device).split(train.accumulate):
@@ -110,6 +114,8 @@ def train_arm(arm: Arm, hooks: Hooks) -> tuple[Progress, Learner]:
     while True:
         segment = arm.segments[min(progress.segment, len(arm.segments) - 1)]
         model = arm.make(segment)
+        if compiles(arm.train, model, segment.steps):
+            compile_learner(model)
         optimizer = arm.optimizer(model)
         if tensors is None:
             arm.begin(model)

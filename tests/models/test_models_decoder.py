@@ -157,5 +157,5 @@ def test_weights_are_a_pure_function_of_the_seed_and_not_the_encoder_s(small: Sm
 def test_attention_follows_the_setting(small: Small) -> None:
     for kind, fused in (("plain", False), ("fused", True)):
         heads = build_heads((HeadSpec(4, "pixels"),), DecoderConfig(), build_encoder(small(), seed=0), 4, seed=0)
-        use_attention(heads[0], kind, "cpu")
+        use_attention(heads[0], kind, "cpu", 16)
         assert [m.fused_attn for m in heads[0].modules() if isinstance(m, Attention)] == [fused]

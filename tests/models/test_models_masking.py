@@ -14,6 +14,7 @@ from models.masking import (
     block_noise,
     distance_to_visible,
     group_ids,
+    inverse,
     mask_group,
     random_mask,
     restore_tokens,
@@ -28,6 +29,11 @@ def slow_mask(noise: list[float], ratio: float) -> tuple[list[int], list[int], l
     keep = int(len(noise) * (1 - ratio))
     restore = [shuffled.index(token) for token in range(len(noise))]
     return shuffled[:keep], restore, [0.0 if token in shuffled[:keep] else 1.0 for token in range(len(noise))]
+
+
+def test_a_permutation_is_inverted_as_sorting_would() -> None:
+    order = torch.rand(5, 196).argsort(dim=1)
+    assert torch.equal(inverse(order), order.argsort(dim=1))
 
 
 def random_groups(batch: int, tokens: int, groups: int) -> Tensor:

@@ -107,17 +107,22 @@ def test_freeze_stops_all_before_the_cut(small: Small, cut: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "device", "fused"),
+    ("kind", "device", "tokens", "fused"),
     [
-        ("auto", "cpu", False),
-        ("auto", "cuda", True),
-        ("plain", "cuda", False),
-        ("fused", "cpu", True),
+        ("auto", "cpu", 0, False),
+        ("auto", "cpu", 256, False),
+        ("auto", "cpu", 257, True),
+        ("auto", "cuda", 0, True),
+        ("plain", "cuda", 0, False),
+        ("plain", "cpu", 784, False),
+        ("fused", "cpu", 0, True),
     ],
 )
-def test_attention_is_chosen_for_the_device(small: Small, kind: str, device: str, fused: bool) -> None:
+def test_attention_is_chosen_for_device_and_tokens(
+    small: Small, kind: str, device: str, tokens: int, fused: bool
+) -> None:
     encoder = build_encoder(small(attention=kind), seed=0)
-    encoder.set_attention(device)
+    encoder.set_attention(device, tokens)
     chosen = [module.fused_attn for module in encoder.modules() if isinstance(module, Attention)]
     assert chosen == [fused] * 4
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cache.size import cache_bytes
-from pipeline import bench, care, costs, runner, speedup, status
+from pipeline import bench, bench_step, care, costs, runner, speedup, status
 from pipeline.config import ConfigError
 from pipeline.decide import Wanted, judge_all
 from pipeline.job import Interrupted, RunFailed
@@ -49,6 +49,8 @@ def test_bench_gives_rates_of_every_arm_at_every_cut(
 ) -> None:
     monkeypatch.setattr(bench, "stage_rates", lambda *args, **_: stage_rates(*args, seconds=0.05, rounds=2))
     monkeypatch.setattr(bench, "ROUNDS", 2)
+    monkeypatch.setattr(bench_step, "ROUNDS", 1)
+    monkeypatch.setattr(bench_step, "compiler", lambda: None)
     bench.run_bench(job(copy))
     found = json.loads((copy / "bench.json").read_text())["arms"]
     assert [row["cut"] for row in found] == [1, 3]
