@@ -87,7 +87,15 @@ export: $(READY) ## an encoder as a folder that timm loads: <run>/export
 study: $(READY) ## a grid of overrides as one table (not built yet)
 	@$(PERMAFROST) study $(FLAGS)
 
-bench: $(READY) ## the benchmarks; prints ratios
+# What the cache is compared with has needs of its own (an older numpy); where it cannot be had, bench goes on without.
+.venv-peers/.tried: constraints-peers.txt
+	@echo 'making .venv-peers for the peers of the cache benchmark: some minutes'
+	@mkdir -p .venv-peers && touch $@
+	@$(PYTHON) -m venv .venv-peers && .venv-peers/bin/python -m pip install --quiet --disable-pip-version-check \
+		-r constraints-peers.txt || { rm -rf .venv-peers/bin; \
+		echo 'without Streaming, LitData and tcache: .venv-peers could not be made'; }
+
+bench: $(READY) .venv-peers/.tried ## the benchmarks; prints ratios
 	@$(PERMAFROST) bench $(FLAGS)
 
 test: $(READY) ## the tests

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,8 +11,8 @@ import numpy as np
 
 from cache.errors import CacheError
 from cache.layout import Layout, Shard
-from cache.manifest import read_manifest
-from cache.reader import RowReader
+from cache.manifest import Buffer, read_manifest
+from cache.reader import MEMORY, RowReader
 from cache.store import CacheReader
 from cache.wds_reader import TarCache
 from cache.zarr_reader import ZarrCache
@@ -23,14 +23,22 @@ READERS: dict[str, type[RowReader]] = {"zarr": ZarrCache, "webdataset": TarCache
 class Files(Protocol):
     """What a backend's writer makes of a cache; cache.writer puts it on disk, safely."""
 
-    def static_files(self, layout: Layout, labels: np.ndarray, keys: Sequence[str]) -> dict[str, bytes]:
+    def static_files(
+        self, layout: Layout, labels: np.ndarray, keys: Sequence[str], digests: np.ndarray
+    ) -> dict[str, bytes]:
         """Content of the files that hold no rows of a view, by name."""
         ...
 
     def shard_files(
-        self, folder: Path, layout: Layout, shard: Shard, rows: Mapping[str, np.ndarray], keys: Sequence[str]
-    ) -> dict[str, bytes]:
-        """Content of a shard's files, by name, in the order of `Layout.files`."""
+        self,
+        folder: Path,
+        layout: Layout,
+        shard: Shard,
+        rows: Iterable[Mapping[str, np.ndarray]],
+        keys: Sequence[str],
+    ) -> Iterator[tuple[str, Iterable[Buffer]]]:
+        """A shard's files in the order of `Layout.files`, each by name and in parts, of the rows of every array. To be
+        written one after the other: the rows are taken while the first is."""
         ...
 
 
@@ -45,12 +53,14 @@ def files_of(backend: str) -> Files:
     return zarr_writer
 
 
-def open_cache(path: str | os.PathLike[str], verify: bool = False) -> CacheReader:
+def open_cache(path: str | os.PathLike[str], verify: bool = False, memory: int = MEMORY) -> CacheReader:
     """Reader of the finished cache at `path`; with `verify` every file is hashed first.
+
+    A cache of up to `memory` bytes is mapped, which is faster; its pages then count as the process's memory.
 
     Raises MissingCache (nothing there, or unfinished), DamagedCache, StaleCache (another version's format), CacheError
     (a URL, which is not built yet).
     """
     if "://" in str(path):
         raise CacheError(f"{path}: caches behind URLs are not built yet; give a local path")
-    return READERS[read_manifest(path).backend](Path(path), verify=verify)
+    return READERS[read_manifest(path).backend](Path(path), verify, memory)

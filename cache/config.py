@@ -30,9 +30,15 @@ class CacheConfig:
     """A cache whose measured relative RMSE, with that of the caches it continues added, is larger is refused."""
     views: int = 2
     """Augmented views kept of every image; epoch e reads view e mod views."""
+    refresh: int = 0
+    """A ring of views: after so many epochs of a cached stage its oldest view is replaced by a new one, so that
+    augmentation does not stay frozen; 0 keeps the views. Later cuts are then built from images."""
     pixels: Literal["stored", "recut"] = "stored"
     """Where pixel and HOG targets of a cached stage come from: the crop's uint8 pixels, stored beside the features, or
     the original image, cut again by the stored parameters of that crop: less disk, more decoding at every step."""
+    memory_mb: int = 1024
+    """Memory that reading a cache may take, in MiB: half for the batches ahead of the step, half for mapped files: a
+    cache that fits is mapped, which is faster, a larger one is read by position."""
     root: str = ""
     """Folder of the caches; empty means <run>/cache."""
     shard_rows: int = 256
@@ -51,6 +57,11 @@ class CacheConfig:
     stages whose caches save least run their frozen blocks live, on the views that a cache would hold."""
     keep: Literal["all", "needed"] = "all"
     """Which caches stay: all, or only those that a stage which is still to run reads or continues."""
+
+    @property
+    def memory(self) -> int:
+        """Bytes for the batches ahead, and the same for mapped files."""
+        return self.memory_mb * 2**20 // 2
 
     @property
     def blocks(self) -> Blocks | None:

@@ -19,11 +19,16 @@ STORE = "data.zarr"
 TARS = "shards"
 INDEX = "index"
 """Beside the tars: where their chunks lie, labels and keys."""
-LABELS, KEYS = f"{INDEX}/labels.npy", f"{INDEX}/keys.json"
+LABELS, KEYS, DIGESTS = f"{INDEX}/labels.npy", f"{INDEX}/keys.json", f"{INDEX}/digests.npy"
 CRC_BYTES = 4
 INDEX_ENTRY_BYTES = 16
 BLOSC_BYTES = 16
 """What Blosc adds to a chunk that it cannot make smaller."""
+
+
+MOMENTS = ("total", "squares", "peak", "error_squares", "given_squares", "error_peak")
+"""Of a sample's features: sum, sum of squares and largest magnitude of what is stored; of its difference to what the
+frozen blocks gave: sum of squares, sum of squares of what they gave, largest."""
 
 
 class Shard(NamedTuple):
@@ -104,6 +109,7 @@ class Layout:
         if spec.prefix:  # every group has run behind a prefix of its own
             shape = (spec.groups * spec.prefix, spec.width)
             arrays.append(RowArray("prefix", shape, codec.prefix_dtype, spec.groups, pack))
+        arrays.append(RowArray("moments", (len(MOMENTS),), "<f8"))
         return tuple(arrays)
 
     @cached_property

@@ -4,19 +4,26 @@ of torch and zarr."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from cache.errors import CacheError, DamagedCache, MissingCache, StaleCache
 from cache.layout import Layout
+from cache.lock import aside
 from models.spec import FeatureSpec
 
-FORMAT = 2
+Buffer = bytes | memoryview
+FORMAT = 3
 MANIFEST = "manifest.json"
 
 
@@ -33,6 +40,9 @@ class ShardEntry:
     moments: tuple[float, ...] | None = None
     """Of a shard of features: sum, sum of squares and largest magnitude of what is stored, sum of squares of its
     difference to what the frozen blocks gave, sum of squares of that, largest difference."""
+    batch: int = 0
+    """Of a shard of features: samples that passed the frozen blocks at once, on which their last bits depend; 0 where
+    that is not known."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,8 @@ class CacheManifest:
     errors: tuple[ViewError, ...]
     accumulated_error: float
     """The largest relative RMSE of a view, plus that of every cache that this one continues."""
+    kin: str
+    """Caches of one kin hold equal numbers for equal samples and views (`FeatureSpec.kin`)."""
     backend: str = "zarr"
     compression: str = ""
     format: int = FORMAT
@@ -103,6 +115,7 @@ class CacheManifest:
             "fingerprint": self.fingerprint,
             "parent": self.parent,
             "spec": self.spec.to_dict(),
+            "kin": self.kin,
             "num_samples": self.num_samples,
             "num_tokens": self.num_tokens,
             "width": self.width,
@@ -127,6 +140,7 @@ class CacheManifest:
             stats=tuple(ViewStats(**stats) for stats in values["stats"]),
             errors=tuple(ViewError(**error) for error in values["errors"]),
             accumulated_error=values["accumulated_error"],
+            kin=values["kin"],
             backend=values["backend"],
             compression=values["compression"],
             format=values["format"],
@@ -147,6 +161,11 @@ def write_manifest(folder: str | os.PathLike[str], manifest: CacheManifest) -> N
     atomic_write(Path(folder) / MANIFEST, seal(manifest.to_dict()))
 
 
+def manifest_copy(folder: Path) -> Path:
+    """Where a second copy of a manifest lies, beside the cache: without it one bad byte would cost every shard."""
+    return aside(folder, "manifests", ".json")
+
+
 def read_manifest(folder: str | os.PathLike[str]) -> CacheManifest:
     """The manifest of a finished cache. MissingCache, DamagedCache, or StaleCache for another version's format."""
     path = Path(folder) / MANIFEST
@@ -159,6 +178,11 @@ def read_manifest(folder: str | os.PathLike[str]) -> CacheManifest:
         values = unseal(content)
     except ValueError:
         raise DamagedCache(f"{path} is altered or cut short; run `make repair`") from None
+    if values["format"] > FORMAT:
+        raise CacheError(
+            f"{path} has format {values['format']}, this version reads {FORMAT}: a later version made it and may need "
+            "it; update, or remove the folder"
+        )
     if values["format"] != FORMAT:
         raise StaleCache(f"{path} has format {values['format']}, this version reads {FORMAT}; build the cache again")
     try:
@@ -221,27 +245,51 @@ def _seal_of(body: bytes) -> bytes:
     return f',\n "checksum": "{checksum(body)}"\n}}\n'.encode()
 
 
+def as_bytes(values: np.ndarray) -> memoryview:
+    """The bytes of a contiguous array, not copied."""
+    return values.reshape(-1).view(np.uint8).data
+
+
 def atomic_write(path: Path, content: bytes) -> None:
     """Writes a file durably, all or nothing: a kill at any moment leaves the old file or the new one.
 
     Raises CacheError when the disk does not take it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with _replacing(path, len(content)) as file:
+        file.write(content)
+
+
+def atomic_stream(path: Path, parts: Iterable[Buffer], size: int) -> tuple[int, str]:
+    """The same with a file of about `size` bytes that comes in parts and is never in memory whole; returns its bytes
+    and sha256. An error of `parts` leaves the old file, too."""
+    digest, written = hashlib.sha256(), 0
+    with _replacing(path, size) as file:
+        for part in parts:
+            written += file.write(part)
+            digest.update(part)
+    return written, digest.hexdigest()
+
+
+@contextmanager
+def _replacing(path: Path, size: int) -> Iterator[BinaryIO]:
+    """A new file that stands at `path` once it is durably written."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
+        remedy = "make the folder writable" if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else "make room"
         raise CacheError(
-            f"cannot write {path} ({len(content)} bytes): {error.strerror}; "
-            f"make room and run again, what is finished stays"
+            f"cannot write {path} ({size} bytes): {error.strerror}; {remedy} and run again, what is finished stays"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # whatever it is, the error above has said it
+            temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

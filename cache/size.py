@@ -17,6 +17,7 @@ from cache.tar import COLUMNS, END, npy_header, padding
 METADATA_BYTES = 1200
 MANIFEST_ENTRY_BYTES = 300
 KEY_BYTES = 16
+DIGEST_BYTES = 32
 BLOCK = tarfile.BLOCKSIZE
 
 
@@ -46,7 +47,7 @@ def cache_bytes(layout: Layout) -> int:
         arrays += layout.spec.views * math.ceil(layout.num_samples / layout.shard_rows) * (len(END) + 128)
     files = len(layout.arrays) * layout.spec.views * math.ceil(layout.num_samples / layout.shard_rows)
     metadata = METADATA_BYTES * len(layout.arrays) * layout.spec.views
-    return arrays + metadata + files * MANIFEST_ENTRY_BYTES + layout.num_samples * (8 + KEY_BYTES)
+    return arrays + metadata + files * MANIFEST_ENTRY_BYTES + layout.num_samples * (8 + DIGEST_BYTES + KEY_BYTES)
 
 
 def check_space(folder: Path, layout: Layout) -> None:

@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from cache.buffers import FRESH, Buffers
 from cache.errors import CacheError, DamagedCache, MissingCache, StaleCache, Unrepresentable
 from cache.manifest import CacheManifest
 
@@ -52,10 +53,34 @@ class CacheReader(Protocol):
     @property
     def manifest(self) -> CacheManifest: ...
 
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) int64, -1 where unknown."""
+        ...
+
+    @property
+    def keys(self) -> np.ndarray:
+        """(N,) strings."""
+        ...
+
+    @property
+    def digests(self) -> np.ndarray:
+        """(N, 32) uint8: sha256 of the images that the samples were made of."""
+        ...
+
     def __len__(self) -> int: ...
 
-    def read(self, rows: Sequence[int] | np.ndarray, view: int = 0, group: int | None = None) -> FeatureBatch:
-        """Rows of a view in the order asked for; only one token group of them when `group` is given."""
+    def read(
+        self, rows: Sequence[int] | np.ndarray, view: int = 0, group: int | None = None, into: Buffers = FRESH
+    ) -> FeatureBatch:
+        """Rows of a view in the order asked for; only one token group of them when `group` is given.
+
+        The batch lies in memory of `into`, and is overwritten when that is handed to another call.
+        """
+        ...
+
+    def stored(self, name: str, rows_B: np.ndarray, view: int = 0, group: int | None = None) -> np.ndarray:
+        """(B, ...): an array's rows as they are stored."""
         ...
 
     def crops(self, rows: Sequence[int] | np.ndarray, view: int = 0) -> np.ndarray:

@@ -6,18 +6,18 @@ cover every byte of the tar. Free of torch."""
 from __future__ import annotations
 
 import io
-import mmap
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-import google_crc32c
 import numpy as np
+from awscrt import checksums
 
 from cache.errors import DamagedCache
 from cache.layout import RowArray
-from cache.shard import crc32c
+from cache.manifest import Buffer, as_bytes
+from cache.ranges import RangeFile
 
 COLUMNS = 4
 """Of an index: where the bytes under a checksum begin and end, where the chunk itself begins, the crc32c."""
@@ -58,63 +58,69 @@ def padding(size: int) -> bytes:
 
 
 def encode_tar(
-    arrays: Sequence[RowArray], rows: Mapping[str, np.ndarray], keys: Sequence[str], labels: np.ndarray
-) -> tuple[bytes, bytes]:
-    """The tar of a shard and its index. Members of a sample: `<key>.cls`, then `<key>.<array>.npy` of every array."""
-    parts: list[bytes] = []
-    index: list[tuple[int, int, int, int]] = []
-    offset = begin = 0
-    crc = google_crc32c.Checksum()
-
-    def put(content: bytes) -> None:
-        nonlocal offset
-        parts.append(content)
-        crc.update(content)
-        offset += len(content)
-
-    last = (len(keys) - 1, arrays[-1])
-    for row, (key, label) in enumerate(zip(keys, labels.tolist(), strict=True)):
+    arrays: Sequence[RowArray],
+    rows: Iterable[Mapping[str, np.ndarray]],
+    keys: Sequence[str],
+    labels: np.ndarray,
+    index: list[tuple[int, int, int, int]],
+) -> Iterator[Buffer]:
+    """The tar of a shard, part by part; fills its index. Members of a sample: `<key>.cls`, then `<key>.<array>.npy` of
+    every array."""
+    offset = begin = crc = 0
+    headers = {array.name: npy_header(array) for array in arrays}
+    before = b""
+    last = (len(keys) - 1, arrays[-1].name)
+    for number, (row, key, label) in enumerate(zip(rows, keys, labels.tolist(), strict=True)):
         text = str(label).encode()
-        put(member_header(f"{escape_key(key)}.cls", len(text)) + text + padding(len(text)))
+        before += member_header(f"{escape_key(key)}.cls", len(text)) + text + padding(len(text))
         for array in arrays:
-            header, size = npy_header(array), array.splits * array.chunk_bytes
-            put(member_header(f"{escape_key(key)}.{array.name}.npy", len(header) + size) + header)
-            values = np.ascontiguousarray(rows[array.name][row], array.dtype).reshape(array.splits, -1)
+            header, size = headers[array.name], array.splits * array.chunk_bytes
+            before += member_header(f"{escape_key(key)}.{array.name}.npy", len(header) + size) + header
+            values = np.ascontiguousarray(row[array.name], array.dtype).reshape(array.splits, -1)
             for split in range(array.splits):
-                data = offset
-                put(values[split].tobytes())
+                after = b""
                 if split == array.splits - 1:
-                    put(padding(len(header) + size) + (END if (row, array) == last else b""))
-                index.append((begin, offset, data, int.from_bytes(crc.digest(), "big")))
-                begin, crc = offset, google_crc32c.Checksum()
-    return b"".join(parts), _npy(np.array(index, "<u8").reshape(len(keys), -1, COLUMNS))
+                    after = padding(len(header) + size) + (END if (number, array.name) == last else b"")
+                data = offset + len(before)
+                for part in (before, as_bytes(values[split]), after):
+                    if part:
+                        yield part
+                        crc, offset = checksums.crc32c(part, crc), offset + len(part)
+                index.append((begin, offset, data, crc))
+                before, begin, crc = b"", offset, 0
 
 
-def _npy(values: np.ndarray) -> bytes:
+def encode_index(index: Sequence[tuple[int, int, int, int]], rows: int) -> bytes:
+    """The index of a tar as a .npy file."""
+    return npy(np.array(index, "<u8").reshape(rows, -1, COLUMNS))
+
+
+def npy(values: np.ndarray) -> bytes:
+    """A .npy file."""
     out = io.BytesIO()
     np.save(out, values, allow_pickle=False)
     return out.getvalue()
 
 
 class TarShard:
-    """Memory map of a tar; a chunk's crc32c is checked when it is read. `sizes`: bytes of a sample's chunks, in order.
-    DamagedCache when a file is not whole."""
+    """An open tar; a chunk's crc32c is checked when it is read. `sizes`: bytes of a sample's chunks, in order."""
 
-    def __init__(self, path: Path, index: np.ndarray, sizes: Sequence[int]) -> None:
-        self.path, self._sizes = path, tuple(sizes)
-        try:
-            with path.open("rb") as file:
-                self._content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        except FileNotFoundError:
-            raise DamagedCache(f"{path} is missing; run `make repair`") from None
-        except ValueError:  # an empty file cannot be mapped
-            raise DamagedCache(f"{path} is empty; run `make repair`") from None
-        self.size = len(self._content)
+    def __init__(self, path: Path, file: RangeFile, index: np.ndarray, sizes: Sequence[int]) -> None:
+        self.path, self._file, self._sizes = path, file, tuple(sizes)
         self._index = index.reshape(-1, COLUMNS)
 
-    def chunk(self, number: int) -> memoryview:
-        """Content of a chunk, counted from the shard's first; valid as long as it is referred to."""
-        begin, end, data, crc = self._index[number].tolist()
-        if crc32c(self._content[begin:end]) != crc.to_bytes(4, "little"):
-            raise DamagedCache(f"{self.path} is altered in chunk {number}; run `make repair`")
-        return self._content[data : data + self._sizes[number % len(self._sizes)]]
+    def read(self, first: int, out_NC: np.ndarray) -> None:
+        """N adjacent chunks of C bytes from chunk `first` on, counted from the shard's first, into uint8 rows."""
+        number, size = out_NC.shape
+        assert (size,) * number == tuple(self._sizes[(first + n) % len(self._sizes)] for n in range(number))
+        places = self._index[first : first + number].tolist()
+        before = [np.empty(data - begin, np.uint8) for begin, _, data, _ in places]
+        after = [np.empty(end - data - size, np.uint8) for _, end, data, _ in places]
+        parts = list(zip(before, out_NC, after, strict=True))
+        self._file.read_into(places[0][0], [buffer for part in parts for buffer in part if len(buffer)])
+        for chunk, (part, place) in enumerate(zip(parts, places, strict=True), first):
+            crc = 0
+            for buffer in part:
+                crc = checksums.crc32c(buffer, crc)
+            if crc != place[3]:
+                raise DamagedCache(f"{self.path} is altered in chunk {chunk}; run `make repair`")

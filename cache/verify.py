@@ -11,9 +11,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.errors import DamagedCache, MissingCache
+from cache.errors import CacheError, DamagedCache, MissingCache
 from cache.layout import STORE, TARS
-from cache.manifest import MANIFEST, find_damage, read_manifest, sync_folder
+from cache.lock import aside
+from cache.manifest import (
+    FORMAT,
+    MANIFEST,
+    CacheManifest,
+    atomic_write,
+    cache_folder_name,
+    find_damage,
+    manifest_copy,
+    read_manifest,
+    sync_folder,
+    unseal,
+)
 from cache.receipts import RECEIPTS, STORE_RECEIPT, receipt_name, write_receipt
 
 
@@ -48,6 +60,21 @@ def verify_cache(folder: Path) -> list[Damage]:
     return damages
 
 
+def restore_manifest(folder: Path) -> bool:
+    """Puts the copy that lies beside a cache in the place of a manifest that is damaged or gone; whether it could.
+    Every shard still has to show that it is what the copy says."""
+    copy = manifest_copy(folder)
+    try:
+        content = copy.read_bytes()
+        found = CacheManifest.from_dict(unseal(content))
+    except (OSError, ValueError):
+        return False
+    if found.format != FORMAT or cache_folder_name(found.spec) != folder.absolute().name:
+        return False
+    atomic_write(folder / MANIFEST, content)
+    return True
+
+
 def drop_damaged(folder: Path, damages: Iterable[Damage]) -> None:
     """Makes a half-built cache of a damaged one: good shards get their receipts back, then the manifest goes.
 
@@ -72,8 +99,15 @@ def remove_cache(folder: Path) -> None:
     """Deletes a cache, finished or not; the manifest first, so that a kill leaves no cache that looks finished."""
     if not any((folder / part).exists() for part in (MANIFEST, STORE, TARS, RECEIPTS)):
         raise MissingCache(f"{folder} is no cache; nothing was removed")
-    _remove_manifest(folder)
-    shutil.rmtree(folder)
+    try:
+        _remove_manifest(folder)
+        shutil.rmtree(folder)
+        for kind in ("manifests", "costs"):
+            aside(folder, kind, ".json").unlink(missing_ok=True)
+    except OSError as error:
+        raise CacheError(
+            f"cannot remove {error.filename or folder}: {error.strerror}; make the folder writable and run again"
+        ) from error
 
 
 def _remove_manifest(folder: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from cache import reader
 from cache.errors import DamagedCache
-from cache.layout import KEYS, LABELS, RowArray, Shard
+from cache.layout import DIGESTS, KEYS, LABELS, RowArray, Shard
 from cache.manifest import checksum
 from cache.reader import Chunks, RowReader
 from cache.tar import TarShard
@@ -22,17 +22,17 @@ from cache.tar import TarShard
 class TarCache(RowReader):
     """The CacheReader of a WebDataset cache. Raises MissingCache, DamagedCache or StaleCache when it does not open."""
 
-    def __init__(self, folder: Path, verify: bool = False) -> None:
-        super().__init__(folder, verify)
+    def __init__(self, folder: Path, verify: bool = False, memory: int = reader.MEMORY) -> None:
+        super().__init__(folder, verify, memory)
         arrays = self._layout.arrays
         self._sizes = [array.chunk_bytes for array in arrays for _ in range(array.splits)]
         starts = accumulate((array.splits for array in arrays), initial=0)
         self._first = dict(zip((array.name for array in arrays), starts, strict=False))
         self._shard: Callable[[int, int], TarShard] = lru_cache(reader.OPEN_SHARDS)(self._open_shard)
 
-    def _labels_and_keys(self) -> tuple[np.ndarray, np.ndarray]:
+    def _samples(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         keys = json.loads((self.folder / KEYS).read_text(encoding="utf-8"))
-        return np.load(self.folder / LABELS), np.array(keys, object)
+        return np.load(self.folder / LABELS), np.array(keys, object), np.load(self.folder / DIGESTS)
 
     def _locate(self, array: RowArray, view: int, row: int) -> tuple[Chunks, int]:
         number, place = divmod(row, self._layout.shard_rows)
@@ -47,7 +47,4 @@ class TarCache(RowReader):
             raise DamagedCache(f"{path} is missing; run `make repair`") from None
         if checksum(content) != self._entries[index].checksum:
             raise DamagedCache(f"{path} is altered; run `make repair`")
-        shard = TarShard(self.folder / tar, np.load(io.BytesIO(content)), self._sizes)
-        if shard.size != (size := self._entries[tar].bytes):
-            raise DamagedCache(f"{shard.path} has {shard.size} bytes instead of {size}; run `make repair`")
-        return shard
+        return TarShard(self.folder / tar, self._open(tar), np.load(io.BytesIO(content)), self._sizes)

@@ -3,27 +3,34 @@ indexes, the labels and the keys, which no reader but ours needs. The steps of a
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from cache.layout import KEYS, LABELS, Layout, Shard
-from cache.tar import encode_tar
+from cache.layout import DIGESTS, KEYS, LABELS, Layout, Shard
+from cache.manifest import Buffer
+from cache.tar import encode_index, encode_tar, npy
 
 
-def static_files(layout: Layout, labels: np.ndarray, keys: Sequence[str]) -> dict[str, bytes]:
-    """Files that hold no rows of a view: labels and keys, by name."""
-    out = io.BytesIO()
-    np.save(out, np.asarray(labels, "<i8"), allow_pickle=False)
-    return {LABELS: out.getvalue(), KEYS: json.dumps(list(keys), ensure_ascii=False).encode()}
+def static_files(
+    layout: Layout, labels: np.ndarray, keys: Sequence[str], digests: np.ndarray
+) -> dict[str, bytes]:
+    """Files that hold no rows of a view: labels, keys and digests, by name."""
+    return {
+        LABELS: npy(np.asarray(labels, "<i8")),
+        KEYS: json.dumps(list(keys), ensure_ascii=False).encode(),
+        DIGESTS: npy(np.asarray(digests, "|u1")),
+    }
 
 
 def shard_files(
-    folder: Path, layout: Layout, shard: Shard, rows: Mapping[str, np.ndarray], keys: Sequence[str]
-) -> dict[str, bytes]:
-    """The files of a shard, the tar first: its rows of every array, by name."""
+    folder: Path, layout: Layout, shard: Shard, rows: Iterable[Mapping[str, np.ndarray]], keys: Sequence[str]
+) -> Iterator[tuple[str, Iterable[Buffer]]]:
+    """The files of a shard, the tar first, each by name and in parts; the rows are taken while the first is written."""
     labels = np.load(folder / LABELS, mmap_mode="r")[shard.first_row : shard.first_row + shard.rows]
-    return dict(zip(layout.files(shard), encode_tar(layout.arrays, rows, keys, labels), strict=True))
+    tar, index_name = layout.files(shard)
+    index: list[tuple[int, int, int, int]] = []
+    yield tar, encode_tar(layout.arrays, rows, keys, labels, index)
+    yield index_name, [encode_index(index, shard.rows)]

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -20,17 +20,21 @@ from cache.backends import files_of
 from cache.codecs import CODECS, describe
 from cache.errors import CacheError, MissingCache, StaleCache, TooCoarse, Unrepresentable
 from cache.layout import INDEX, STORE, TARS, Layout, Shard
+from cache.loader import prefetch
 from cache.manifest import (
     MANIFEST,
     CacheManifest,
     ShardEntry,
     ViewError,
     ViewStats,
+    atomic_stream,
     atomic_write,
     check_spec,
     checksum,
     find_damage,
+    manifest_copy,
     read_manifest,
+    seal,
     write_manifest,
 )
 from cache.receipts import RECEIPTS, STORE_RECEIPT, read_receipt, receipt_name, write_receipt
@@ -90,13 +94,16 @@ class ErrorLimit:
 NO_LIMIT = ErrorLimit()
 
 
-def create_store(folder: Path, layout: Layout, labels: np.ndarray, keys: Sequence[str]) -> None:
-    """Writes metadata, labels and keys. Does nothing to what is there already and as it should be."""
+def create_store(
+    folder: Path, layout: Layout, labels: np.ndarray, keys: Sequence[str], digests: np.ndarray
+) -> None:
+    """Writes metadata, labels, keys and digests (N, 32), the sha256 of the images. Does nothing to what is there and as
+    it should be."""
     if _finished(folder, layout):
         return
-    assert len(labels) == len(keys) == layout.num_samples
+    assert len(labels) == len(keys) == len(digests) == layout.num_samples
     entries = []
-    for name, content in files_of(layout.backend).static_files(layout, labels, keys).items():
+    for name, content in files_of(layout.backend).static_files(layout, labels, keys, digests).items():
         entry = ShardEntry(name, 0, 0, len(content), checksum(content))
         if find_damage(folder, entry):
             atomic_write(folder / entry.name, content)
@@ -117,45 +124,91 @@ def missing_shards(folder: Path, layout: Layout) -> list[Shard]:
 
 
 def write_rows(
-    folder: Path, layout: Layout, view: int, first_row: int, block: RowBlock, limit: ErrorLimit = NO_LIMIT
+    folder: Path,
+    layout: Layout,
+    view: int,
+    first_row: int,
+    block: RowBlock,
+    limit: ErrorLimit = NO_LIMIT,
+    batch: int = 0,
 ) -> list[ShardEntry]:
-    """Writes one shard of every array of a view, then its receipt.
+    """Writes one shard of every array of a view, then its receipt; `batch` is how many samples were computed at once. A
+    thread rounds and measures the next rows while this one is checksummed, hashed and written.
 
     Unrepresentable, naming the value; TooCoarse when the shard alone is above the limit, and CacheError on a full disk.
     """
     shard = Shard(view, first_row, len(block.keys))
     assert shard in layout.shards, f"{shard} is no shard of the layout: one writer per shard"
-    rounded, prefix_NSD = _round(block, layout, view), _round_prefix(block, layout, view)
-    found = moments(block.features_NLD, rounded, layout.spec.codec)
-    limit.check(relative_rmse(found.error_squares, found.given_squares), layout.spec)
+    def make(row: int) -> Mapping[str, np.ndarray]:
+        return stored_row(layout, view, block, row)
+
+    with prefetch(make, range(shard.rows), 1, ROWS_AHEAD) as rows:
+        return write_stored(folder, layout, shard, rows, block.keys, limit, batch)
+
+
+ROWS_AHEAD = 4
+"""Rows that are rounded and not yet written: few enough to be still in the processor's cache."""
+
+
+def stored_row(layout: Layout, view: int, block: RowBlock, row: int) -> dict[str, np.ndarray]:
+    """What is stored of one row of a block, by array. Unrepresentable, naming the value."""
+    rounded, prefix_SD = _round(block, layout, view, row), _round_prefix(block, layout, view, row)
     given = {
-        "features": rounded.values_NLD,
-        "scale": rounded.scale_NLK,
-        "crop": block.crop_N5,
-        "token_ids": block.token_ids_NL,
-        "pixels": block.pixels_NLP,
-        "prefix": prefix_NSD,
+        "features": rounded.values_NLD[0],
+        "scale": None if rounded.scale_NLK is None else rounded.scale_NLK[0],
+        "crop": block.crop_N5[row],
+        "token_ids": None if block.token_ids_NL is None else block.token_ids_NL[row],
+        "pixels": None if block.pixels_NLP is None else block.pixels_NLP[row],
+        "prefix": prefix_SD,
+        "moments": moments(block.features_NLD[row : row + 1], rounded, layout.spec.codec)[0],
     }
-    rows = {}
+    stored = {}
     for array in layout.arrays:
         values = given[array.name]
-        assert values is not None and values.shape == (shard.rows, *array.row_shape), f"{array} in a block of the spec"
-        rows[array.name] = values
-    files = files_of(layout.backend).shard_files(folder, layout, shard, rows, block.keys)
+        assert values is not None and values.shape == array.row_shape, f"{array} in a block of the spec"
+        stored[array.name] = values
+    return stored
+
+
+def write_stored(
+    folder: Path,
+    layout: Layout,
+    shard: Shard,
+    rows: Iterable[Mapping[str, np.ndarray]],
+    keys: Sequence[str],
+    limit: ErrorLimit = NO_LIMIT,
+    batch: int = 0,
+) -> list[ShardEntry]:
+    """`write_rows` of rows that are as they are stored already, one after the other."""
+    assert shard in layout.shards, f"{shard} is no shard of the layout: one writer per shard"
+    found_N6 = np.empty((shard.rows, len(Moments._fields)))
+
+    def checked() -> Iterator[Mapping[str, np.ndarray]]:
+        for number, row in enumerate(rows):
+            found_N6[number] = row["moments"]
+            yield row
+        found = Moments.join(found_N6)  # before the file gets its name
+        limit.check(relative_rmse(found.error_squares, found.given_squares), layout.spec)
+
     entries: list[ShardEntry] = []
-    for name, content in files.items():
-        entry = ShardEntry(
-            name, first_row, shard.rows, len(content), checksum(content), None if entries else tuple(found)
-        )
-        atomic_write(folder / name, content)
+    size = sum(array.shard_bytes(shard.rows, layout.shard_rows) for array in layout.arrays)
+    for name, parts in files_of(layout.backend).shard_files(folder, layout, shard, checked(), keys):
+        written, digest = atomic_stream(folder / name, parts, size)
+        entry = ShardEntry(name, shard.first_row, shard.rows, written, digest)
+        if not entries:
+            entry = replace(entry, moments=tuple(Moments.join(found_N6)), batch=batch)
         entries.append(entry)
     write_receipt(folder, layout, receipt_name(shard), entries)
     return entries
 
 
-def finish(folder: Path, layout: Layout, limit: ErrorLimit = NO_LIMIT) -> CacheManifest:
-    """Declares the cache finished. CacheError when a shard is still missing, TooCoarse when it lost more than it may;
-    a second call changes nothing."""
+def finish(
+    folder: Path, layout: Layout, limit: ErrorLimit = NO_LIMIT, parent_kin: str = ""
+) -> CacheManifest:
+    """Declares the cache finished; a second call changes nothing. parent_kin: the kin of the cache that it continues.
+
+    CacheError when a shard is still missing, TooCoarse when it lost more than it may.
+    """
     manifest = _finished(folder, layout)
     if manifest is None:
         names = [STORE_RECEIPT, *(receipt_name(shard) for shard in layout.shards)]
@@ -178,12 +231,41 @@ def finish(folder: Path, layout: Layout, limit: ErrorLimit = NO_LIMIT) -> CacheM
             stats=stats,
             errors=errors,
             accumulated_error=limit.inherited + worst,
+            kin=layout.spec.kin(parent_kin),
             backend=layout.backend,
             compression=layout.compression,
         )
+        atomic_write(manifest_copy(folder), seal(manifest.to_dict()))
         write_manifest(folder, manifest)
     _sweep(folder, {entry.name for entry in manifest.shards})
     return manifest
+
+
+def amend(folder: Path, limit: ErrorLimit = NO_LIMIT) -> bool:
+    """Takes what was written again of a finished cache into its manifest; says whether it is, to the bit, what was
+    there. TooCoarse as for `finish`."""
+    manifest = read_manifest(folder)
+    layout = manifest.layout
+    names = [STORE_RECEIPT, *(receipt_name(shard) for shard in layout.shards)]
+    again = {entry.name: entry for name in names for entry in read_receipt(folder, layout, name) or ()}
+    entries = tuple(again.get(entry.name, entry) for entry in manifest.shards)
+    same = entries == manifest.shards
+    if not same:
+        stats, errors = _view_stats(entries, layout)
+        worst = max(error.relative_rmse for error in errors)
+        limit.check(worst, layout.spec)
+        manifest = replace(
+            manifest, shards=entries, stats=stats, errors=errors, accumulated_error=limit.inherited + worst
+        )
+        atomic_write(manifest_copy(folder), seal(manifest.to_dict()))
+        write_manifest(folder, manifest)
+    _sweep(folder, {entry.name for entry in manifest.shards})
+    return same
+
+
+def drop_receipts(folder: Path) -> None:
+    """Forgets what was written again of a finished cache and not taken into its manifest: it is damage still."""
+    shutil.rmtree(folder / RECEIPTS, ignore_errors=True)
 
 
 def _finished(folder: Path, layout: Layout) -> CacheManifest | None:
@@ -195,30 +277,28 @@ def _finished(folder: Path, layout: Layout) -> CacheManifest | None:
     return manifest
 
 
-def _round(block: RowBlock, layout: Layout, view: int) -> Rounded:
+def _round(block: RowBlock, layout: Layout, view: int, row: int) -> Rounded:
     spec = layout.spec
-    rounded = round_features(block.features_NLD, spec.codec, spec.block, spec.keepbits)
+    rounded = round_features(block.features_NLD[row : row + 1], spec.codec, spec.block, spec.keepbits)
     if isinstance(rounded, Unfit):
         ids = block.token_ids_NL
-        token = rounded.token if ids is None else ids[rounded.sample, rounded.token]
-        raise _unrepresentable(rounded, block, layout, view, f"token {token}", spec.codec)
+        token = rounded.token if ids is None else ids[row, rounded.token]
+        raise _unrepresentable(rounded, block.keys[row], layout, view, f"token {token}", spec.codec)
     return rounded
 
 
-def _round_prefix(block: RowBlock, layout: Layout, view: int) -> np.ndarray | None:
+def _round_prefix(block: RowBlock, layout: Layout, view: int, row: int) -> np.ndarray | None:
     if block.prefix_NSD is None:
         return None
     codec = "float16" if layout.spec.codec == "int8" else layout.spec.codec
-    rounded = round_features(block.prefix_NSD, codec)
+    rounded = round_features(block.prefix_NSD[row : row + 1], codec)
     if isinstance(rounded, Unfit):
         group, place = divmod(rounded.token, layout.spec.prefix)
-        raise _unrepresentable(rounded, block, layout, view, f"prefix token {place} of group {group}", codec)
-    return rounded.values_NLD
+        raise _unrepresentable(rounded, block.keys[row], layout, view, f"prefix token {place} of group {group}", codec)
+    return rounded.values_NLD[0]
 
 
-def _unrepresentable(
-    unfit: Unfit, block: RowBlock, layout: Layout, view: int, token: str, codec: str
-) -> Unrepresentable:
+def _unrepresentable(unfit: Unfit, key: str, layout: Layout, view: int, token: str, codec: str) -> Unrepresentable:
     remedy = "the encoder has diverged: lower train.lr and train again"
     if math.isfinite(unfit.value):
         remedy = "cut earlier" + ("" if codec == "bfloat16" else " or use cache.codec=bfloat16")
@@ -226,7 +306,7 @@ def _unrepresentable(
     if codec == "int8":
         place += f" (block {unfit.channel // spec.block} of {spec.width // spec.block})"
     return Unrepresentable(
-        f"sample {block.keys[unfit.sample]!r} view {view} {token} {place}: feature {unfit.value:g} at cut {spec.cut} "
+        f"sample {key!r} view {view} {token} {place}: feature {unfit.value:g} at cut {spec.cut} "
         f"does not fit {codec} (finite, magnitude at most {CODECS[codec].largest:.7g}); {remedy}"
     )
 
@@ -240,13 +320,12 @@ def _view_stats(
     stats, errors = [], []
     for view in range(layout.spec.views):
         own = found[view * shards : (view + 1) * shards]
-        sums = np.array(own).sum(0)
-        total = Moments(*sums.tolist())
+        total = Moments.join(own)
         mean = total.total / count
         variance = total.squares / count - mean**2
-        stats.append(ViewStats(mean, math.sqrt(max(variance, 0.0)), max(part.peak for part in own)))
+        stats.append(ViewStats(mean, math.sqrt(max(variance, 0.0)), total.peak))
         relative = relative_rmse(total.error_squares, total.given_squares)
-        errors.append(ViewError(relative, max(part.error_peak for part in own)))
+        errors.append(ViewError(relative, total.error_peak))
     return tuple(stats), tuple(errors)
 
 

@@ -10,7 +10,6 @@ import numpy as np
 from numcodecs import VLenUTF8
 
 from cache import reader
-from cache.errors import DamagedCache
 from cache.layout import CRC_BYTES, STORE, RowArray
 from cache.reader import Chunks, RowReader
 from cache.shard import ShardReader
@@ -19,15 +18,16 @@ from cache.shard import ShardReader
 class ZarrCache(RowReader):
     """The CacheReader of a Zarr cache. Raises MissingCache, DamagedCache or StaleCache when it cannot be opened."""
 
-    def __init__(self, folder: Path, verify: bool = False) -> None:
-        super().__init__(folder, verify)
+    def __init__(self, folder: Path, verify: bool = False, memory: int = reader.MEMORY) -> None:
+        super().__init__(folder, verify, memory)
         self._shard: Callable[[str, int], ShardReader] = lru_cache(reader.OPEN_SHARDS)(self._open_shard)
 
-    def _labels_and_keys(self) -> tuple[np.ndarray, np.ndarray]:
-        return np.frombuffer(self._static("labels"), "<i8"), VLenUTF8().decode(self._static("keys"))
+    def _samples(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        digests = np.frombuffer(self._static("digests/c/0/0"), np.uint8).reshape(len(self), -1)
+        return np.frombuffer(self._static("labels/c/0"), "<i8"), VLenUTF8().decode(self._static("keys/c/0")), digests
 
     def _static(self, name: str) -> bytes:
-        return (self.folder / STORE / name / "c/0").read_bytes()[:-CRC_BYTES]
+        return (self.folder / STORE / name).read_bytes()[:-CRC_BYTES]
 
     def _locate(self, array: RowArray, view: int, row: int) -> tuple[Chunks, int]:
         shard_rows = self._layout.shard_rows
@@ -36,7 +36,4 @@ class ZarrCache(RowReader):
 
     def _open_shard(self, name: str, chunks: int) -> ShardReader:
         path = self.folder / name
-        shard = ShardReader(path, chunks)
-        if shard.size != (size := self._entries[name].bytes):
-            raise DamagedCache(f"{path} has {shard.size} bytes instead of {size}; run `make repair`")
-        return shard
+        return ShardReader(path, self._open(name), chunks)

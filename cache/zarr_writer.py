@@ -3,7 +3,7 @@ Zarr: any reader opens it. The steps of a build are in cache.writer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from zarr.codecs import BloscCname, BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
 from cache.layout import STORE, Layout, RowArray, Shard
+from cache.manifest import Buffer, as_bytes
 from cache.shard import encode_shard
 
 BLOSC_LEVEL = 5
@@ -23,11 +24,13 @@ BLOSC_LEVEL = 5
 blosc.use_threads = False
 
 
-def static_files(layout: Layout, labels: np.ndarray, keys: Sequence[str]) -> dict[str, bytes]:
-    """Files that hold no rows of a view: metadata, labels and keys, by name."""
+def static_files(
+    layout: Layout, labels: np.ndarray, keys: Sequence[str], digests: np.ndarray
+) -> dict[str, bytes]:
+    """Files that hold no rows of a view: metadata, labels, keys and digests, by name."""
     files: dict[str, Any] = {}
     root = zarr.create_group(MemoryStore(files), zarr_format=3)
-    settings: dict[str, Any] = {"chunks": (len(keys),), "compressors": [Crc32cCodec()]}
+    settings: dict[str, Any] = {"compressors": [Crc32cCodec()]}
     for view in range(layout.spec.views):
         for array in layout.arrays:
             root.create_array(
@@ -42,28 +45,37 @@ def static_files(layout: Layout, labels: np.ndarray, keys: Sequence[str]) -> dic
             )
     # Zarr leaves out chunks that equal the fill value; here a chunk that is missing is damage.
     with zarr.config.set({"array.write_empty_chunks": True}):
-        root.create_array("labels", data=np.asarray(labels, "<i8"), **settings)
-        stored_keys = root.create_array("keys", shape=(len(keys),), dtype=str, **settings)
+        root.create_array("labels", data=np.asarray(labels, "<i8"), chunks=(len(keys),), **settings)
+        root.create_array("digests", data=np.asarray(digests, "|u1"), chunks=digests.shape, **settings)
+        stored_keys = root.create_array("keys", shape=(len(keys),), dtype=str, chunks=(len(keys),), **settings)
         stored_keys[:] = np.asarray(keys, dtype=object)
     return {f"{STORE}/{name}": content.to_bytes() for name, content in sorted(files.items())}
 
 
 def shard_files(
-    folder: Path, layout: Layout, shard: Shard, rows: Mapping[str, np.ndarray], keys: Sequence[str]
-) -> dict[str, bytes]:
-    """The files of a shard, features first: its rows of every array, by name."""
-    return {
-        layout.file(array, shard.view, shard.first_row): _encode(rows[array.name], array, layout)
-        for array in layout.arrays
-    }
+    folder: Path, layout: Layout, shard: Shard, rows: Iterable[Mapping[str, np.ndarray]], keys: Sequence[str]
+) -> Iterator[tuple[str, Iterator[Buffer]]]:
+    """The files of a shard, features first, by name and in parts; the rows are taken while the first is written."""
+    features, *others = layout.arrays
+    kept: dict[str, list[np.ndarray]] = {array.name: [] for array in others}
+
+    def first() -> Iterator[np.ndarray]:
+        for row in rows:
+            for name, values in kept.items():
+                values.append(row[name])
+            yield row[features.name]
+
+    yield layout.file(features, shard.view, shard.first_row), _encode(first(), features, layout)
+    for array in others:
+        yield layout.file(array, shard.view, shard.first_row), _encode(kept[array.name], array, layout)
 
 
-def _encode(rows: np.ndarray, array: RowArray, layout: Layout) -> bytes:
-    # Splits cut the first axis of an entry, so the inner chunks of a shard, in order, are one contiguous array.
-    chunks = np.ascontiguousarray(rows, array.dtype).reshape(len(rows) * array.splits, -1)
+def _encode(rows: Iterable[np.ndarray], array: RowArray, layout: Layout) -> Iterator[Buffer]:
     pack = array.compression.encode()
-    contents = [blosc.compress(chunk, pack, BLOSC_LEVEL, blosc.SHUFFLE) if pack else chunk.data for chunk in chunks]
-    return encode_shard(contents, layout.shard_rows * array.splits)
+    # Splits cut the first axis of an entry, so the inner chunks of a row, in order, are one contiguous array.
+    chunks = (chunk for row in rows for chunk in np.ascontiguousarray(row, array.dtype).reshape(array.splits, -1))
+    packed = (blosc.compress(chunk, pack, BLOSC_LEVEL, blosc.SHUFFLE) if pack else as_bytes(chunk) for chunk in chunks)
+    return encode_shard(packed, layout.shard_rows * array.splits)
 
 
 def _compressors(array: RowArray) -> list[BloscCodec]:

@@ -11,7 +11,9 @@ from typing import Any
 COMPUTATION_VERSION = 1
 """Bumped when the frozen forward gives other numbers for a reason that no field of FeatureSpec tells."""
 
-LATER_FIELDS = frozenset({"prefix", "block", "keepbits"})
+LATER_FIELDS = frozenset({"prefix", "block", "keepbits", "first_view"})
+WHICH_FIELDS = ("data", "views", "first_view", "parent")
+"""What a spec says of which samples and views there are, not of how they are made."""
 
 
 def canonical_json(value: Any) -> str:
@@ -71,6 +73,8 @@ class FeatureSpec:
     """Channels that share a scale; with codec int8 only."""
     keepbits: int = 0
     """Mantissa bits that bit rounding left; 0 where features were not rounded further than the codec does."""
+    first_view: int = 0
+    """The first of the views that are kept; above 0 in a ring, whose oldest views have been replaced."""
 
     @property
     def num_tokens(self) -> int:
@@ -80,6 +84,19 @@ class FeatureSpec:
     def fingerprint(self) -> str:
         """sha256 over all fields, hex."""
         return digest(self.to_dict())
+
+    def kin(self, parent: str = "") -> str:
+        """Caches of one kin hold equal numbers for equal samples and views. parent: the kin of the one continued."""
+        made = {name: value for name, value in self.to_dict().items() if name not in WHICH_FIELDS}
+        return digest(made | {"parent": parent})
+
+    def view_at(self, slot: int) -> int:
+        """The view that lies in a slot: view v is always in slot v mod views, so that a new one takes the oldest's."""
+        return self.first_view + (slot - self.first_view) % self.views
+
+    def slot_of(self, view: int) -> int | None:
+        """Where a view lies; None where it is not kept."""
+        return view % self.views if self.first_view <= view < self.first_view + self.views else None
 
     def differences(self, other: FeatureSpec) -> list[tuple[str, Any, Any]]:
         """(field, mine, theirs) of every field that differs, in the order of the fields."""

@@ -12,6 +12,8 @@ from typing import Any
 
 from cache.manifest import atomic_write
 from models.config import TeacherConfig
+from pipeline.bench_cache import bench_cache
+from pipeline.bench_encode import bench_encode
 from pipeline.bench_step import bench_steps, profile_steps
 from pipeline.checks import check
 from pipeline.config import ConfigError
@@ -19,7 +21,7 @@ from pipeline.costs import seconds_of, step_source
 from pipeline.decide import Wanted
 from pipeline.desk import Desk, at_work
 from pipeline.job import Job
-from pipeline.rates import flop_bound, fresh_model, ratios, stage_rates
+from pipeline.rates import Rates, flop_bound, fresh_model, ratios, stage_rates
 from pipeline.reading import parse
 from pipeline.runner import ensure_cache
 from pipeline.show import console, spread, table
@@ -29,17 +31,21 @@ ROUNDS = 6
 
 
 def run_bench(job: Job) -> None:
-    """Every arm's step at every cut, then every method's; prints medians and spread, writes bench.json."""
+    """Every arm's step at every cut, every method's, and the cache; prints medians and spread, writes bench.json."""
     with at_work(job) as desk:
-        found = {"arms": bench_arms(desk), "steps": bench_steps(desk.wanted), "parts": profile_steps(desk.wanted)}
+        found: dict[str, Any] = {"arms": bench_arms(desk), "steps": bench_steps(desk.wanted)}
+        found["parts"] = profile_steps(desk.wanted)
         found["methods"] = bench_methods(desk.wanted)
+        found["cache"] = bench_cache(job.config.bench, job.paths.root)
+        found["cache"]["encode"] = bench_encode(desk)
         atomic_write(job.paths.root / "bench.json", (json.dumps(found, indent=2) + "\n").encode())
 
 
 def bench_arms(desk: Desk) -> list[dict[str, Any]]:
     """images/s of every arm's step at every cut, on the run's own caches."""
     stages = range(1, len(desk.wanted.segments))
-    rows = table("cut", "e2e", "freeze", "cached", "in memory", "cached / e2e", "FLOP bound", "cached / in memory")
+    heads = ("cut", "e2e", "freeze", "cached", "step alone", "loader alone", "cached / e2e", "FLOP bound")
+    rows, told = table(*heads, "cached / step alone"), []
     found = []
     for stage in stages:
         ensure_cache(desk, stage)
@@ -52,9 +58,21 @@ def bench_arms(desk: Desk) -> list[dict[str, Any]]:
             f"{bound:.2f}",
             spread(ratios(rates, "cached", "memory")),
         )
+        told.append(f"cut {desk.wanted.segments[stage].cut}: {bounding(rates)}")
         found.append({"cut": desk.wanted.segments[stage].cut, "flop_bound": bound, "images_per_second": rates})
     console().print(rows)
+    for line in told:
+        console().print(line)
     return found
+
+
+def bounding(rates: Rates) -> str:
+    """What bounds cached training, from what it, its step alone and its loader alone reach."""
+    real, step, loading = (statistics.median(rates[name]) for name in ("cached", "memory", "loader"))
+    share = f"training reaches {real / min(step, loading):.2f} of it"
+    if loading < step:
+        return f"the loader bounds ({loading:.0f} images/s, the step could {step:.0f}); {share}"
+    return f"the step bounds ({step:.0f} images/s, the loader could {loading:.0f}); {share}"
 
 
 def methods(depth: int) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,7 @@ to be. Stands between the needs of the stages and the runner. Free of torch."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cache.size import cache_bytes
@@ -107,18 +107,39 @@ def still_needed(stages: Sequence[Sequence[Need]], there: Collection[Need]) -> s
     return found
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of caches, by need."""
+
+    whole: Callable[[Need], int]
+    turn: Callable[[Need], int] = lambda need: 0
+    """What a turn of its ring of views takes besides, until the cache before is removed."""
+
+
+def sizes_of(wanted: Wanted) -> Sizes:
+    """The sizes of a run's caches."""
+
+    def turn(need: Need) -> int:
+        if need.tunes or not wanted.turns_at_all(need.stage):
+            return 0
+        layout = wanted.layout(need)
+        return cache_bytes(replace(layout, spec=replace(layout.spec, views=1)))
+
+    return Sizes(lambda need: cache_bytes(wanted.layout(need)), turn)
+
+
 def course_of_disk(
-    stages: Sequence[Sequence[Need]], there: Collection[Need], size: Callable[[Need], int], keep_all: bool
+    stages: Sequence[Sequence[Need]], there: Collection[Need], sizes: Sizes, keep_all: bool
 ) -> tuple[int, list[Need]]:
     """The most bytes of caches at any moment while stages run, the caches of each given, and what is built on the way.
 
     `there` are those that lie on disk at the start. It does what the runner does: parents first, and, unless all are
-    kept, nothing stays that no later stage needs.
+    kept, nothing stays that no later stage needs. While a stage trains, its ring makes a new view beside the others.
     """
     disk, built = set(there), []
     if not keep_all:
         disk &= still_needed(stages, disk)
-    most = sum(map(size, disk))
+    most = sum(map(sizes.whole, disk))
 
     def build(need: Need, left: Sequence[Sequence[Need]]) -> None:
         nonlocal disk, most
@@ -128,7 +149,7 @@ def course_of_disk(
             build(need.parent, left)
         disk.add(need)
         built.append(need)
-        most = max(most, sum(map(size, disk)))
+        most = max(most, sum(map(sizes.whole, disk)))
         if not keep_all:
             disk &= still_needed(left, disk)
 
@@ -137,6 +158,7 @@ def course_of_disk(
             disk &= still_needed(stages[place:], disk)
         for need in needs:
             build(need, stages[place:])
+        most = max(most, sum(map(sizes.whole, disk)) + sum(map(sizes.turn, needs)))
     return most, built
 
 
@@ -145,7 +167,7 @@ def budget_lines(wanted: Wanted) -> Iterator[str]:
     cache, stages = wanted.config.cache, [wanted.needs(stage) for stage in range(1, wanted.candidates)]
     if not cache.budget_gb:
         return
-    most, _ = course_of_disk(stages, (), lambda need: cache_bytes(wanted.layout(need)), cache.keep == "all")
+    most, _ = course_of_disk(stages, (), sizes_of(wanted), cache.keep == "all")
     yield (
         f"caches take {most / 1e9:,.3g} GB at once of cache.budget_gb = {cache.budget_gb:g} (cache.keep = {cache.keep})"
     )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
-from cache.manifest import atomic_write
+from cache.lock import CacheBusy, hold_cache
+from cache.users import read_cost, write_cost
+from cache.verify import Damage
 from cache.writer import ErrorLimit
 from pipeline.cluster import task_runner
 from pipeline.decide import Wanted
@@ -14,26 +18,60 @@ from pipeline.desk import Desk
 from pipeline.job import Interrupted
 from pipeline.layout import StagePaths
 from pipeline.needs import Need
+from pipeline.seconds import read_seconds, write_seconds
 from stages.encode import EncodeJob, build
+from stages.mend import mend
 
 
 def build_cache(desk: Desk, need: Need, paths: StagePaths) -> None:
-    """Build what is missing of a cache, shard by shard on the cluster; its seconds are kept in `paths`."""
-    wanted, job = desk.wanted, encode_job(desk.wanted, need)
-    spec = job.layout.spec
+    """Build what is missing of a cache, shard by shard on the cluster; its seconds are kept in `paths`, and beside the
+    cache for runs that find it. While another process builds it, wait."""
+    job = encode_job(desk.wanted, need)
+    with held(desk, job):
+        _build(desk, need, paths, job)
+
+
+def _build(desk: Desk, need: Need, paths: StagePaths, job: EncodeJob) -> None:
+    spec, folder, built = job.layout.spec, Path(job.folder), False
     spent, started = read_seconds(paths, spec.fingerprint), time.perf_counter()
-    with task_runner(wanted.config.cluster) as run:
-        for done, total in build(job, wanted.data.train, run):
-            seconds = spent + time.perf_counter() - started
-            write_seconds(paths, spec.fingerprint, seconds)
-            desk.log(need.tag | {"cut": spec.cut, "shard": done, "shards": total, "cache_seconds": seconds})
+    before = (read_cost(folder) or 0.0) if folder.exists() else 0.0
+
+    def account() -> float:
+        seconds = time.perf_counter() - started
+        write_seconds(paths, spec.fingerprint, spent + seconds)
+        write_cost(folder, before + seconds)
+        return spent + seconds
+
+    with task_runner(desk.wanted.config.cluster) as run:
+        for done, total in build(job, desk.wanted.data.train, run, desk.log.message):
+            built = True
+            desk.log(need.tag | {"cut": spec.cut, "shard": done, "shards": total, "cache_seconds": account()})
             if desk.job.stop.is_set() and done < total:
                 raise Interrupted(
                     f"interrupted: {need.name} has {done} of {total} shards; the same command goes on from there"
                 )
-    seconds = spent + time.perf_counter() - started
-    write_seconds(paths, spec.fingerprint, seconds)
-    desk.log.message(f"{need.name}: built in {seconds:.1f} s ({job.folder})")
+    told = f"built in {account():.1f} s" if built else "found complete"
+    desk.log.message(f"{need.name}: {told} ({job.folder})")
+
+
+def mend_cache(desk: Desk, need: Need, damages: Sequence[Damage]) -> None:
+    """Compute the damaged shards of a finished cache again, in place."""
+    job, images = encode_job(desk.wanted, need), desk.wanted.data.train
+    with held(desk, job), task_runner(desk.wanted.config.cluster) as run:
+        for done, total in mend(job, images, damages, run):
+            desk.log(need.tag | {"cut": job.layout.spec.cut, "shard": done, "shards": total, "repair": True})
+            if desk.job.stop.is_set() and done < total:
+                raise Interrupted(f"interrupted: {done} of {total} shards of {need.name} are mended; repair again")
+
+
+@contextmanager
+def held(desk: Desk, job: EncodeJob) -> Iterator[None]:
+    """Hold a cache, waiting for whoever holds it now and saying who that is. Interrupted when asked to stop waiting."""
+    try:
+        with hold_cache(Path(job.folder), desk.log.message, desk.job.stop.is_set):
+            yield
+    except CacheBusy as error:
+        raise Interrupted(f"interrupted while waiting: {error}") from error
 
 
 def encode_job(wanted: Wanted, need: Need) -> EncodeJob:
@@ -57,19 +95,3 @@ def encode_job(wanted: Wanted, need: Need) -> EncodeJob:
         rand_augment=need.rand_augment,
         limit=ErrorLimit(largest=config.cache.max_error),
     )
-
-
-def read_seconds(paths: StagePaths, fingerprint: str) -> float:
-    """What a cache has cost to build so far, in seconds, over all interruptions."""
-    return spent_seconds(paths).get(fingerprint, 0.0)
-
-
-def write_seconds(paths: StagePaths, fingerprint: str, seconds: float) -> None:
-    paths.root.mkdir(parents=True, exist_ok=True)
-    atomic_write(paths.root / "cache.json", json.dumps(spent_seconds(paths) | {fingerprint: seconds}).encode())
-
-
-def spent_seconds(paths: StagePaths) -> dict[str, float]:
-    """Seconds by fingerprint of every cache that was built for a stage."""
-    file = paths.root / "cache.json"
-    return dict(json.loads(file.read_text())) if file.exists() else {}

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
 
-from cache.errors import CacheError
+from cache.errors import CacheError, DamagedCache, MissingCache, StaleCache
 from cache.layout import TARS
+from cache.lock import hold_cache
 from cache.manifest import MANIFEST, read_manifest
 from cache.receipts import RECEIPTS
-from cache.verify import Damage, drop_damaged, remove_cache, verify_cache
+from cache.users import register
+from cache.verify import Damage, drop_damaged, restore_manifest, verify_cache
 from pipeline.config import ConfigError
 from pipeline.decide import all_needs
 from pipeline.desk import Desk, at_work
 from pipeline.job import Job, RunFailed
 from pipeline.needs import Need
 from pipeline.runner import ensure_built, ensure_maker
+from pipeline.sharing import other_users, remove_unused, used
 
 
 def run_verify(job: Job) -> None:
@@ -55,35 +60,73 @@ def run_repair(job: Job) -> None:
 
 
 def repair(desk: Desk, need: Need) -> None:
-    """Mend a cache, where there is one; its parent was mended before it."""
+    """Mend a cache, where there is one; its parent was mended before it. What is sound stays, with its layout."""
     spec = desk.wanted.spec(need)
     folder = desk.wanted.cache_folder(spec) if spec else None
     if folder is None or not folder.exists() or in_progress(folder):
         return
+    try:
+        read_manifest(folder)
+    except StaleCache as error:  # nothing is damaged, and nothing of it is of use
+        desk.log.message(f"{folder}: {error}")
+        return
+    except (DamagedCache, MissingCache):
+        pass
     damages = check(folder)
+    whole = not any(damage.file == MANIFEST for damage in damages)
+    if not whole and restore_manifest(folder):
+        desk.log.message(f"{folder}: manifest.json was damaged, its copy is in its place")
+        damages, whole = check(folder), True
     desk.log.message(f"{folder}: {len(damages)} damaged files")
-    if damages:
-        drop_damaged(folder, damages)
-        ensure_maker(desk, need.maker)
+    if not damages:
+        return
+    ensure_maker(desk, need.maker)
+    if not whole:
+        with hold_cache(folder, desk.log.message, desk.job.stop.is_set):
+            drop_damaged(folder, damages)
         ensure_built(desk, need)
+        return
+    if need.parent:
+        ensure_built(desk, need.parent, [need])
+    from pipeline.building import mend_cache
+
+    mend_cache(desk, need, damages)
 
 
 def run_gc(job: Job) -> None:
-    """Remove the caches that neither a stage of the run, as it is now configured, nor its fine-tuning needs."""
+    """Remove the caches that neither a stage of this run, as it is now configured, nor its fine-tuning needs, nor any
+    other run that shares the folder."""
     with at_work(job) as desk:
-        wanted = desk.wanted
-        specs = map(wanted.spec, all_needs(wanted))
-        needed = {wanted.cache_folder(spec) for spec in specs if spec}
-        doomed = [folder for folder in caches(job) if folder not in needed]
+        wanted, root = desk.wanted, job.paths.cache_root
+        needed = used(wanted)
+        register(root, job.paths.root, [folder.name for folder in needed])
+        doomed = []
+        for folder in caches(job):
+            others = other_users(wanted, folder)
+            if others:
+                desk.log.message(f"kept: {folder}: used by {', '.join(map(str, others))}")
+            elif folder not in needed:
+                doomed.append(folder)
         if not doomed:
-            desk.log.message("nothing to remove: every cache is one that the run's settings ask for")
+            desk.log.message("nothing to remove: every cache is one that the run's settings, or another run, ask for")
             return
-        total = sum(file.stat().st_size for folder in doomed for file in folder.rglob("*") if file.is_file())
+        total = sum(map(bytes_of, doomed))
         desk.log.message("\n".join(f"not needed: {folder}" for folder in doomed))
         if not (job.yes or input(f"remove {len(doomed)} caches, {total / 1e9:.2f} GB? [y/N] ").strip().lower() == "y"):
             raise ConfigError("nothing removed; answer y, or give --yes")
         for folder in doomed:
-            remove_cache(folder)
+            if why := remove_unused(wanted, folder):
+                desk.log.message(f"kept: {folder}: {why}")
+
+
+def bytes_of(folder: Path) -> int:
+    """Bytes on disk; what another `gc` removes in the meantime counts nothing."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.stat(os.path.join(place, name)).st_size
+    return total
 
 
 def caches(job: Job) -> list[Path]:

@@ -45,6 +45,8 @@ BOUNDS = {
     "cache.encode_batch": "[1, inf)",
     "cache.shuffle_shards": "[1, inf)",
     "cache.budget_gb": "[0, inf)",
+    "cache.memory_mb": "[1, inf)",
+    "cache.refresh": "[0, inf)",
     "train.batch_size": "[1, inf)",
     "train.accumulate": "[1, inf)",
     "train.max_steps": "[0, inf)",
@@ -91,6 +93,12 @@ BOUNDS = {
     "finetune.views": "[1, inf)",
     "cluster.workers": "[0, inf)",
     "cluster.threads": "[0, inf)",
+    "bench.rows": "[4, inf)",
+    "bench.rounds": "[1, inf)",
+    "bench.threads": "[1, inf)",
+    "bench.batch": "[1, inf)",
+    "bench.shard_rows": "[1, inf)",
+    "bench.shards": "[1, inf)",
 }
 """The interval in which a single number makes sense."""
 
@@ -266,16 +274,21 @@ def cache_problems(config: PipelineConfig) -> Iterator[str]:
         codec = getattr(cache, name)
         if codec and (problem := codec_problem(codec, width, cache.block, keepbits)):
             yield problem.replace("cache.codec", f"cache.{name}")
+    if cache.refresh and "teacher" in (config.target.kind, *config.heads.targets) and config.teacher.kind == "frozen":
+        yield (
+            f"cache.refresh = {cache.refresh} replaces the views that the teacher's features are of; use "
+            "teacher.kind=ema or cache.refresh=0"
+        )
     if cache.later_codec and len(config.schedule.cuts) < 3 and config.schedule.kind == "explicit":
         cuts = list(config.schedule.cuts)
         yield f"cache.later_codec = {cache.later_codec} is for a second cut, but schedule.cuts = {cuts}; leave it empty"
-    if cache.keep == "needed" and cache.root:
-        yield (
-            f"cache.keep = needed removes caches, which other runs may read in cache.root = {cache.root}; "
-            "set cache.keep=all, or leave cache.root (CACHE_ROOT) empty"
-        )
     if cache.over_budget == "live" and not cache.budget_gb:
         yield "cache.over_budget = live without cache.budget_gb leaves nothing out; set cache.budget_gb above 0"
+    if cache.over_budget == "live" and cache.refresh:
+        yield (
+            f"cache.refresh = {cache.refresh} turns the views of caches, and cache.over_budget = live may leave stages "
+            "without one; use cache.over_budget=refuse or cache.refresh=0"
+        )
 
 
 def probe_problems(config: PipelineConfig) -> Iterator[str]:

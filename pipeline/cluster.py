@@ -1,5 +1,6 @@
 """Where a sweep over shards runs: by default on one Dask worker inside this process, which shares its torch and starts
-at once; with `cluster.workers` on local worker processes; with `cluster.address` on a running cluster."""
+at once; with `cluster.workers` on local worker processes; with `cluster.address` on a running cluster, whose workers
+overlap computing and writing where they have two threads each."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ def _client(config: ClusterConfig) -> Iterator[Client]:
         return
     local = LocalCluster(
         n_workers=max(config.workers, 1),
-        threads_per_worker=1,
+        threads_per_worker=2,  # one computes a shard while the other writes the one before
         processes=config.workers > 0,
         dashboard_address=":0",  # any free port: two runs on a machine must not quarrel over one
         silence_logs=logging.ERROR,

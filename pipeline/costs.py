@@ -14,6 +14,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
+from cache.buffers import FRESH, Buffers
 from cache.config import Codec
 from cache.errors import CacheError
 from cache.manifest import atomic_write
@@ -25,13 +26,13 @@ from models.vit import build_encoder
 from pipeline.budget import budget_lines
 from pipeline.decide import Wanted, judge_stage, new_needs
 from pipeline.disk import refuse_what_does_not_fit
+from pipeline.feeds import live_source, sampling, source_for
 from pipeline.freezing import show_adaptive, show_events
 from pipeline.job import Job
 from pipeline.needs import Need
 from pipeline.rates import fresh_model
 from pipeline.show import console, table
 from pipeline.speedup import break_even
-from pipeline.work import live_source, sampling, stage_source
 from stages.config import TrainConfig
 from stages.device import autocast, synchronize
 from stages.segment import Segment, as_end_to_end
@@ -180,6 +181,7 @@ def stage_cost(wanted: Wanted, stage: int) -> StageCost:
     if not stage:  # the same for all arms
         return StageCost(stage, 0, epochs, verdict.state, freeze, freeze, freeze, 0.0, 0)
     needs, images = new_needs(wanted, stage), wanted.data.train
+    views = wanted.config.cache.views + wanted.generation(parts[-1], stage)  # a ring encodes one more at every turn
     return StageCost(
         stage=stage,
         cut=segment.cut,
@@ -188,7 +190,7 @@ def stage_cost(wanted: Wanted, stage: int) -> StageCost:
         e2e_seconds=step_seconds(wanted, stage, as_end_to_end([segment])[0], "e2e") * segment.steps,
         freeze_seconds=freeze,
         cached_seconds=sum(step_seconds(wanted, stage, part, "cached") * part.steps for part in parts),
-        cache_seconds=sum(encode_seconds(wanted, need) for need in needs) * wanted.config.cache.views * len(images),
+        cache_seconds=sum(encode_seconds(wanted, need) for need in needs) * views * len(images),
         cache_bytes=sum(cache_bytes(wanted.layout(need)) for need in needs),
         live=stage not in wanted.cached_stages,
     )
@@ -200,7 +202,7 @@ def step_seconds(wanted: Wanted, stage: int, segment: Segment, arm: str) -> floa
     model, optimizer = fresh_model(wanted, stage, segment.cut, cached, segment.entry)
     train = wanted.config.train
     if arm == "cached" and not cached:
-        source = stage_source(wanted, stage)
+        source = source_for(wanted, stage)
     else:
         source = step_source(wanted, stage if cached else 0, segment, model)
     inputs = source.load(segment, 0)
@@ -255,7 +257,7 @@ class Imagined:
     prefix: int
     teacher_blocks: tuple[int, ...]
 
-    def load(self, segment: Segment, step: int) -> Inputs:
+    def load(self, segment: Segment, step: int, into: Buffers = FRESH) -> Inputs:
         how = self.sampling
         size = how.model.num_tokens if how.reads_all(segment) else how.group_tokens
         order = torch.rand(how.batch_size, how.model.num_tokens).argsort(1)

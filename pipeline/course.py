@@ -17,7 +17,7 @@ from pipeline.layout import RunPaths, StagePaths
 from stages.flops import Work
 from stages.images import Data, open_data
 from stages.schedule import StagePlan, plan_stages
-from stages.segment import Segment, as_end_to_end, parts_of, segments_of
+from stages.segment import Segment, as_end_to_end, parts_of, segments_of, turned
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,22 @@ class Course:
         return segments_of(self.plan, self.steps_per_epoch, self.config.train)
 
     def parts(self, stage: int) -> tuple[Segment, ...]:
-        """What a stage trains: its segment, split where blocks freeze in place."""
-        return parts_of(self.plan[stage], self.segments[stage])
+        """What a stage trains: its segment, split where blocks freeze in place and where a ring of views turns."""
+        return turned(parts_of(self.plan[stage], self.segments[stage]), self.refresh(stage))
+
+    def refresh(self, stage: int) -> int:
+        """Epochs after which a stage's oldest view is replaced; 0 where its views stay."""
+        return self.config.cache.refresh if stage else 0
+
+    def generation(self, segment: Segment, stage: int) -> int:
+        """How often the ring of a stage has turned before a segment."""
+        every = self.refresh(stage)
+        return (segment.first_epoch - self.asked(stage)[0].first_epoch) // every if every else 0
+
+    def turns_at_all(self, stage: int) -> bool:
+        """Whether a stage has a ring that turns; of an adaptive run's later stages nobody knows, so they may."""
+        asked = self.asked(stage)
+        return bool(self.refresh(stage)) and (not asked or self.generation(asked[-1], stage) > 0)
 
     def asked(self, stage: int) -> tuple[Segment, ...]:
         """The parts of a stage as they are asked for before it begins; an adaptive one may take all that is left.
@@ -133,7 +147,8 @@ class Course:
         plan = self._plan_after(stage) if self.adaptive else self.plan
         if stage >= len(plan):
             return ()
-        return parts_of(plan[stage], segments_of(plan, self.steps_per_epoch, self.config.train)[stage])
+        whole = segments_of(plan, self.steps_per_epoch, self.config.train)[stage]
+        return turned(parts_of(plan[stage], whole), self.refresh(stage))
 
     @property
     def total_steps(self) -> int:

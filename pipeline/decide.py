@@ -74,6 +74,7 @@ class Wanted(Course):
         if stage:
             parent = self.record(self.paths.stage(stage - 1)) or {}
             inputs |= {"cache.views": self.config.cache.views} | self.config.cache.inputs(stage > 1)
+            inputs |= {"cache.refresh": self.config.cache.refresh} if self.config.cache.refresh else {}
             inputs |= {"mask.groups": self.config.mask.groups, "parent state": parent.get("state")}
             if live := [one for one in range(1, stage + 1) if one not in self.cached_stages]:
                 inputs |= {"cache.live_stages": live}
@@ -144,11 +145,26 @@ class Wanted(Course):
         """The stages that learn from caches, ascending."""
         return cached_stages(self)
 
-    def features(self, stage: int) -> Need:
-        """The cache of what a stage learns from; it continues the nearest earlier one."""
+    def features(self, stage: int, generation: int | None = None) -> Need:
+        """The cache of what a stage learns from; it continues the nearest earlier one, whose views are the same.
+
+        generation: how often its ring of views has turned, by now if None. What the stage before had is then gone.
+        """
+        draft = self.draft_spec(stage)
+        if self.refresh(stage):
+            turns = self.turns(stage) if generation is None else generation
+            return Need(f"cache {stage}", stage - 1, replace(draft, first_view=turns))
         earlier = [one for one in self.cached_stages if one < stage]
         parent = self.features(earlier[-1]) if earlier else None
-        return Need(f"cache {stage}", stage - 1, self.draft_spec(stage), parent)
+        return Need(f"cache {stage}", stage - 1, draft, parent)
+
+    def turns(self, stage: int) -> int:
+        """How often a stage's ring of views has turned by now: noted beside the stage, for what it is asked to do."""
+        try:
+            found: dict[str, Any] = json.loads(self.paths.stage(stage).ring.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return 0
+        return int(found["turns"]) if found["of"] == inputs_digest(self.stage_inputs(stage)) else 0
 
     def teachers(self, stage: int) -> tuple[Need, ...]:
         """The caches of the frozen teacher's blocks that a stage's heads predict, each continuing the one before.

@@ -11,11 +11,12 @@ from torch import Tensor
 from cache.store import CacheReader
 from pipeline.config import ConfigError
 from pipeline.decide import Wanted, judge_cache
+from pipeline.feeds import cached_source, sampling
 from pipeline.finetuning import checked_start, make_classifier, source_of
 from pipeline.job import Job, RunFailed
 from pipeline.show import console, table
 from pipeline.tuned import Tuning, last_tuning
-from pipeline.work import cached_source, masked_build, optimizer_of, sampling, state_file
+from pipeline.work import masked_build, optimizer_of, state_file
 from stages.checkpoint import apply_tensors, read_state
 from stages.device import autocast
 from stages.finetune import CachedPrefix, Labelled, LiveViews, live_prefix
@@ -61,7 +62,7 @@ def run_equivalence(job: Job) -> None:
     tuned = tuning if tuning and tuning.need and judge_cache(wanted, tuning.need).current else None
     if not stages and not tuned:
         raise ConfigError(
-            f"{job.paths.root} has no current cache to compare; run `make stage-1` first, or see `make explain`"
+            f"{job.paths.root} has no current cache to compare; run `make cache-1` first, or see `make explain`"
         )
     found = [compare_stage(wanted, stage) for stage in stages] + ([compare_finetune(tuned)] if tuned else [])
     rows = table("stage", "cut", "features: rel. RMSE", "max |diff|", "loss cached", "loss live", "rel. difference")
@@ -90,7 +91,8 @@ def compare_stage(wanted: Wanted, stage: int) -> Comparison:
     apply_tensors(model, optimizer, read_state(state_file(wanted.paths.stage(stage - 1)))[2])
     model.eval()  # what is dropped at random would differ between the two
     cached = cached_source(wanted, stage)
-    live = LiveFeatures(wanted.data.train, sampling(wanted), config.cache.views)
+    first = cached.cache.manifest.spec.first_view
+    live = LiveFeatures(wanted.data.train, sampling(wanted), config.cache.views, first)
 
     def loss(source: Source) -> float:
         with torch.no_grad(), autocast(config.train.device, config.train.precision):

@@ -13,11 +13,11 @@ from models.classifier import Classifier, build_classifier
 from models.drop import DepthDrop
 from models.learner import Learner
 from models.vit import build_encoder
-from pipeline.building import read_seconds
 from pipeline.config import ConfigError
 from pipeline.decide import inputs_digest
 from pipeline.desk import Desk
 from pipeline.layout import StagePaths
+from pipeline.seconds import read_seconds
 from pipeline.tuned import Tuning
 from pipeline.work import carry_out, file_checksum, finish_record, state_file
 from stages.arm import Arm
@@ -55,6 +55,7 @@ def finetune(desk: Desk, tuning: Tuning) -> None:
         start=None,
         inputs=inputs_digest(inputs),
         section="finetune",
+        memory=config.cache.memory,
         eval_every=config.eval.every,
     )
     spec = wanted.spec(tuning.need) if tuning.need else None
@@ -136,4 +137,4 @@ def source_of(tuning: Tuning) -> Source:
     spec = wanted.spec(tuning.need)
     if spec is None:
         raise ConfigError(f"{tuning.encoder} has to be trained first; run `make finetune`")
-    return CachedPrefix(open_cache(wanted.cache_folder(spec)), lessons)
+    return CachedPrefix(open_cache(wanted.cache_folder(spec), memory=config.cache.memory), lessons)

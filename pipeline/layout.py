@@ -41,6 +41,11 @@ class StagePaths:
         return self.root / "speed.json"
 
     @property
+    def ring(self) -> Path:
+        """How often the stage's ring of views has turned."""
+        return self.root / "ring.json"
+
+    @property
     def last(self) -> Path:
         """Folder of what a mid-stage resume needs."""
         return self.root / "last"

@@ -6,23 +6,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cache.loader import prefetch
+from cache.buffers import FRESH, Buffers
 from models.batch import MaskedBatch
 from models.mim import MaskedModel
 from pipeline.decide import Wanted
-from pipeline.work import live_source, masked_build, optimizer_of, stage_source
+from pipeline.feeds import live_source, source_for
+from pipeline.work import masked_build, optimizer_of
 from stages.device import synchronize
 from stages.segment import Segment
 from stages.sources import Inputs, Source, StepInputs
-from stages.train import build_model, train_step
+from stages.train import build_model, loader, train_step
 
-STEPS = ("e2e", "freeze", "cached", "memory")
+STEPS = ("e2e", "freeze", "cached", "memory", "loader")
+"""What is timed: the three arms, the cached step on features in memory, the loader without a step."""
 MEMORY_BATCHES = 4
 Rates = dict[str, list[float]]
 
@@ -38,7 +39,7 @@ class InMemory:
     def of(cls, source: Source, segment: Segment, batches: int) -> InMemory:
         return cls(source, tuple(source.load(segment, step % segment.steps) for step in range(batches)))
 
-    def load(self, segment: Segment, step: int) -> StepInputs:
+    def load(self, segment: Segment, step: int, into: Buffers = FRESH) -> StepInputs:
         return self.batches[step % len(self.batches)]
 
     def mask(self, model: MaskedModel, inputs: Inputs) -> MaskedBatch:
@@ -50,8 +51,10 @@ def stage_rates(wanted: Wanted, stage: int, seconds: float, rounds: int) -> Rate
 
     Each arm trains for at least `seconds` in a round; every other round goes backwards, so that a steady drift of the
     machine cancels. `memory` is the cached step on features in memory: what it would cost if loading were free.
+    `loader` are the images/s that the loader's threads give when nothing else runs.
     """
-    runners = {arm: step_runner(wanted, stage, arm) for arm in STEPS}
+    runners = {arm: step_runner(wanted, stage, arm) for arm in STEPS if arm != "loader"}
+    runners["loader"] = loader_runner(wanted, stage)
     rates: Rates = {arm: [] for arm in STEPS}
     for number in range(rounds):
         for arm in STEPS if number % 2 == 0 else reversed(STEPS):
@@ -65,7 +68,7 @@ def step_runner(wanted: Wanted, stage: int, arm: str) -> Callable[[float], float
     segment = wanted.segments[stage] if arm != "e2e" else replace(wanted.segments[stage], cut=0)
     staged = arm in ("cached", "memory")
     model, optimizer = fresh_model(wanted, stage, segment.cut, staged and stage in wanted.cached_stages)
-    source = stage_source(wanted, stage) if staged else live_source(wanted, segment)
+    source = source_for(wanted, stage) if staged else live_source(wanted, segment)
     if arm == "memory":
         source = InMemory.of(source, segment, MEMORY_BATCHES)
     device = torch.device(train.device)
@@ -74,8 +77,7 @@ def step_runner(wanted: Wanted, stage: int, arm: str) -> Callable[[float], float
         torch.set_num_threads(train.threads)
         steps, started, elapsed = 0, 0.0, 0.0
         numbers = (number % segment.steps for number in count())
-        load = partial(source.load, segment)
-        with prefetch(load, numbers, train.loader_threads, train.prefetch) as batches:
+        with loader(source, segment, numbers, train, wanted.config.cache.memory) as batches:
             train_step(model, optimizer, source, next(batches), train)
             synchronize(device)
             started = time.perf_counter()
@@ -84,6 +86,24 @@ def step_runner(wanted: Wanted, stage: int, arm: str) -> Callable[[float], float
                 synchronize(device)
                 steps, elapsed = steps + 1, time.perf_counter() - started
         return steps * train.batch_size / elapsed
+
+    return run
+
+
+def loader_runner(wanted: Wanted, stage: int) -> Callable[[float], float]:
+    """A function that loads a stage's batches for some seconds and returns images/s."""
+    train, segment, source = wanted.config.train, wanted.segments[stage], source_for(wanted, stage)
+
+    def run(seconds: float) -> float:
+        batches, elapsed = 0, 0.0
+        numbers = (number % segment.steps for number in count())
+        with loader(source, segment, numbers, train, wanted.config.cache.memory) as loaded:
+            next(loaded)
+            started = time.perf_counter()
+            while elapsed < seconds:
+                next(loaded)
+                batches, elapsed = batches + 1, time.perf_counter() - started
+        return batches * train.batch_size / elapsed
 
     return run
 
@@ -101,7 +121,7 @@ def flop_bound(wanted: Wanted, stage: int) -> float:
     e2e, _ = fresh_model(wanted, stage, 0, cached=False)
     cached, _ = fresh_model(wanted, stage, segment.cut, stage in wanted.cached_stages)
     live = step_flops(wanted, e2e, live_source(wanted, replace(segment, cut=0)), segment)
-    return live / step_flops(wanted, cached, stage_source(wanted, stage), segment)
+    return live / step_flops(wanted, cached, source_for(wanted, stage), segment)
 
 
 def step_flops(wanted: Wanted, model: MaskedModel, source: Source, segment: Segment) -> int:

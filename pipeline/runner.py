@@ -14,6 +14,8 @@ from pipeline.job import Job
 from pipeline.kept import keep_last, kept_epochs
 from pipeline.layout import StagePaths
 from pipeline.needs import Need
+from pipeline.remaining import first_to_run
+from pipeline.sharing import claim
 from pipeline.speedup import keep_speed, kept_speed
 from pipeline.tuned import Tuning
 from stages.segment import Segment
@@ -132,18 +134,20 @@ def ensure_this_stage(desk: Desk, stage: int) -> None:
         from pipeline.work import train_stage
 
         train_stage(desk, stage)
-    leave(desk, stage)
+    leave(desk)
 
 
-def leave(desk: Desk, stage: int) -> None:
-    """Where only caches that are needed stay: time a finished stage's steps for `speedup` while its caches are there,
-    then let go of what no later stage needs."""
+def leave(desk: Desk, working: Sequence[Need] = ()) -> None:
+    """Where only caches that are needed stay: time the steps of finished stages for `speedup` while their caches are
+    there, then let go of what no later stage needs, nor whoever is `working`."""
     wanted = desk.wanted
-    if wanted.config.cache.keep == "needed":
-        needs = wanted.needs(stage) if stage else ()
+    if wanted.config.cache.keep == "all":
+        return
+    for stage in range(1, min(first_to_run(wanted), len(wanted.segments))):
+        needs = wanted.needs(stage)
         if needs and not kept_speed(wanted, stage) and all(judge_cache(wanted, need).current for need in needs):
             keep_speed(wanted, stage)
-        release(desk)
+    release(desk, working)
 
 
 def ensure_cache(desk: Desk, stage: int) -> None:
@@ -156,6 +160,7 @@ def ensure_cache(desk: Desk, stage: int) -> None:
 
 def ensure_built(desk: Desk, need: Need, working: Sequence[Need] = ()) -> None:
     """Build a cache unless it is current. Its parent is needed only when it has to be built; `working` stay with it."""
+    claim(desk.wanted, [need, *working])
     verdict = judge_cache(desk.wanted, need)
     desk.say(verdict)
     if verdict.current:
@@ -223,7 +228,7 @@ def look_before(desk: Desk, last: int, more: Sequence[Need] = ()) -> None:
                 f"{name}: {len(images.skipped)} files are no images and left out, first {first}; "
                 f"{desk.wanted.paths.index} names all"
             )
-    release(desk, more)
+    leave(desk, more)
     refuse_what_does_not_fit(desk.wanted, last, more)
     refuse_what_is_not_labelled(desk.wanted)
     refuse_epochs_that_never_end(desk.wanted)

@@ -17,20 +17,20 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from cache import open_cache
 from cache.manifest import atomic_write
 from models.drop import DepthDrop
 from models.learner import Learner
 from models.mim import MaskedModel
 from models.teacher import EmaTeacher, Teacher
 from models.vit import Encoder, frozen_hash
-from pipeline.building import read_seconds
 from pipeline.config import PipelineConfig
-from pipeline.decide import Wanted, inputs_digest, new_needs
+from pipeline.decide import Wanted, inputs_digest
 from pipeline.desk import Desk
+from pipeline.feeds import live_source, sampling, stage_source
 from pipeline.job import Interrupted, RunFailed
 from pipeline.kept import forget_epochs, kept_epochs
 from pipeline.layout import StagePaths
+from pipeline.seconds import cache_costs
 from stages.adaptive import Settle
 from stages.arm import Arm, Hooks, Result
 from stages.book import Diverged
@@ -42,7 +42,7 @@ from stages.optim import Rates, build_optimizer, parameter_groups
 from stages.pictures import reconstructions
 from stages.probe import ProbeResult, evaluate
 from stages.segment import Segment
-from stages.sources import CachedFeatures, LiveFeatures, LiveImages, Sampling, Source
+from stages.sources import Source
 from stages.train import Build, build_model, train_arm
 from stages.views import centre_batch
 from stages.weights import load_weights
@@ -51,11 +51,10 @@ from stages.weights import load_weights
 def train_stage(desk: Desk, stage: int) -> None:
     """Stage 0 trains everything from images; a later one the blocks behind its cut, from the cache where it has one."""
     wanted = desk.wanted
-    source, cached = stage_source(wanted, stage), stage in wanted.cached_stages
-    spec = wanted.cache_spec(stage) if cached else None
+    cached = stage in wanted.cached_stages
+    spec = wanted.spec(wanted.features(stage, 0)) if cached else None
     if stage and not cached:
         desk.log.message(f"stage {stage}: its frozen blocks run live, for want of cache.budget_gb; see `make explain`")
-    built = built_seconds(wanted, stage)
     before = 0
     for part in wanted.asked(stage):
         if gone := [head.name for head in wanted.heads if before < head.block <= part.cut]:
@@ -71,38 +70,13 @@ def train_stage(desk: Desk, stage: int) -> None:
         tag={"stage": stage},
         segments=wanted.asked(stage),
         build=masked_build(wanted, stage, cached),
-        source=lambda segment: source,
+        source=lambda segment: stage_source(desk, stage, segment),
         start=state_file(wanted.paths.stage(stage - 1)) if stage else None,
         inputs=wanted.stage_inputs(stage),
         settling=settling(wanted, stage),
-        facts={"cut": wanted.cut(stage), "cache": spec.fingerprint if spec else None, "cache_seconds": built},
+        facts={"cut": wanted.cut(stage), "cache": spec.fingerprint if spec else None},
+        costs=lambda: cache_costs(wanted, stage),
     )
-
-
-def built_seconds(wanted: Wanted, stage: int) -> float:
-    """What the caches have cost that a stage was the first to read."""
-    specs = map(wanted.spec, new_needs(wanted, stage))
-    return sum(read_seconds(wanted.paths.stage(stage), spec.fingerprint) for spec in specs if spec)
-
-
-def stage_source(wanted: Wanted, stage: int) -> Source:
-    """What a stage learns from: images, caches, or, where the budget leaves it none, what they would hold."""
-    if stage in wanted.cached_stages:
-        return cached_source(wanted, stage)
-    if stage:
-        return LiveFeatures(wanted.data.train, sampling(wanted), wanted.config.cache.views)
-    return LiveImages(wanted.data.train, sampling(wanted))
-
-
-def cached_source(wanted: Wanted, stage: int) -> CachedFeatures:
-    """A stage's caches: its features and, where its teacher is frozen, the teacher's."""
-    caches = []
-    for need in wanted.needs(stage):
-        spec = wanted.spec(need)
-        assert spec is not None, "ensure_cache comes first"
-        caches.append(open_cache(wanted.cache_folder(spec)))
-    teachers = dict(zip(wanted.teacher_blocks(stage), caches[1:], strict=True))
-    return CachedFeatures(caches[0], sampling(wanted), wanted.data.train, teachers)
 
 
 def train_baseline(desk: Desk, arm: str) -> None:
@@ -119,17 +93,9 @@ def train_baseline(desk: Desk, arm: str) -> None:
         source=lambda segment: live_source(wanted, segment),
         start=state_file(wanted.paths.stage(0)),
         inputs=wanted.arm_inputs(arm),
-        facts={"cut": segments[-1].cut, "cache": None, "cache_seconds": 0.0},
+        facts={"cut": segments[-1].cut, "cache": None},
         freezes=arm != "e2e",
     )
-
-
-def live_source(wanted: Wanted, segment: Segment) -> Source:
-    """Images masked before the first block, or, where the target is made of frozen features, those features live."""
-    if wanted.reads_features(segment):
-        fresh = wanted.plan[-1].first_epoch + wanted.plan[-1].epochs  # as many views as epochs: each is new
-        return LiveFeatures(wanted.data.train, sampling(wanted), fresh)
-    return LiveImages(wanted.data.train, sampling(wanted))
 
 
 def train(
@@ -144,12 +110,17 @@ def train(
     facts: dict[str, Any],
     settling: Settling | None = None,
     freezes: bool = True,
+    costs: Callable[[], dict[str, float | None]] = lambda: {"cache_seconds": 0.0},
 ) -> None:
-    """Train an arm to its end and write its record, model and final state. Raises Interrupted with the state saved."""
+    """Train an arm to its end and write its record, model and final state. Raises Interrupted with the state saved.
+
+    costs: what its caches have cost by now; a ring of views goes on costing while it trains.
+    """
     wanted, config = desk.wanted, desk.wanted.config
     arm = Arm(
         tag=tag,
         segments=segments,
+        memory=config.cache.memory,
         make=lambda part: build_model(build, part.cut, config.train.device, part.entry),
         optimizer=lambda model: optimizer_of(wanted, model, freezes),
         train=config.train,
@@ -165,8 +136,9 @@ def train(
     )
     if (wanted.record(paths) or {}).get("fingerprint") != arm.inputs:
         forget_epochs(paths)
-    record = facts | {"parent": parent_of(wanted, start), "inputs": inputs}
+    record = facts | costs() | {"parent": parent_of(wanted, start), "inputs": inputs}
     done = carry_out(desk, paths, arm, record, lambda model: evaluate_encoder(wanted, model.encoder))
+    done.record.update(costs())
     last = done.progress.curve[-1]
     scores = {name: last[name] for name in ("knn_top1", "linear_top1")}
     finish_record(paths, done, done.model.encoder.vit.state_dict(), scores)
@@ -288,22 +260,6 @@ def evaluate_encoder(wanted: Wanted, encoder: Encoder) -> ProbeResult:
     config = wanted.config
     size, device, precision = config.model.image_size, config.train.device, config.train.precision
     return evaluate(encoder, wanted.data, config.eval, size, device, precision)
-
-
-def sampling(wanted: Wanted) -> Sampling:
-    config = wanted.config
-    return Sampling(
-        seed=config.seed,
-        batch_size=config.train.batch_size,
-        data=config.data,
-        model=config.model,
-        mask=config.mask,
-        heads=wanted.heads,
-        share=config.decoder.share,
-        total_steps=wanted.total_steps,
-        averages=config.teacher.kind == "ema",
-        blocks=config.cache.blocks,
-    )
 
 
 def masked_build(wanted: Wanted, stage: int, cached: bool) -> Build:

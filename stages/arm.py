@@ -56,6 +56,8 @@ class Arm:
     """Epochs between evaluations; each stage's end is evaluated in any case."""
     keep: Mapping[int, Path] = field(default_factory=dict)
     """Epochs of the whole run after which the encoder is kept, and where."""
+    memory: float = float("inf")
+    """Bytes that the batches ahead of the step may take."""
     settling: Settling | None = None
     """What ends an adaptive stage."""
     begin: Callable[[Learner], None] = lambda model: None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cache.loader import Spent
 from models.learner import Learner
 from stages.arm import Arm, Hooks
 from stages.checkpoint import Progress
@@ -43,7 +44,7 @@ class Book:
         self.watch = Stopwatch(hooks.now)
         self.pending: list[Tensor] = []
         self.recent: list[list[float]] = []
-        self.waited = 0.0
+        self.spent = Spent()
         self.rate = 0.0
         self.saved = hooks.now()
 
@@ -74,14 +75,14 @@ class Book:
         self.totals.loss_steps += len(losses)
         self.recent += losses
 
-    def flush(self, wait_seconds: float) -> None:
-        """Bring the accounts up to date and log an event. `wait_seconds` is the loader's total since the loop began."""
+    def flush(self, spent: Spent) -> None:
+        """Bring the accounts up to date and log an event. `spent` is the loader's total since the loop began."""
         self.settle()
         losses, self.recent = self.recent, []
-        seconds, waited = self.watch.lap(), wait_seconds - self.waited
-        self.waited = wait_seconds
+        seconds, loading = self.watch.lap(), spent.since(self.spent)
+        self.spent = spent
         self.totals.train_seconds += seconds
-        self.totals.loader_wait_seconds += waited
+        self.totals.loader_wait_seconds += loading.wait_seconds
         if losses:
             self.hooks.log(
                 self.arm.tag
@@ -92,10 +93,25 @@ class Book:
                     "images": sum(totals.images for totals in self.progress.totals),
                     **self.mean_losses(losses),
                     "lr": self.rate,
-                    "images_per_second": len(losses) * self.arm.train.batch_size / seconds if seconds else 0.0,
-                    "loader_wait_fraction": waited / seconds if seconds else 0.0,
+                    **self.speeds(len(losses), seconds, loading),
                 }
             )
+
+    def speeds(self, steps: int, seconds: float, loading: Spent) -> dict[str, float]:
+        """images/s of training, of its steps were there no waiting, and of the loader's threads by themselves, where
+        they worked; beside the step, which shares the cores, they look slower than `bench` finds them."""
+        batch, waited = self.arm.train.batch_size, loading.wait_seconds
+        found = {
+            "images_per_second": steps * batch / seconds if seconds else 0.0,
+            "loader_wait_fraction": waited / seconds if seconds else 0.0,
+        }
+        if seconds > waited:
+            found["step_images_per_second"] = steps * batch / (seconds - waited)
+        if loading.busy_seconds:
+            found["loader_images_per_second"] = (
+                loading.batches * batch * self.arm.train.loader_threads / loading.busy_seconds
+            )
+        return found
 
     def mean_losses(self, losses: list[list[float]]) -> dict[str, Any]:
         """`loss`, what is learned from, each head's as `loss_<head>`, comparable over stages, and what is watched."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,23 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cache import open_cache
-from cache.errors import StaleCache
+from cache.adopt import Taken, find_donor
+from cache.errors import DamagedCache, MissingCache, StaleCache
 from cache.layout import Layout, Shard
 from cache.loader import prefetch
-from cache.manifest import read_manifest
+from cache.manifest import MANIFEST, CacheManifest, read_manifest
 from cache.size import check_space
-from cache.writer import NO_LIMIT, ErrorLimit, RowBlock, create_store, finish, missing_shards, write_rows
+from cache.writer import (
+    NO_LIMIT,
+    ErrorLimit,
+    RowBlock,
+    create_store,
+    finish,
+    missing_shards,
+    stored_row,
+    write_rows,
+    write_stored,
+)
 from models.config import ModelConfig
 from models.masking import take_tokens
 from models.targets import normalize_images, patchify
@@ -59,21 +71,80 @@ class EncodeJob:
 RunTasks = Callable[[Callable[[Any], Shard], Sequence[Any]], Iterator[Shard]]
 
 
-def build(job: EncodeJob, images: ImageList, run: RunTasks) -> Iterator[tuple[int, int]]:
+def build(
+    job: EncodeJob, images: ImageList, run: RunTasks, tell: Callable[[str], None] = lambda line: None
+) -> Iterator[tuple[int, int]]:
     """Build what is missing of a cache; yields (shards done, shards in all) after each. Raises CacheError.
 
-    `run` maps `encode_shard` over tasks anywhere and yields as they are done. What is made stays when the caller stops.
+    What a finished cache beside it has of the same samples and views is taken over, and told. `run` maps `encode_shard`
+    over tasks anywhere and yields as they are done. What is made stays when the caller stops. The caller holds the
+    cache (cache.lock), the workers do not.
     """
-    folder = Path(job.folder)
-    if job.parent:
-        job = replace(job, limit=replace(job.limit, inherited=read_manifest(job.parent).accumulated_error))
-        job.limit.check(0.0, job.layout.spec)
-    check_space(folder, job.layout)
-    create_store(folder, job.layout, images.labels, images.keys)
-    missing, total = missing_shards(folder, job.layout), len(job.layout.shards)
-    for count, _ in enumerate(run(encode_shard, [(job, shard) for shard in missing]), start=1):
-        yield total - len(missing) + count, total
-    finish(folder, job.layout, job.limit)
+    folder, layout = Path(job.folder), job.layout
+    job, parent = inherited(job)
+    parent_kin = parent.kin if parent else ""
+    check_space(folder, layout)
+    create_store(folder, layout, images.labels, images.keys, images.digests)
+    donor = None
+    if missing := missing_shards(folder, layout):
+        kin = layout.spec.kin(parent_kin)
+        donor = find_donor(folder, layout, kin, images.labels, images.keys, images.digests)
+    if donor:
+        missing = [shard for shard in missing if not donor.link(folder, layout, shard)]
+    tasks = [(job, shard, donor.taken(layout, shard) if donor else None) for shard in missing]
+    if donor:
+        new = sum(shard.rows if taken is None else len(taken.new) for _, shard, taken in tasks)
+        total = layout.num_samples * layout.spec.views
+        tell(f"{total - new} of {total} rows are taken over from {donor.folder} or there already, {new} are computed")
+    done = len(layout.shards) - len(missing)
+    if donor and done:
+        yield done, len(layout.shards)
+    for _ in run(encode_shard, tasks):
+        done += 1
+        yield done, len(layout.shards)
+    if not (folder / MANIFEST).exists():
+        check_inputs(job, images, parent)
+    finish(folder, layout, job.limit, parent_kin)
+
+
+def inherited(job: EncodeJob) -> tuple[EncodeJob, CacheManifest | None]:
+    """The job with what its parent has lost, and the parent as it is now. TooCoarse where that alone is too much."""
+    if not job.parent:
+        return job, None
+    parent = read_manifest(job.parent)
+    job = replace(job, limit=replace(job.limit, inherited=parent.accumulated_error))
+    job.limit.check(0.0, job.layout.spec)
+    return job, parent
+
+
+def check_inputs(job: EncodeJob, images: ImageList, parent: CacheManifest | None) -> None:
+    """Whether a cache was made of what its spec names, from the first shard to the last: StaleCache, naming what was
+    changed in the meantime. Images are also compared with their hashes whenever one is read."""
+    spec = job.layout.spec
+    _require_weights(job.weights, load_file(job.weights), spec.cut, spec.weights)
+    if parent is not None:
+        assert job.parent is not None
+        if read_manifest(job.parent) != parent:
+            raise StaleCache(f"{job.parent} was built anew while it was read; run again, which builds from what it is")
+        return
+    found = open_data(job.data, Path(job.index_folder)).train
+    if found.digest != spec.data:
+        now, then = ({entry.key: entry.sha256 for entry in listed.entries} for listed in (found, images))
+        changed = min(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
+        how = "changed" if changed in now and changed in then else "added" if changed in now else "removed"
+        raise StaleCache(
+            f"{changed} in {job.data.source} was {how} while the cache was built; undo that, or run again, which takes "
+            "the images as they are now"
+        )
+
+
+def _require_weights(file: str, state: dict[str, Tensor], cut: int, weights_hash: str) -> None:
+    found = frozen_hash(state, cut)
+    if found != weights_hash:
+        raise StaleCache(
+            f"{file} has weights={found[:8]}… up to cut {cut}, the cache wants weights={weights_hash[:8]}…; "
+            "run `make explain`"
+        )
 
 
 @dataclass(frozen=True)
@@ -100,12 +171,7 @@ def frozen_encoder(weights: str, weights_hash: str, cut: int, model: ModelConfig
     """The encoder that a cache is made with, built once per worker. Raises StaleCache when its weights differ."""
     encoder = build_encoder(model, seed=0)
     state = load_file(weights)
-    found = frozen_hash(state, cut)
-    if found != weights_hash:
-        raise StaleCache(
-            f"{weights} has weights={found[:8]}… up to cut {cut}, the cache wants weights={weights_hash[:8]}…; "
-            "run `make explain`"
-        )
+    _require_weights(weights, state, cut, weights_hash)
     encoder.vit.load_state_dict(state)
     encoder.set_attention(device)
     return encoder.to(device).eval()
@@ -123,23 +189,57 @@ def training_images(data: DataConfig, index_folder: str, digest: str) -> ImageLi
     return images
 
 
-def encode_shard(task: tuple[EncodeJob, Shard]) -> Shard:
-    """Compute and write one shard of one view: a pure function of its task, so it can run anywhere, and twice."""
-    job, shard = task
+SETUP, FORWARD = Lock(), Lock()
+"""One thread of a process at a time makes what all share, and one runs the frozen blocks."""
+
+
+def encode_shard(task: tuple[EncodeJob, Shard, Taken | None]) -> Shard:
+    """Compute and write one shard of one view: a pure function of its task, so it can run anywhere, and twice.
+
+    Two threads of a process are enough to keep it at the frozen blocks: while one runs them, the other writes the shard
+    before, then loads the first batches of the shard after. No more than two shards are in memory.
+    """
+    job, shard, taken = task
     torch.set_num_threads(job.threads)
-    spec = job.layout.spec
-    encoder = frozen_encoder(job.weights, spec.weights, spec.cut, job.model, job.device)
+    folder, layout = Path(job.folder), job.layout
     rows = np.arange(shard.first_row, shard.first_row + shard.rows)
+    if taken is None:
+        made = encode_rows(job, shard.view, rows)
+        write_rows(folder, layout, shard.view, shard.first_row, made, job.limit, job.batch)
+        return shard
+    try:
+        stored, old = taken.stored(layout), {int(place): number for number, place in enumerate(taken.places)}
+    except (DamagedCache, MissingCache):  # `gc` may have removed it since
+        return encode_shard((job, shard, None))
+    new = {int(place): number for number, place in enumerate(taken.new)}
+    block = encode_rows(job, shard.view, rows[taken.new]) if new else None
+
+    def row(place: int) -> dict[str, np.ndarray]:
+        if block is None or place in old:
+            return {name: values[old[place]] for name, values in stored.items()}
+        return stored_row(layout, shard.view, block, new[place])
+
+    names = dict(zip(taken.places.tolist(), taken.keys, strict=True))
+    names |= dict(zip(taken.new.tolist(), block.keys, strict=True)) if block else {}
+    keys = [names[place] for place in range(len(rows))]
+    write_stored(folder, layout, shard, map(row, range(len(rows))), keys, job.limit, job.batch)
+    return shard
+
+
+def encode_rows(job: EncodeJob, view: int, rows: np.ndarray) -> RowBlock:
+    """What the frozen blocks give for some rows of a view, and what is stored beside it."""
+    spec = job.layout.spec
+    with SETUP:
+        encoder = frozen_encoder(job.weights, spec.weights, spec.cut, job.model, job.device)
+        load = from_cache(job, view) if job.parent else from_images(job, spec.view_at(view))
     batches = [rows[start : start + job.batch] for start in range(0, len(rows), job.batch)]
-    load = from_cache(job, shard.view) if job.parent else from_images(job, shard.view)
     blocks = []
-    with prefetch(load, batches, job.loader_threads, 2) as loaded, torch.inference_mode():
+    with prefetch(load, batches, job.loader_threads, 2) as loaded, FORWARD, torch.inference_mode():
         for part in loaded:
             with autocast(job.device, spec.dtype):
                 features, prefix = frozen_forward(encoder, job, part)
             blocks.append(part.block(features, prefix))
-    write_rows(Path(job.folder), job.layout, shard.view, shard.first_row, RowBlock.join(blocks), job.limit)
-    return shard
+    return RowBlock.join(blocks)
 
 
 def frozen_forward(encoder: Encoder, job: EncodeJob, part: Part) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cache.buffers import FRESH, Buffers
 from cache.order import ALONE, Blocks, Rank, batch_rows
 from cache.store import CacheReader
 from models.classifier import Classifier, Head, LabelledBatch
@@ -127,7 +128,7 @@ class LiveViews:
     images: ImageList
     lessons: Lessons
 
-    def load(self, segment: Segment, step: int) -> Labelled:
+    def load(self, segment: Segment, step: int, into: Buffers = FRESH) -> Labelled:
         rows = self.lessons.rows(segment, step, len(self.images))
         pixels = self.view(rows, segment.epoch(step))
         return Labelled(pixels, torch.from_numpy(self.images.labels[rows]), step, self.lessons)
@@ -151,9 +152,9 @@ class CachedPrefix:
     cache: CacheReader
     lessons: Lessons
 
-    def load(self, segment: Segment, step: int) -> Labelled:
+    def load(self, segment: Segment, step: int, into: Buffers = FRESH) -> Labelled:
         rows = self.lessons.rows(segment, step, len(self.cache))
-        batch = self.cache.read(rows, segment.epoch(step) % self.cache.manifest.views)
+        batch = self.cache.read(rows, segment.epoch(step) % self.cache.manifest.views, into=into)
         return Labelled(batch.features_BLD, batch.labels_B, step, self.lessons, prefix_BRD=batch.prefix_BSD)
 
     def mask(self, model: Classifier, inputs: Mixed) -> LabelledBatch:

@@ -1,5 +1,7 @@
 """The index of a source of images: where every sample lies and what its bytes hash to. Made by reading everything once,
-kept as JSON, and made again when a file's size or time has changed."""
+kept as JSON, and made again when a file's size, times or inode have changed. The time of an inode's last change (ctime)
+is set by the kernel alone: an image that was edited in place cannot have its old one, whatever the clock and `touch`
+say."""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import json
 import os
 import re
 import tarfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +25,9 @@ from PIL import Image, UnidentifiedImageError
 from cache.manifest import atomic_write
 from stages.errors import DataError
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
+TICK_NS = 20_000_000
+"""Longer than the steps of the clock that stamps files: a file this old gets another time from its next change."""
 IMAGE_SUFFIXES = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"})
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 TORCHVISION = {
@@ -68,16 +73,35 @@ def indexed(source: str, on_bad: str, index_file: Path | None) -> tuple[Index, R
     by_name = source.partition(":")[0] in TORCHVISION and not Path(source).exists()
     files = [] if by_name else _files_of(source)
     read: Reader = _read_torchvision if by_name else _read
-    stamps = [[str(path), (stat := path.stat()).st_size, stat.st_mtime_ns] for path in files]
+    stamps = [_stamp(path) for path in files]
     header = {"version": INDEX_VERSION, "source": source, "on_bad": on_bad, "files": stamps}
     kept = _kept(index_file, header)
     if kept is None:
+        _let_the_clock_tick(stamps)
         entries, classes = _found(source, files)
         kept = _checked(source, entries, classes, read, on_bad)
+        if changed := [path for path, stamp in zip(files, stamps, strict=True) if _stamp(path) != stamp]:
+            raise DataError(f"{changed[0]} was changed while it was read; run again when nothing writes to {source}")
         if index_file:
             index_file.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(index_file, json.dumps(header | asdict(kept)).encode())
     return kept, read
+
+
+def _stamp(path: Path) -> list[Any]:
+    """What of a file changes when it does: its size, the times of its content and of its inode, and its inode."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise DataError(f"{path} is gone ({error.strerror}); restore it, or run again without it") from error
+    return [str(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def _let_the_clock_tick(stamps: list[list[Any]]) -> None:
+    """Wait until a change of any file would show in its times, which one within the same tick leaves as they are."""
+    age = time.time_ns() - max((stamp[3] for stamp in stamps), default=0)
+    if 0 <= age < TICK_NS:
+        time.sleep((TICK_NS - age) / 1e9)
 
 
 def _kept(index_file: Path | None, header: dict[str, Any]) -> Index | None:
@@ -125,8 +149,9 @@ def _inspect(entry: Entry, read: Reader) -> tuple[Entry, str]:
     """(entry with its hash, what is wrong with it or nothing)."""
     try:
         content = read(entry)
+        entry = replace(entry, sha256=content_hash(content))
         if isinstance(content, Image.Image):
-            return replace(entry, sha256=hashlib.sha256(content.tobytes()).hexdigest()), ""
+            return entry, ""
         image = Image.open(io.BytesIO(content))
         image.draft("RGB", (1, 1))  # a JPEG decodes at an eighth of its size, faster and as surely
         image.load()
@@ -134,7 +159,12 @@ def _inspect(entry: Entry, read: Reader) -> tuple[Entry, str]:
         return entry, "not an image format that Pillow knows"
     except Exception as error:  # on damaged files Pillow's formats raise more than they say
         return entry, " ".join(str(error).split()) or type(error).__name__
-    return replace(entry, sha256=hashlib.sha256(content).hexdigest()), ""
+    return entry, ""
+
+
+def content_hash(content: bytes | Image.Image) -> str:
+    """sha256 of what a sample was read as: a file's bytes, or the pixels of what torchvision hands out."""
+    return hashlib.sha256(content if isinstance(content, bytes) else content.tobytes()).hexdigest()
 
 
 def _name(entry: Entry) -> str:

@@ -73,6 +73,27 @@ def parts_of(stage: StagePlan, segment: Segment) -> tuple[Segment, ...]:
     return (*found[:-1], replace(found[-1], ends_stage=True))
 
 
+def turned(parts: Sequence[Segment], every: int) -> tuple[Segment, ...]:
+    """A stage's parts split after every so many epochs of the stage, where a ring of views turns; 0 splits nothing."""
+    found: list[Segment] = []
+    for part in parts if every else ():
+        done, start = 0, part.first_epoch - parts[0].first_epoch
+        while done < part.epochs and done * part.steps_per_epoch < part.steps:
+            epochs = min(every - (start + done) % every, part.epochs - done)
+            before = done * part.steps_per_epoch
+            piece = replace(
+                part,
+                first_epoch=part.first_epoch + done,
+                epochs=epochs,
+                first_step=part.first_step + before,
+                steps=min(epochs * part.steps_per_epoch, part.steps - before),
+                ends_stage=False,
+            )
+            found.append(piece)
+            done += epochs
+    return (*found[:-1], replace(found[-1], ends_stage=True)) if found else tuple(parts)
+
+
 def as_end_to_end(segments: Sequence[Segment]) -> tuple[Segment, ...]:
     """The same epochs and steps with nothing frozen: what the e2e arm trains."""
     return tuple(replace(segment, cut=0, in_place=0) for segment in segments)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cache.buffers import FRESH, Buffers
 from cache.order import ALONE, Blocks, Rank, batch_rows, view_and_group
 from cache.store import CacheReader, FeatureBatch
 from models.batch import MaskedBatch, TargetKey, decode_ids
@@ -80,7 +81,7 @@ class StepInputs(Protocol):
 class Source(Protocol):
     """What feeds the training loop: `load` makes a step's inputs, `mask` what the model learns from of each part."""
 
-    def load(self, segment: Segment, step: int) -> StepInputs: ...
+    def load(self, segment: Segment, step: int, into: Buffers = FRESH) -> StepInputs: ...
 
     def mask(self, model: Any, inputs: Any) -> Any: ...
 
@@ -177,7 +178,7 @@ class LiveImages:
     images: ImageList
     sampling: Sampling
 
-    def load(self, segment: Segment, step: int) -> Inputs:
+    def load(self, segment: Segment, step: int, into: Buffers = FRESH) -> Inputs:
         rows = self.sampling.rows(segment, step, len(self.images))
         images, _ = self.sampling.views(self.images, rows, segment.epoch(step))
         return self.sampling.inputs(segment, step, images, self.sampling.model.num_tokens)
@@ -201,30 +202,35 @@ class CachedFeatures:
     images: ImageList | None = None
     teachers: Mapping[int, CacheReader] = field(default_factory=dict)
 
-    def load(self, segment: Segment, step: int) -> Inputs:
+    def load(self, segment: Segment, step: int, into: Buffers = FRESH) -> Inputs:
         how, targets = self.sampling, self.sampling.targets(segment)
         rows = how.rows(segment, step, len(self.cache))
         view, group = how.slot(segment, step, self.cache.manifest.views)
-        batch = self.cache.read(rows, view, None if how.reads_all(segment) else group)
-        images = self._images(batch, rows, view) if targets & set(IMAGE_TARGETS) else None
+        batch = self.cache.read(rows, view, None if how.reads_all(segment) else group, into)
+        images = self._images(batch, rows, view, into) if targets & set(IMAGE_TARGETS) else None
         inputs = how.inputs(segment, step, batch.features_BLD, how.group_tokens)
-        teachers = {block: cache.read(rows, view).features_BLD for block, cache in self.teachers.items()}
+        teachers = {
+            block: cache.read(rows, view, into=into.part(f"teacher {block}")).features_BLD
+            for block, cache in self.teachers.items()
+        }
         inputs = replace(inputs, ids_BL=batch.ids_BL, images=images, group=group, teachers=teachers)
         return replace(inputs, prefix_BSD=batch.prefix_BSD)
 
-    def _images(self, batch: FeatureBatch, rows: np.ndarray, view: int) -> Tensor:
+    def _images(self, batch: FeatureBatch, rows: np.ndarray, view: int, into: Buffers) -> Tensor:
         """uint8 (B, 3, S, S); numpy's copies, since torch would wake its pool of threads in the loader's."""
         size = self.sampling.model.image_size
+        images_BCHW = into.take("images", (len(rows), 3, size, size), torch.uint8)
         if batch.pixels_BLP is not None:
             patch = self.sampling.model.patch_size
             side = size // patch
             grid = batch.pixels_BLP.numpy().reshape(-1, side, side, patch, patch, 3)
-            return torch.from_numpy(grid.transpose(0, 5, 1, 3, 2, 4).reshape(-1, 3, size, size))
+            places = images_BCHW.numpy().reshape(-1, 3, side, patch, side, patch)
+            np.copyto(places, grid.transpose(0, 5, 1, 3, 2, 4))
+            return images_BCHW
         assert self.images is not None, "a cache without pixels is read beside the images it was made of"
-        crops = self.cache.crops(rows, view)
-        images = (self.images.image(int(row)) for row in rows)
-        views = np.stack([apply_crop(image, Crop(*crop), size) for image, crop in zip(images, crops, strict=True)])
-        return torch.from_numpy(views.transpose(0, 3, 1, 2).copy())
+        for place, row, crop in zip(images_BCHW.numpy(), rows, self.cache.crops(rows, view), strict=True):
+            place[:] = apply_crop(self.images.image(int(row)), Crop(*crop), size).transpose(2, 0, 1)
+        return images_BCHW
 
     def mask(self, model: MaskedModel, inputs: Inputs) -> MaskedBatch:
         return mask_features(model, self.sampling, inputs)
@@ -242,10 +248,13 @@ class LiveFeatures:
     images: ImageList
     sampling: Sampling
     views: int
+    first_view: int = 0
+    """The first of the views that a ring holds."""
 
-    def load(self, segment: Segment, step: int) -> Inputs:
+    def load(self, segment: Segment, step: int, into: Buffers = FRESH) -> Inputs:
         rows = self.sampling.rows(segment, step, len(self.images))
         view, group = self.sampling.slot(segment, step, self.views)
+        view = self.first_view + (view - self.first_view) % self.views  # that lies in the slot
         images, ids = self.sampling.views(self.images, rows, view)
         size = self.sampling.group_tokens
         if not self.sampling.reads_all(segment):

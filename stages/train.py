@@ -4,13 +4,13 @@ state is all that a resume needs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cache.loader import prefetch
+from cache.loader import Prefetch, Spent
 from models.config import DecoderConfig, HeadSpec, ModelConfig, learning_heads
 from models.drop import DepthDrop
 from models.learner import Learner
@@ -177,24 +177,36 @@ def train_segment(
         book.evaluate(model)
         return
     steps = range(progress.step, segment.steps)
-    with prefetch(
-        lambda step: source.load(segment, step), steps, arm.train.loader_threads, arm.train.prefetch
-    ) as batches:
+    with loader(source, segment, steps, arm.train, arm.memory) as batches:
         for step, inputs in zip(steps, batches, strict=True):
             rate = arm.rates.apply(optimizer, segment.first_step + step)
             book.step(train_step(model, optimizer, source, inputs, arm.train), rate)
             if due(step + 1, LOG_EVERY) or step + 1 == segment.steps:
-                book.flush(batches.wait_seconds)
-            take_stock(arm, segment, model, optimizer, book, watch, batches.wait_seconds)
+                book.flush(batches.spent)
+            take_stock(arm, segment, model, optimizer, book, watch, batches.spent)
             if progress.ended:
                 return
             stop = hooks.stop()
             if stop or book.save_due():
-                book.flush(batches.wait_seconds)
+                book.flush(batches.spent)
                 tensors = model_tensors(model, optimizer) | (watch.tensors if watch else {})
                 save_state(arm.state, arm.inputs, progress, tensors)
             if stop:
                 return
+
+
+def loader(
+    source: Source, segment: Segment, steps: Iterable[int], train: TrainConfig, memory: float
+) -> Prefetch[int, StepInputs]:
+    """The inputs of a segment's steps, made ahead in a ring of at most `memory` bytes."""
+    return Prefetch(
+        lambda step, into: source.load(segment, step, into),
+        steps,
+        train.loader_threads,
+        train.prefetch,
+        memory,
+        pinned=train.device.startswith("cuda"),
+    )
 
 
 def take_stock(
@@ -204,7 +216,7 @@ def take_stock(
     optimizer: torch.optim.Optimizer,
     book: Book,
     watch: Watch | None,
-    wait_seconds: float,
+    spent: Spent,
 ) -> None:
     """What is due after a step: a check of what may have settled, an encoder to keep, an evaluation; and whether the
     arm ends here, before its last step."""
@@ -216,7 +228,7 @@ def take_stock(
     if rest and not (check or evaluate):
         return
     last = step == segment.steps and segment == arm.segments[-1]
-    book.flush(wait_seconds)
+    book.flush(spent)
     with averaged(optimizer):
         if watch and check:
             book.check(watch, model)

@@ -51,6 +51,7 @@ class Example:
     labels_N: np.ndarray
     keys: tuple[str, ...]
     prefix_VNSD: np.ndarray
+    digests_N: np.ndarray
 
     @property
     def stored_VNLD(self) -> np.ndarray:
@@ -69,7 +70,7 @@ class Example:
 
     def build(self, folder: Path) -> tuple[CacheManifest, list[Shard]]:
         """Builds or resumes the cache; also returns the shards that had to be written."""
-        create_store(folder, self.layout, self.labels_N, self.keys)
+        create_store(folder, self.layout, self.labels_N, self.keys, self.digests_N)
         shards = missing_shards(folder, self.layout)
         for shard in shards:
             write_rows(folder, self.layout, shard.view, shard.first_row, self.block(shard))
@@ -91,6 +92,7 @@ def make_example(num_samples: int = 7, shard_rows: int = 3, **changes: Any) -> E
         np.arange(num_samples) % 3 - 1,
         tuple(f"sämple/{row}" for row in range(num_samples)),
         random.normal(size=(*shape[:2], spec.groups * spec.prefix, spec.width)).astype(np.float32),
+        random.integers(0, 256, (num_samples, 32), np.uint8),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from numcodecs import BitRound
 
 from cache.codecs import CODECS, Filter, codec_problem, parse_filter
 from cache.errors import CacheError
-from cache.rounding import Rounded, Unfit, moments, restore, round_features
+from cache.rounding import Moments, Rounded, Unfit, moments, restore, round_features
 
 FINITE = st.floats(-60000, 60000, width=32)
 
@@ -122,13 +124,36 @@ def test_the_largest_value_is_kept_and_the_next_refused(codec: str) -> None:
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_moments_are_those_of_numpy(codec: str) -> None:
-    given_ = np.random.default_rng(2).normal(size=(3, 5, 16)).astype(np.float32)
+@pytest.mark.parametrize("size", [1.0, 0.0, 1e-3, 1e30])
+def test_moments_of_every_row_are_those_of_numpy(codec: str, size: float) -> None:
+    given_ = (np.random.default_rng(2).normal(size=(3, 5, 768)) * size).astype(np.float32)
+    if size == 1e30 and codec != "bfloat16":
+        given_ = np.clip(given_, -CODECS[codec].largest, CODECS[codec].largest)
     rounded = round_features(given_, codec, 8)
-    stored = restore(rounded.values_NLD, codec, rounded.scale_NLK).numpy().astype(np.float64)
-    error = stored - given_
-    wanted = [stored.sum(), (stored**2).sum(), abs(stored).max(), (error**2).sum(), (given_.astype(float) ** 2).sum()]
-    np.testing.assert_allclose(moments(given_, rounded, codec), [*wanted, abs(error).max()], rtol=1e-12)
+    assert isinstance(rounded, Rounded)
+    found = moments(given_, rounded, codec)
+    assert found.shape == (3, 6) and found.dtype == np.float64
+    for row in range(3):
+        scale = None if rounded.scale_NLK is None else rounded.scale_NLK[row]
+        stored = restore(rounded.values_NLD[row], codec, scale).numpy().astype(np.float64)
+        given = given_[row].astype(np.float64)
+        error = stored - given
+        wanted = (stored**2).sum(), abs(stored).max(), (error**2).sum(), (given**2).sum(), abs(error).max()
+        np.testing.assert_allclose(found[row, 1:], wanted, rtol=1e-6)
+        np.testing.assert_allclose(found[row, 0], stored.sum(), rtol=1e-6, atol=1e-6 * abs(stored).sum())
+    np.testing.assert_array_equal(found[1:2], moments(given_[1:2], _part(rounded, slice(1, 2)), codec))
+
+
+def _part(rounded: Rounded, rows: slice) -> Rounded:
+    return Rounded(rounded.values_NLD[rows], None if rounded.scale_NLK is None else rounded.scale_NLK[rows])
+
+
+def test_moments_joined_do_not_depend_on_how_rows_are_split() -> None:
+    rows = np.random.default_rng(0).normal(size=(40, 6)) * 10.0 ** np.random.default_rng(1).integers(-9, 9, (40, 1))
+    joined = Moments.join(rows)
+    assert joined == Moments.join(rows[np.random.default_rng(2).permutation(40)])
+    assert joined.total == float(sum(map(Fraction, rows[:, 0].tolist())))
+    assert (joined.peak, joined.error_peak) == (rows[:, 2].max(), rows[:, 5].max())
 
 
 def test_restoring_never_wakes_torchs_threads(monkeypatch) -> None:

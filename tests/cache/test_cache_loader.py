@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from itertools import count
 
 import pytest
+import torch
 
-from cache.loader import Prefetch, prefetch
+from cache.buffers import FRESH, Buffers
+from cache.errors import CacheError
+from cache.loader import Prefetch, Spent, prefetch
 
 
 def loader_threads() -> list[str]:
@@ -71,13 +74,13 @@ def test_a_consumer_that_stops_early_leaves_no_threads() -> None:
 
 def test_waiting_is_counted() -> None:
     ticks = count()
-    with Prefetch(abs, range(5), threads=1, ahead=2, now=lambda: next(ticks)) as batches:
+    with Prefetch(lambda item, into: item, range(5), threads=1, ahead=2, now=lambda: next(ticks)) as batches:
         assert list(batches) == [0, 1, 2, 3, 4]
-        assert batches.wait_seconds == 5  # one tick from asking to having, per batch
+        assert batches.spent.wait_seconds == 5  # one tick from asking to having, per batch
 
     with prefetch(lambda item: time.sleep(0.05), range(2), threads=1, ahead=1) as slow:
         list(slow)
-        assert 0.08 < slow.wait_seconds < 1
+        assert 0.08 < slow.spent.wait_seconds < 1
 
 
 def test_what_is_ready_costs_no_waiting() -> None:
@@ -86,4 +89,63 @@ def test_what_is_ready_costs_no_waiting() -> None:
         done.wait()
         time.sleep(0.05)
         next(batches)
-        assert batches.wait_seconds < 0.04
+        assert batches.spent.wait_seconds < 0.04
+
+
+def test_work_of_the_threads_is_counted() -> None:
+    with prefetch(lambda item: time.sleep(0.02), range(6), threads=3, ahead=3) as batches:
+        list(batches)
+        assert batches.spent.batches == 6 and 0.12 <= batches.spent.busy_seconds < 1
+        assert batches.spent.since(batches.spent) == Spent(0, 0, 0)
+
+
+def fill(item: int, into: Buffers) -> torch.Tensor:
+    batch = into.take("batch", (1000,), torch.int64)
+    batch.fill_(item)
+    return batch
+
+
+def test_a_batch_stays_as_it_is_until_the_next_one_is_asked_for() -> None:
+    with Prefetch(fill, range(40), threads=3, ahead=3) as batches:
+        places = set()
+        for item, batch in enumerate(batches):
+            time.sleep(0.002)  # the threads have filled all that they may by now
+            assert torch.equal(batch, torch.full((1000,), item))
+            places.add(batch.data_ptr())
+    assert len(places) == 4, "three ahead and the one in use: memory is used again"
+
+
+@pytest.mark.parametrize(("memory", "ahead"), [(16_000, 1), (24_000, 2), (39_999, 3), (10**9, 5)])
+def test_the_ring_keeps_within_its_memory(memory: int, ahead: int) -> None:
+    places, made = set(), []
+
+    def make(item: int, into: Buffers) -> torch.Tensor:
+        made.append(item)
+        return fill(item, into)
+
+    with Prefetch(make, range(30), threads=2, ahead=5, memory=memory) as batches:
+        for item, batch in enumerate(batches):
+            time.sleep(0.002)
+            assert batch[0] == item and len(made) <= item + 1 + ahead
+            places.add(batch.data_ptr())
+    assert len(places) == ahead + 1 and made == list(range(30))
+
+
+def test_a_ring_too_small_for_two_batches_is_refused() -> None:
+    batches = Prefetch(fill, range(30), threads=2, ahead=5, memory=15_999)
+    with pytest.raises(CacheError, match=r"two batches of 0.0 MB do not fit .* raise it to 1 or lower"):
+        next(batches)
+    assert loader_threads() == []
+
+
+def test_parts_and_sizes_of_buffers() -> None:
+    into = Buffers()
+    first = into.take("a", (2, 3), torch.float32)
+    assert into.take("a", (3, 2), torch.float32).data_ptr() == first.data_ptr()
+    assert into.take("a", (2,), torch.float32).data_ptr() == first.data_ptr()
+    assert into.take("a", (2, 3), torch.int32).dtype == torch.int32
+    assert into.part("b").take("a", (4,), torch.uint8).data_ptr() != into.take("a", (2, 3), torch.int32).data_ptr()
+    assert into.nbytes == 24 + 4
+    kept = FRESH.take("a", (2,), torch.uint8)
+    assert kept.data_ptr() != FRESH.part("x").take("a", (2,), torch.uint8).data_ptr()
+    assert FRESH.nbytes == 0

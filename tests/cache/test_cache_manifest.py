@@ -74,7 +74,7 @@ def test_another_spec_is_refused_by_the_field(tmp_path: Path, example, changes: 
 def test_another_version_is_stale_not_damaged(tmp_path: Path, example) -> None:
     manifest, _ = example().build(tmp_path)
     write_manifest(tmp_path, replace(manifest, format=1))
-    with pytest.raises(StaleCache, match=f"{tmp_path}/manifest.json has format 1, this version reads 2"):
+    with pytest.raises(StaleCache, match=f"{tmp_path}/manifest.json has format 1, this version reads 3"):
         read_manifest(tmp_path)
     values = manifest.to_dict()
     values["spec"]["colour"] = "blue"

@@ -4,6 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,6 +37,7 @@ def read_everything(folder: Path) -> None:
     for view in range(2):
         reader.read(range(7), view)
         reader.crops(range(7), view)
+        reader.stored("moments", np.arange(7), view)
 
 
 def test_a_whole_cache_has_no_damage(whole: Path) -> None:
@@ -132,7 +134,7 @@ def test_remove(tmp_path: Path, whole: Path, example) -> None:
     remove_cache(folder)
     assert not folder.exists()
     wanted = example()
-    create_store(folder, wanted.layout, wanted.labels_N, wanted.keys)
+    create_store(folder, wanted.layout, wanted.labels_N, wanted.keys, wanted.digests_N)
     assert len(missing_shards(folder, wanted.layout)) == 6
     remove_cache(folder)
     assert not folder.exists()

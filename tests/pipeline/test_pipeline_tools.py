@@ -55,7 +55,7 @@ def test_bench_gives_rates_of_every_arm_at_every_cut(
     found = json.loads((copy / "bench.json").read_text())["arms"]
     assert [row["cut"] for row in found] == [1, 3]
     for row in found:
-        assert row["images_per_second"].keys() == {"e2e", "freeze", "cached", "memory"}
+        assert row["images_per_second"].keys() == {"e2e", "freeze", "cached", "memory", "loader"}
         assert all(len(rates) == 2 and min(rates) > 0 for rates in row["images_per_second"].values())
     assert found[1]["flop_bound"] > found[0]["flop_bound"] > 1
     methods = json.loads((copy / "bench.json").read_text())["methods"]
@@ -65,7 +65,15 @@ def test_bench_gives_rates_of_every_arm_at_every_cut(
     assert absent == {"4 heads", "4 heads, hog, scales 4 2 1 ½"}, "this model is too shallow for LocalMIM's places"
     only_cached = {name for name, ratios in methods.items() if "live" not in ratios}
     assert only_cached == absent | {"features", "teacher, frozen"}
-    assert "cached / in memory" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "cached / step alone" in out and "cut 3: the step bounds" in out
+
+
+def test_what_bounds_is_the_slower_of_step_and_loader() -> None:
+    rates = {"cached": [90.0, 80.0, 70.0], "memory": [100.0] * 3, "loader": [400.0] * 3}
+    assert bench.bounding(rates) == "the step bounds (100 images/s, the loader could 400); training reaches 0.80 of it"
+    rates |= {"memory": [800.0] * 3}
+    assert bench.bounding(rates) == "the loader bounds (400 images/s, the step could 800); training reaches 0.20 of it"
 
 
 def test_flop_bound_is_counted_on_the_step(finished: Path) -> None:

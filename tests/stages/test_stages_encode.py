@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Condition, Lock
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from models.mim import raster_order
 from models.spec import FeatureSpec
 from models.targets import normalize_images, patchify
 from models.vit import Encoder, build_encoder, frozen_hash
+from stages import encode
 from stages.config import DataConfig
 from stages.encode import EncodeJob, build, encode_shard
 from stages.images import open_data
@@ -133,7 +135,7 @@ def test_a_cache_of_a_cache_is_that_of_the_images_but_for_rounding(
 
 def test_a_build_in_two_goes_is_byte_for_byte_that_in_one(tmp_path: Path, weights: Path, encoder: Encoder) -> None:
     straight = built(job(tmp_path / "straight", weights, encoder, 2, 4))
-    one = job(tmp_path / "halves", weights, encoder, 2, 4)
+    one = job(tmp_path / "elsewhere" / "halves", weights, encoder, 2, 4)  # beside it, it would take all over
     ran: list[Shard] = []
 
     def counted(function: Callable[[object], Shard], tasks: Sequence[object]) -> Iterator[Shard]:
@@ -159,14 +161,14 @@ def test_other_weights_in_the_file_are_refused(tmp_path: Path, encoder: Encoder)
     other = tmp_path / "other.safetensors"
     save_file(build_encoder(MODEL, seed=4).vit.state_dict(), other)
     with pytest.raises(StaleCache, match=r"weights=\w{8}… up to cut 2, the cache wants weights=\w{8}…"):
-        encode_shard((job(tmp_path / "a", other, encoder, 2, 4), Shard(0, 0, 12)))
+        encode_shard((job(tmp_path / "a", other, encoder, 2, 4), Shard(0, 0, 12), None))
 
 
 def test_other_images_than_the_wanted_ones_are_refused(tmp_path: Path, weights: Path, encoder: Encoder) -> None:
     one = job(tmp_path / "a", weights, encoder, 2, 4)
     layout = replace(one.layout, spec=replace(one.layout.spec, data="0" * 64))
     with pytest.raises(StaleCache, match=r"sample holds data=\w{8}…, the cache wants data=00000000…"):
-        encode_shard((replace(one, layout=layout), Shard(0, 0, 12)))
+        encode_shard((replace(one, layout=layout), Shard(0, 0, 12), None))
 
 
 def test_features_that_float16_cannot_hold_stop_the_build_by_name(tmp_path: Path, encoder: Encoder) -> None:
@@ -180,6 +182,39 @@ def test_features_that_float16_cannot_hold_stop_the_build_by_name(tmp_path: Path
         list(build(replace(one, layout=replace(one.layout, spec=spec)), IMAGES, serial))
 
 
+def test_a_shard_is_computed_while_the_one_before_is_written(
+    tmp_path: Path, weights: Path, encoder: Encoder, monkeypatch
+) -> None:
+    from pipeline.cluster import task_runner
+    from pipeline.config import ClusterConfig
+
+    forward, write = encode.frozen_forward, encode.write_rows
+    running, changed, forwards, writes = Lock(), Condition(), [], []
+
+    def watched(*args):
+        assert running.acquire(blocking=False), "one forward at a time"
+        try:
+            return forward(*args)
+        finally:
+            running.release()
+            with changed:
+                forwards.append(1)
+                changed.notify_all()
+
+    def late(*args):
+        with changed:
+            writes.append(1)
+            before = 3 * len(writes)  # batches of the shards that are computed
+            assert before == 18 or changed.wait_for(lambda: len(forwards) > before, 20), "the next is not computed"
+        return write(*args)
+
+    monkeypatch.setattr(encode, "frozen_forward", watched)
+    monkeypatch.setattr(encode, "write_rows", late)
+    one = job(tmp_path / "a", weights, encoder, 2, 4)
+    with task_runner(ClusterConfig()) as run:
+        assert list(build(one, IMAGES, run))[-1] == (6, 6)
+
+
 @pytest.mark.slow
 def test_worker_processes_write_the_same_bytes_as_one_worker_inside(
     tmp_path: Path, weights: Path, encoder: Encoder
@@ -189,7 +224,7 @@ def test_worker_processes_write_the_same_bytes_as_one_worker_inside(
 
     folders = []
     for workers in (0, 2):
-        one = job(tmp_path / str(workers), weights, encoder, 2, 4)
+        one = job(tmp_path / str(workers) / "cache", weights, encoder, 2, 4)
         with task_runner(ClusterConfig(workers=workers)) as run:
             assert [total for _, total in build(one, IMAGES, run)] == [6] * 6
         folders.append(Path(one.folder))

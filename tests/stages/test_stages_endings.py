@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from cache.buffers import FRESH, Buffers
 from models.config import MaskConfig
 from models.drop import DepthDrop
 from models.learner import Learner
@@ -252,7 +253,7 @@ def test_a_stopped_arm_goes_on_unless_it_has_passed_an_epoch_to_keep(tmp_path: P
         loaded: list[int] = []
 
         class Noting(LiveImages):
-            def load(self, segment: Segment, step: int) -> Inputs:
+            def load(self, segment: Segment, step: int, into: Buffers = FRESH) -> Inputs:
                 loaded.append(step)  # noqa: B023
                 return super().load(segment, step)
 

@@ -92,6 +92,9 @@ def test_nothing_but_bad_files_is_refused_even_when_they_are_skipped(tmp_path, f
 def test_an_image_that_goes_bad_later_is_named(folder) -> None:
     images = open_images(str(folder))
     (folder / "0.png").write_bytes(b"gone bad")
+    with pytest.raises(DataError, match=r"0\.png in .* was changed since the images were listed; restore it"):
+        images.image(0)
+    (folder / "0.png").unlink()
     with pytest.raises(DataError, match=r"0\.png in .* can no longer be read"):
         images.image(0)
 

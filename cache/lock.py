@@ -1,0 +1,99 @@
+"""Who may write a cache: one process builds, mends or removes it at a time. The lock and what else is known of a cache
+but not part of it (who uses it, what it has cost, a copy of its manifest) lie beside it, in `.permafrost` of the folder
+of caches, so that removing a cache never removes a lock that somebody waits for. The workers of a build do not lock:
+they write other shards of the same build. Free of torch.
+
+The lock is `flock`, which the kernel releases however a process ends. Several hosts on a shared file system exclude
+each other as far as that file system passes `flock` on (NFS 4 and Lustre with `-o flock` do); where it does not, two
+builders write the same files one after the other, each whole, and lose nothing but time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from cache.errors import CacheError
+
+ASIDE = ".permafrost"
+POLL_SECONDS = 0.1
+
+
+class CacheBusy(CacheError):
+    """Another process builds, mends or removes the cache."""
+
+
+def aside(folder: Path, kind: str, suffix: str) -> Path:
+    """Where something about a cache lies that is no part of it."""
+    whole = folder.absolute()
+    return whole.parent / ASIDE / kind / f"{whole.name}{suffix}"
+
+
+@contextmanager
+def hold_cache(
+    folder: Path, tell: Callable[[str], None] | None = None, stop: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
+    """Holds a cache for this process. While another does: CacheBusy at once, or with `tell` one line that says who,
+    then waiting until it ends or `stop` says so, which is CacheBusy too. CacheError where nothing can be written."""
+    path = aside(folder, "locks", ".lock")
+    with _held(path, f"the cache at {folder}", tell, stop):
+        yield
+
+
+@contextmanager
+def hold_store(root: Path) -> Iterator[None]:
+    """Holds what is noted about the caches of a folder, for the moment that it takes to read and change it."""
+    path = root.absolute() / ASIDE / "store.lock"
+    with _held(path, f"the list of users in {root}", lambda text: None, lambda: False):
+        yield
+
+
+@contextmanager
+def _held(path: Path, what: str, tell: Callable[[str], None] | None, stop: Callable[[], bool]) -> Iterator[None]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = _acquired(path)
+        if lock is None and tell:
+            tell(f"waiting for {what}: {_holder(path)} works on it")
+        while lock is None:
+            if tell is None or stop():
+                raise CacheBusy(f"{what} is busy: {_holder(path)} works on it; wait for it or stop it, then run again")
+            time.sleep(POLL_SECONDS)
+            lock = _acquired(path)
+    except OSError as error:
+        raise CacheError(
+            f"cannot write {path.parent}: {error.strerror}; make it writable, or set cache.root (CACHE_ROOT) to "
+            "another folder"
+        ) from error
+    try:
+        with suppress(OSError):  # only words for others: a full disk must not stop what needs no disk
+            path.with_suffix(".json").write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
+        yield
+    finally:
+        lock.release()
+
+
+def _acquired(path: Path) -> FileLock | None:
+    lock = FileLock(path, timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        return None
+    return lock
+
+
+def _holder(path: Path) -> str:
+    """In words; who has just taken the lock has not signed yet."""
+    try:
+        found = json.loads(path.with_suffix(".json").read_text())
+        here = "" if found["host"] == socket.gethostname() else f" on {found['host']}"
+        return f"process {found['process']}{here}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

@@ -1,0 +1,46 @@
+"""What building caches has cost a run so far, kept beside the stage that is the first to read them. Free of torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+from cache.manifest import atomic_write
+from cache.users import read_cost
+from pipeline.decide import Wanted, new_needs
+from pipeline.layout import StagePaths
+
+
+def read_seconds(paths: StagePaths, fingerprint: str) -> float:
+    """What a cache has cost to build so far, in seconds, over all interruptions."""
+    return spent_seconds(paths).get(fingerprint, 0.0)
+
+
+def write_seconds(paths: StagePaths, fingerprint: str, seconds: float) -> None:
+    paths.root.mkdir(parents=True, exist_ok=True)
+    atomic_write(paths.root / "cache.json", json.dumps(spent_seconds(paths) | {fingerprint: seconds}).encode())
+
+
+def spent_seconds(paths: StagePaths) -> dict[str, float]:
+    """Seconds by fingerprint of every cache that was built for a stage."""
+    file = paths.root / "cache.json"
+    return dict(json.loads(file.read_text())) if file.exists() else {}
+
+
+def cache_costs(wanted: Wanted, stage: int) -> dict[str, float | None]:
+    """What the caches have cost that a stage is the first to read, by the fields of its record: the seconds that this
+    run has spent, and those that other runs have; None where the run did not build one and nobody noted its cost."""
+    paths, spent, elsewhere = wanted.paths.stage(stage), 0.0, []
+    needs = [*new_needs(wanted, stage), *(wanted.features(stage, before) for before in range(wanted.turns(stage)))]
+    for spec in map(wanted.spec, needs if stage else ()):
+        assert spec is not None, "they were built or found"
+        own, total = read_seconds(paths, spec.fingerprint), read_cost(wanted.cache_folder(spec))
+        spent += own
+        elsewhere.append(max(0.0, total - own) if total is not None else 0.0 if own else None)
+    return {"cache_seconds": spent, "cache_seconds_elsewhere": sum_known(elsewhere)}
+
+
+def sum_known(seconds: Iterable[float | None]) -> float | None:
+    """The sum; None where a part is unknown."""
+    known = list(seconds)
+    return None if None in known else sum((part for part in known if part is not None), 0.0)

@@ -1,0 +1,54 @@
+"""Caches that several runs share (`cache.root`, CACHE_ROOT): which of them this run uses, noted where other runs look
+before they clear up. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from cache.errors import CacheError, MissingCache
+from cache.lock import CacheBusy, hold_cache, hold_store
+from cache.users import User, register, users
+from cache.verify import remove_cache
+from pipeline.decide import Wanted, all_needs
+from pipeline.needs import Need
+from pipeline.remaining import needed_now
+
+
+def used(wanted: Wanted, more: Iterable[Need] = ()) -> set[Path]:
+    """The caches that the run's settings ask for and whose identity is known, with those that they continue; with
+    `cache.keep=needed` those that are still needed, and that of fine-tuning."""
+    if wanted.config.cache.keep == "needed":
+        tuned = [need for need in all_needs(wanted) if need.tunes]
+        needs = [*needed_now(wanted, [*tuned, *more])]
+        return {wanted.cache_folder(spec) for spec in map(wanted.spec, needs) if spec}
+    needs = [*all_needs(wanted), *more]
+    for need in needs:
+        needs += [need.parent] if need.parent and need.parent not in needs else []
+    return {wanted.cache_folder(spec) for spec in map(wanted.spec, needs) if spec}
+
+
+def claim(wanted: Wanted, more: Iterable[Need] = ()) -> None:
+    """Note which caches the run uses, before it looks whether they are there."""
+    with suppress(CacheError):  # a store that cannot be written is read all the same, and nobody clears it up from here
+        register(wanted.paths.cache_root, wanted.paths.root, [folder.name for folder in used(wanted, more)])
+
+
+def other_users(wanted: Wanted, folder: Path) -> list[User]:
+    """The other runs that use a cache."""
+    own = str(wanted.paths.root.absolute())
+    return [user for user in users(wanted.paths.cache_root) if folder.name in user.caches and user.run != own]
+
+
+def remove_unused(wanted: Wanted, folder: Path) -> str:
+    """Remove a cache unless somebody builds it or has begun to use it; why it stays, or nothing."""
+    try:
+        with hold_cache(folder), hold_store(wanted.paths.cache_root):
+            if others := other_users(wanted, folder):
+                return f"used by {', '.join(map(str, others))}"
+            with suppress(MissingCache):  # another `gc` was here
+                remove_cache(folder)
+    except CacheBusy as error:
+        return str(error)
+    return ""

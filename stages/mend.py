@@ -1,0 +1,42 @@
+"""A finished cache whose files were damaged becomes whole in place: only what is bad is computed again, as the cache is
+laid out and in the batches it was computed in, whatever the settings say today, and its manifest stays where it is
+until then. Beside `encode`, which builds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from cache.backends import files_of
+from cache.layout import Shard
+from cache.manifest import atomic_write, check_spec, read_manifest
+from cache.receipts import RECEIPTS
+from cache.verify import Damage
+from cache.writer import amend, drop_receipts
+from stages.encode import EncodeJob, RunTasks, check_inputs, encode_shard, inherited
+from stages.images import ImageList
+
+
+def mend(job: EncodeJob, images: ImageList, damages: Sequence[Damage], run: RunTasks) -> Iterator[tuple[int, int]]:
+    """Compute the damaged shards of a finished cache again; yields (shards done, shards in all) after each. Raises
+    CacheError. The caller holds the cache. Stopped anywhere, what is still damaged is found damaged again."""
+    folder = Path(job.folder)
+    manifest, (job, parent) = read_manifest(folder), inherited(job)
+    check_spec(manifest, job.layout.spec)
+    drop_receipts(folder)
+    layout, bad = manifest.layout, {damage.file for damage in damages}
+    static = files_of(layout.backend).static_files(layout, images.labels, images.keys, images.digests)
+    for name in bad & static.keys():
+        atomic_write(folder / name, static[name])
+    batch_of = {entry.name: entry.batch for entry in manifest.shards if entry.batch}
+    tasks: list[tuple[EncodeJob, Shard, None]] = []
+    for shard in layout.shards:
+        first, *others = layout.files(shard)
+        if not bad.isdisjoint((first, *others)):
+            tasks.append((replace(job, layout=layout, batch=batch_of.get(first, job.batch)), shard, None))
+    for count, _ in enumerate(run(encode_shard, tasks), start=1):
+        yield count, len(tasks)
+    check_inputs(job, images, parent)
+    amend(folder, job.limit)
+    assert not (folder / RECEIPTS).exists()

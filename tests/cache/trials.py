@@ -1,0 +1,209 @@
+"""Damage, many times over: `python -m tests.cache.trials --damage 1000 --kills 100` flips, cuts, empties, deletes and
+exchanges files of finished caches of both backends and kills builds in real processes, and counts what was found and
+what was mended to the bit. The suite runs a few of the same trials; PERMAFROST_TRIALS says how many."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from cache.errors import CacheError
+from cache.lock import hold_cache
+from cache.manifest import cache_folder_name
+from cache.verify import drop_damaged, restore_manifest, verify_cache
+from cache.writer import missing_shards
+from tests.cache.conftest import Example, files_of, make_example
+
+BACKENDS = ("zarr", "webdataset")
+KINDS = ("flip", "truncate", "empty", "delete", "exchange", "lengthen")
+TRIALS = int(os.environ.get("PERMAFROST_TRIALS", "0"))
+"""How many trials of each kind the suite runs; 0 leaves it at a few."""
+
+
+class Count(NamedTuple):
+    trials: int = 0
+    found: int = 0
+    mended: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.trials} trials, {self.found} found, {self.mended} mended"
+
+
+def of_backend(backend: str) -> Example:
+    """What a cache of four shards of two views holds, in a backend."""
+    made = make_example(num_samples=5, shard_rows=3, groups=2)
+    return replace(made, layout=replace(made.layout, backend=backend))
+
+
+def harm(kind: str, path: Path, place: int, mask: int, other: Path) -> set[Path]:
+    """Damages a file at a place; the files that are no longer as they were."""
+    content = path.read_bytes()
+    at = place % len(content)
+    if kind == "flip":
+        path.write_bytes(content[:at] + bytes([content[at] ^ mask]) + content[at + 1 :])
+    elif kind == "truncate":
+        path.write_bytes(content[:at])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "lengthen":
+        path.write_bytes(content + bytes([mask]))
+    elif kind == "delete":
+        path.unlink()
+    elif kind == "exchange" and other.read_bytes() != content:
+        path.write_bytes(other.read_bytes())
+        other.write_bytes(content)
+        return {path, other}
+    elif kind == "exchange":  # two files of the same content: no damage, so take the mildest other one
+        return harm("flip", path, place, mask, other)
+    return {path}
+
+
+def damage_trial(
+    whole: Path, wanted: Example, folder: Path, kind: str, picks: tuple[int, int], place: int, mask: int
+) -> tuple[bool, bool]:
+    """(found, mended) of one damage done to a copy of a whole cache, mended as `repair` does."""
+    shutil.copytree(whole, folder)
+    shutil.copytree(whole.parent / ".permafrost", folder.parent / ".permafrost", dirs_exist_ok=True)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    path, other = (files[pick % len(files)] for pick in picks)
+    harmed = {file.relative_to(folder).as_posix() for file in harm(kind, path, place, mask, other)}
+    try:
+        damages = verify_cache(folder)
+        seen = {damage.file for damage in damages}
+    except CacheError:  # the manifest is not there
+        damages, seen = [], {"manifest.json"}
+    found = seen == harmed or seen == {"manifest.json"} <= harmed  # nothing is believed without a manifest
+    if "manifest.json" in seen:
+        found &= restore_manifest(folder)
+        damages = verify_cache(folder)
+        found &= {damage.file for damage in damages} == harmed - {"manifest.json"}
+    drop_damaged(folder, damages)
+    wanted.build(folder)
+    return found, files_of(folder) == files_of(whole)
+
+
+def named(folder: Path, wanted: Example) -> Path:
+    """The folder that the cache's name asks for, so that the copy of its manifest is believed."""
+    return folder / cache_folder_name(wanted.layout.spec)
+
+
+def damage_trials(count: int, seed: int) -> Count:
+    chance, total = random.Random(seed), Count()
+    with tempfile.TemporaryDirectory() as place:
+        wholes = {}
+        for backend in BACKENDS:
+            wanted = of_backend(backend)
+            wholes[backend] = (wanted, named(Path(place) / backend, wanted))
+            wanted.build(wholes[backend][1])
+        for number in range(count):
+            wanted, whole = wholes[BACKENDS[number % 2]]
+            folder = named(Path(place) / f"trial-{number}", wanted)
+            picks = (chance.randrange(1000), chance.randrange(1000))
+            kind, mask = KINDS[number // 2 % len(KINDS)], chance.randrange(1, 256)
+            found, mended = damage_trial(whole, wanted, folder, kind, picks, chance.randrange(2**20), mask)
+            total = Count(total.trials + 1, total.found + found, total.mended + mended)
+            shutil.rmtree(folder.parent)
+    return total
+
+
+def in_a_process(work: Callable[[], object], after: float | None = None, at: int | None = None) -> int:
+    """Does something in a forked process, which is killed `after` seconds, or by itself `at` its n-th call to the disk;
+    the signal that ended it, 0 for none."""
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            if at is not None:
+                kill_at(at)
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    if after is not None:
+        time.sleep(after)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0, "a build that nobody killed failed"
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+def kill_at(call: int) -> None:
+    """Lets this process end without warning at the n-th of its calls that change the disk."""
+    left = [call]
+
+    def dying(function: Callable) -> Callable:
+        def instead(*args, **kwargs):
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return instead
+
+    for owner, name in ((os, "fsync"), (os, "replace"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir")):
+        setattr(owner, name, dying(getattr(owner, name)))
+    plain = Path.open
+    Path.open = dying(plain)  # type: ignore[method-assign]
+
+
+def resumed(folder: Path, wanted: Example, whole: Path) -> tuple[bool, bool]:
+    """(found, mended) of a build that was killed, as `kill_trials` counts them."""
+    found = not (folder / "manifest.json").exists() or not verify_cache(folder)
+    kept = set(wanted.layout.shards) - set(missing_shards(folder, wanted.layout))
+    with hold_cache(folder):  # the dead process holds nothing
+        _, built = wanted.build(folder)
+    return found, files_of(folder) == files_of(whole) and kept.isdisjoint(built)
+
+
+def kill_trials(count: int, seed: int) -> Count:
+    """Builds killed at a random moment or a random call to the disk: found is that what is left is never taken for a
+    finished cache unless it is whole, mended that the next build ends in the same bits and writes no good shard again.
+    """
+    chance, total = random.Random(seed), Count()
+    with tempfile.TemporaryDirectory() as place:
+        wholes, seconds = {}, 0.0
+        for backend in BACKENDS:
+            wanted = of_backend(backend)
+            started = time.perf_counter()
+            in_a_process(lambda wanted=wanted, backend=backend: wanted.build(Path(place) / backend / "whole"))
+            seconds = max(seconds, time.perf_counter() - started)
+            wholes[backend] = (wanted, Path(place) / backend / "whole")
+        while total.trials < count:
+            number = total.trials
+            wanted, whole = wholes[BACKENDS[number % 2]]
+            folder = Path(place) / f"trial-{number}" / "cache"
+
+            def build(folder: Path = folder, wanted: Example = wanted) -> None:
+                with hold_cache(folder):
+                    wanted.build(folder)
+
+            after, at = chance.uniform(0, seconds), chance.randrange(1, 160)
+            in_time = number // 2 % 2
+            if in_a_process(build, after if in_time else None, None if in_time else at) == signal.SIGKILL:
+                found, mended = resumed(folder, wanted, whole)
+                total = Count(number + 1, total.found + found, total.mended + mended)
+            shutil.rmtree(folder.parent, ignore_errors=True)
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--damage", type=int, default=1000)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    print(f"damage: {damage_trials(asked.damage, asked.seed)}", flush=True)
+    print(f"kill -9: {kill_trials(asked.kills, asked.seed)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

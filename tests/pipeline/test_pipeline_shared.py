@@ -1,0 +1,223 @@
+"""Caches that runs share: found, not built again, accounted for, and never taken from a run that needs them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cache.errors import CacheError
+from cache.lock import hold_cache
+from cache.manifest import atomic_write, read_manifest, seal
+from cache.users import read_cost
+from cache.verify import verify_cache
+from pipeline import care, runner, speedup
+from pipeline.config import PipelineConfig
+from pipeline.decide import Wanted, judge_all
+from pipeline.job import Interrupted, Job
+from pipeline.layout import RunPaths
+from pipeline.seconds import read_seconds, sum_known
+from tests.cache.conftest import files_of
+from tests.pipeline.toy import StopAfter, job, record, same, toy, weights
+
+
+def sharing(root: Path, store: Path, config: PipelineConfig | None = None, **more) -> Job:
+    """A toy run whose caches lie in a store."""
+    return replace(job(root, config, **more), paths=RunPaths(root, store))
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run through its first two stages, beside the store in which its caches lie."""
+    place = tmp_path_factory.mktemp("shared")
+    runner.run_stage(sharing(place / "first", place / "store", target=2))
+    return place
+
+
+@pytest.fixture
+def shared(first: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(first, tmp_path / "place")
+
+
+def test_a_second_run_builds_nothing_says_from_where_and_owes_what_the_first_has_paid(
+    shared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = shared / "store"
+    caches = sorted(store.glob("cut-*"))
+    before = {path: path.stat().st_mtime_ns for folder in caches for path in folder.rglob("*")}
+    runner.run_all(sharing(shared / "second", store))
+    told = capsys.readouterr().out
+    assert len(caches) == 2 and all(f"current ({folder})" in told for folder in caches) and "built in" not in told
+    assert {path: path.stat().st_mtime_ns for folder in caches for path in folder.rglob("*")} == before
+    assert same(weights(shared / "first", "stage-2"), weights(shared / "second", "stage-2"))
+    paid = 0.0
+    for stage in (1, 2):
+        mine, theirs = (record(shared / name, f"stage-{stage}") for name in ("second", "first"))
+        assert mine["cache_seconds"] == 0 and theirs["cache_seconds_elsewhere"] == 0
+        assert mine["cache_seconds_elsewhere"] == pytest.approx(theirs["cache_seconds"]) and theirs["cache_seconds"] > 0
+        paid += theirs["cache_seconds"]
+    arm = json.loads((shared / "second" / "speedup.json").read_text())["arms"]["cached"]
+    assert arm["cache_seconds"] == pytest.approx(paid) == arm["cache_seconds_elsewhere"] and arm["cache_cost_known"]
+    assert arm["total_seconds"] == pytest.approx(arm["train_seconds"] + paid)
+    assert "were spent by other runs that share the caches" in told
+
+
+def test_a_cost_that_nobody_noted_is_said_to_be_unknown(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(shared / "store/.permafrost/costs")
+    runner.run_stage(sharing(shared / "second", shared / "store", target=2))
+    assert record(shared / "second", "stage-1")["cache_seconds_elsewhere"] is None
+    parts = [record(shared / "second", f"stage-{stage}") for stage in range(3)]
+    assert speedup.arm_summary(parts)["cache_cost_known"] is False
+    assert sum_known([1.0, 2.5]) == 3.5 and sum_known([1.0, None]) is None
+
+
+def test_a_build_that_two_runs_share_counts_each_second_once(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    with pytest.raises(Interrupted, match=r"cache 1 has \d of 6 shards"):
+        runner.run_cache(sharing(tmp_path / "a", store, target=1, stop=StopAfter(8)))
+    for receipt in store.glob("cut-1-*/receipts/view_1-*"):  # what was under way may have been done all the same
+        receipt.unlink()
+    runner.run_stage(sharing(tmp_path / "b", store, target=1))
+    (folder,) = store.glob("cut-1-*")
+    fingerprint = read_manifest(folder).fingerprint
+    parts = [read_seconds(RunPaths(tmp_path / run).stage(1), fingerprint) for run in ("a", "b")]
+    assert min(parts) > 0 and sum(parts) == pytest.approx(read_cost(folder))
+    assert record(tmp_path / "b", "stage-1")["cache_seconds_elsewhere"] == pytest.approx(parts[0])
+
+
+def test_clearing_up_leaves_what_another_run_uses(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, other = shared / "store", toy(**{"cache.views": 1})
+    runner.run_cache(sharing(shared / "first", store, target=1))  # where it lies now, it uses what it uses
+    runner.run_stage(sharing(shared / "second", store, other, target=1))
+    own = sorted(set(store.glob("cut-*")) - set(first_caches(shared)))
+    assert len(own) == 1
+    care.run_gc(sharing(shared / "second", store, other, yes=True))
+    told = capsys.readouterr().out
+    for folder in first_caches(shared):
+        assert folder.exists() and f"kept: {folder}: used by {shared / 'first'}" in told
+    shutil.rmtree(shared / "first")  # a run that is gone counts no more
+    care.run_gc(sharing(shared / "second", store, other, yes=True))
+    assert sorted(store.glob("cut-*")) == own
+    care.run_gc(sharing(shared / "second", store, other, yes=True))  # a second time there is nothing to do
+    assert "nothing to remove" in capsys.readouterr().out and sorted(store.glob("cut-*")) == own
+
+
+def first_caches(shared: Path) -> list[Path]:
+    wanted = Wanted(toy(), RunPaths(shared / "first", shared / "store"))
+    return [wanted.cache_folder(spec) for stage in (1, 2) if (spec := wanted.cache_spec(stage))]
+
+
+def test_clearing_up_spares_a_cache_that_is_being_built(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = shared / "store"
+    stray = shutil.copytree(next(store.glob("cut-1-*")), store / "cut-9-00000000")
+    gone = shutil.copytree(stray, store / "cut-9-11111111")
+    with hold_cache(stray):
+        care.run_gc(sharing(shared / "first", store, yes=True))
+    assert stray.exists() and not gone.exists()
+    assert re.search(rf"kept: {stray}: the cache at {stray} is busy: process \d+ works on it", capsys.readouterr().out)
+
+
+def test_two_that_clear_up_at_once_remove_the_same_and_nothing_else(shared: Path) -> None:
+    store = shared / "store"
+    runner.run_cache(sharing(shared / "first", store, target=1))
+    strays = [shutil.copytree(first_caches(shared)[0], store / f"cut-9-{n:08d}") for n in range(6)]
+    errors: list[BaseException] = []
+
+    def clear(one: Job) -> None:
+        try:
+            care.run_gc(one)
+        except BaseException as error:
+            errors.append(error)
+
+    jobs = [sharing(shared / run, store, yes=True) for run in ("first", "second")]
+    both = [threading.Thread(target=clear, args=(one,)) for one in jobs]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert errors == [] and not any(stray.exists() for stray in strays)
+    assert sorted(store.glob("cut-*")) == sorted(first_caches(shared))
+
+
+@pytest.mark.slow
+def test_two_processes_that_build_one_cache_build_it_once(first: Path, tmp_path: Path) -> None:
+    runs = [shutil.copytree(first / "first", tmp_path / name) for name in ("a", "b")]
+    for run in runs:
+        shutil.rmtree(run / "stage-1")
+        shutil.rmtree(run / "stage-2")
+    store = tmp_path / "store"
+    args = ["-m", "pipeline", "cache", "1", "--config", str(runs[0] / "config.toml"), "--cache-root", str(store)]
+    both = [
+        subprocess.Popen([sys.executable, *args, "--run", str(run)], stdout=subprocess.PIPE, text=True) for run in runs
+    ]
+    told = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum("built in" in text for text in told) == 1, told
+    (folder,) = store.glob("cut-1-*")
+    (wanted,) = (first / "store").glob("cut-1-*")
+    assert verify_cache(folder) == [] and files_of(folder) == files_of(wanted)
+
+
+# --- repair, whatever the settings say today --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cache.shard_rows": 64, "cache.encode_batch": 5},
+        {"cache.backend": "webdataset", "cluster.threads": 2},
+        {"cache.filter": "zstd", "train.loader_threads": 1},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_repair_keeps_layout_and_batches_of_the_cache(shared: Path, changes: dict[str, object]) -> None:
+    store = shared / "store"
+    folders = first_caches(shared)
+    whole = [files_of(folder) for folder in folders]
+    victims = [folders[0] / "data.zarr/view_1/features/c/1/0/0", folders[1] / "data.zarr/view_0/pixels/c/2/0/0"]
+    victims[0].write_bytes(b"")
+    victims[1].unlink()
+    times = {path: path.stat().st_mtime_ns for folder in folders for path in folder.rglob("c/*/0*") if path.is_file()}
+    care.run_repair(sharing(shared / "first", store, toy(**changes)))
+    assert [files_of(folder) for folder in folders] == whole
+    untouched = {path for path in times if "/c/1/" not in path.as_posix() and "/c/2/" not in path.as_posix()}
+    assert len(untouched) > 4 and all(path.stat().st_mtime_ns == times[path] for path in untouched)
+
+
+@pytest.mark.parametrize("how", ["flip", "delete"])
+def test_a_lost_manifest_costs_no_shard(shared: Path, how: str, capsys: pytest.CaptureFixture[str]) -> None:
+    store = shared / "store"
+    folder = first_caches(shared)[0]
+    whole, path = files_of(folder), folder / "manifest.json"
+    if how == "delete":
+        path.unlink()
+    else:
+        content = path.read_bytes()
+        path.write_bytes(content[:99] + b"#" + content[100:])
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("c/*") if path.is_file()}
+    care.run_repair(sharing(shared / "first", store))
+    assert "manifest.json was damaged, its copy is in its place" in capsys.readouterr().out
+    assert files_of(folder) == whole and all(path.stat().st_mtime_ns == time for path, time in times.items())
+    assert all(verdict.current for verdict in judge_all(Wanted(toy(), RunPaths(shared / "first", store)))[:5])
+
+
+@pytest.mark.parametrize("version", [1, 99])
+def test_a_repair_leaves_a_cache_of_another_version_alone(shared: Path, version: int, capsys) -> None:
+    folder = first_caches(shared)[0]
+    atomic_write(folder / "manifest.json", seal({**read_manifest(folder).to_dict(), "format": version}))
+    before = files_of(folder)
+    repairing = sharing(shared / "first", shared / "store")
+    if version == 1:
+        care.run_repair(repairing)
+        assert "has format 1, this version reads" in capsys.readouterr().out
+    else:
+        with pytest.raises(CacheError, match=r"has format 99, .* a later version made it and may need it; update"):
+            care.run_repair(repairing)
+    assert files_of(folder) == before
