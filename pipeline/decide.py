@@ -73,7 +73,8 @@ class Wanted(Course):
             inputs |= self._adaptive_inputs(stage)
         if stage:
             parent = self.record(self.paths.stage(stage - 1)) or {}
-            inputs |= {"cache.views": self.config.cache.views} | self.config.cache.inputs(stage > 1)
+            inputs |= {"cache.views": self.config.cache.views}
+            inputs |= self.config.cache.inputs(stage > 1) if stage in self.cached_stages else {}
             inputs |= {"cache.refresh": self.config.cache.refresh} if self.config.cache.refresh else {}
             inputs |= {"mask.groups": self.config.mask.groups, "parent state": parent.get("state")}
             if live := [one for one in range(1, stage + 1) if one not in self.cached_stages]:

@@ -91,19 +91,20 @@ def compare_stage(wanted: Wanted, stage: int) -> Comparison:
     apply_tensors(model, optimizer, read_state(state_file(wanted.paths.stage(stage - 1)))[2])
     model.eval()  # what is dropped at random would differ between the two
     cached = cached_source(wanted, stage)
-    first = cached.cache.manifest.spec.first_view
-    live = LiveFeatures(wanted.data.train, sampling(wanted), config.cache.views, first)
+    ring = cached.cache.manifest.spec
+    live = LiveFeatures(wanted.data.train, sampling(wanted), config.cache.views, ring.first_view)
 
     def loss(source: Source) -> float:
         with torch.no_grad(), autocast(config.train.device, config.train.precision):
             return float(model(source.mask(model, source.load(segment, 0).to(config.train.device))).sum())
 
     rows = live.sampling.rows(segment, 0, len(cached.cache))
-    view, _ = live.sampling.slot(segment, 0, config.cache.views)
-    images, ids = (part.to(config.train.device) for part in live.sampling.views(live.images, rows, view))
+    slot, _ = live.sampling.slot(segment, 0, config.cache.views)
+    views = live.sampling.views(live.images, rows, ring.view_at(slot))
+    images, ids = (part.to(config.train.device) for part in views)
     with autocast(config.train.device, config.train.precision):
         found = model.frozen_features(images, ids, config.mask.groups)
-    read = cached.cache.read(rows, view)
+    read = cached.cache.read(rows, slot)
     wants = torch.cat(found, dim=1).float().cpu()
     has = torch.cat([read.features_BLD, *([] if read.prefix_BSD is None else [read.prefix_BSD])], dim=1)
     return comparison(stage, cached.cache, has, wants, loss(cached), loss(live))

@@ -79,7 +79,7 @@ def summary(wanted: Wanted) -> dict[str, Any]:
     rates = [speed["rates"] for speed in speeds]
     loading = [statistics.median(ratios(one, "cached", "memory")) for one in rates]
     by_stage = [
-        {"cut": stage["cut"]}
+        {"cut": stage["cut"], "live": not stage["cache"]}
         | {f"{arm}_images_per_second": statistics.median(one[arm]) for arm in parts}
         | {"ratio": statistics.median(ratios(one, "cached", "e2e")), "flop_bound": speed["flop_bound"]}
         for stage, speed, one in zip(stages[1:], speeds, rates, strict=True)
@@ -237,6 +237,8 @@ def show(found: dict[str, Any]) -> None:
         out.print(f"of the cache seconds, {shared:.1f} were spent by other runs that share the caches")
     if not cached["cache_cost_known"]:
         out.print("what a found cache has cost is not known and counts as 0: the cached arm's total is too small")
+    if live := [str(row["cut"]) for row in by_stage if row.get("live")]:
+        out.print(f"cut {', '.join(live)}: no cache, frozen blocks ran live in the cached arm (cache.over_budget=live)")
     ratios = ", ".join(f"cut {row['cut']}: {row['ratio']:.2f} (FLOP bound {row['flop_bound']:.2f})" for row in by_stage)
     even = found["break_even_epoch"]
     out.print(f"cached over e2e images/s at {ratios}" if by_stage else "one stage only: nothing is cached")
