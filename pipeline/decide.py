@@ -14,6 +14,7 @@ from typing import Any, Literal
 from cache.errors import CacheError, MissingCache
 from cache.layout import Layout
 from cache.manifest import cache_folder_name, check_spec, read_manifest
+from cache.place import is_there, matching
 from models.config import IMAGE_TARGETS, learning_heads
 from models.spec import COMPUTATION_VERSION, FeatureSpec, digest
 from pipeline.budget import cached_stages
@@ -34,8 +35,7 @@ ARMS = ("e2e", "freeze")
 NO_INFLUENCE = frozenset(
     {
         *("train.device", "train.threads", "train.loader_threads", "train.prefetch", "train.save_every"),
-        "train.compile",
-        *("train.max_steps", "train.save_epochs"),
+        *("train.compile", "train.max_steps", "train.save_epochs"),
     }
 )
 """Settings of `train` that change how fast a stage is, act through its number of steps, or only keep what passes by."""
@@ -73,9 +73,9 @@ class Wanted(Course):
             inputs |= self._adaptive_inputs(stage)
         if stage:
             parent = self.record(self.paths.stage(stage - 1)) or {}
-            inputs |= {"cache.views": self.config.cache.views}
-            inputs |= self.config.cache.inputs(stage > 1) if stage in self.cached_stages else {}
-            inputs |= {"cache.refresh": self.config.cache.refresh} if self.config.cache.refresh else {}
+            cache = self.config.cache
+            inputs |= {"cache.views": cache.views} | ({"cache.refresh": cache.refresh} if cache.refresh else {})
+            inputs |= cache.inputs(stage > 1) if stage in self.cached_stages else {}
             inputs |= {"mask.groups": self.config.mask.groups, "parent state": parent.get("state")}
             if live := [one for one in range(1, stage + 1) if one not in self.cached_stages]:
                 inputs |= {"cache.live_stages": live}
@@ -257,7 +257,7 @@ def judge_cache(wanted: Wanted, need: Need) -> Verdict:
     try:
         check_spec(read_manifest(folder), spec)
     except MissingCache:
-        state: State = "unfinished" if folder.exists() else "missing"
+        state: State = "unfinished" if is_there(folder) else "missing"
         other = _nearest_cache(wanted, spec)
         return Verdict(
             name, "stale" if other and state == "missing" else state, other or f"no complete cache in {folder}"
@@ -383,7 +383,7 @@ def _nearest_cache(wanted: Wanted, spec: FeatureSpec) -> str | None:
     """
     others = {wanted.cache_folder(other) for need in all_needs(wanted) if (other := wanted.spec(need))}
     found = []
-    for folder in set(wanted.paths.cache_root.glob(f"cut-{spec.cut}-*")) - others:
+    for folder in set(matching(wanted.paths.cache_root, f"cut-{spec.cut}-*")) - others:
         with suppress(CacheError):
             found.append(read_manifest(folder))
     if not found:

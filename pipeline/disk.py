@@ -3,9 +3,9 @@ any more is removed where `cache.keep=needed` asks for it. Called by the runner;
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 
+from cache.place import free_bytes
 from pipeline.budget import course_of_disk, sizes_of, still_needed
 from pipeline.config import ConfigError
 from pipeline.decide import Wanted
@@ -42,8 +42,8 @@ def refuse_what_does_not_fit(wanted: Wanted, last: int, more: Sequence[Need] = (
             f"{', '.join(ways[:-1])} or {ways[-1]}"
         )
     needed = most - held
-    root = wanted.paths.cache_root.absolute()
-    free = shutil.disk_usage(next(folder for folder in (root, *root.parents) if folder.exists())).free
+    root = wanted.paths.cache_root
+    free = free_bytes(root)
     if needed > free:
         raise ConfigError(
             f"{what} need {needed / 1e9:,.1f} GB, {root} has {free / 1e9:,.1f} GB free; "
