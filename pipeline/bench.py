@@ -44,12 +44,11 @@ def run_bench(job: Job) -> None:
 def bench_arms(desk: Desk) -> list[dict[str, Any]]:
     """images/s of every arm's step at every cut, on the run's own caches, and what share of it the cached one waits."""
     stages = range(1, len(desk.wanted.segments))
-    for stage in stages:
-        ensure_cache(desk, stage)
     heads = ("cut", "e2e", "freeze", "cached", "step alone", "loader alone", "cached / e2e", "FLOP bound")
     rows, told = table(*heads, "cached / step alone", "cached waits"), []
     found = []
     for stage in stages:
+        ensure_cache(desk, stage)
         rates = stage_rates(desk.wanted, stage, seconds=2.0, rounds=ROUNDS)
         bound = flop_bound(desk.wanted, stage)
         rows.add_row(

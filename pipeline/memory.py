@@ -52,7 +52,8 @@ def refuse_too_little_memory(wanted: Wanted, last: int, more: Sequence[Need] = (
 def _batches(wanted: Wanted, last: int, more: Sequence[Need]) -> Iterator[tuple[str, int, str]]:
     """Whose batch it is, its bytes, and the setting that makes it smaller."""
     for stage in range(1, last + 1):
-        if not wanted.used_up(stage) and not judge_stage(wanted, stage).current:
+        cached = not wanted.used_up(stage) and stage in wanted.cached_stages
+        if cached and not judge_stage(wanted, stage).current:
             for part in wanted.asked(stage):
                 yield f"stage {stage}", batch_bytes(wanted, stage, part), "train.batch_size"
     rows = wanted.config.finetune.batch_size

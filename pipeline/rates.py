@@ -16,7 +16,8 @@ from cache.buffers import FRESH, Buffers
 from models.batch import MaskedBatch
 from models.mim import MaskedModel
 from pipeline.decide import Wanted
-from pipeline.work import cached_source, live_source, masked_build, optimizer_of
+from pipeline.feeds import live_source, source_for
+from pipeline.work import masked_build, optimizer_of
 from stages.device import synchronize
 from stages.segment import Segment
 from stages.sources import Inputs, Source, StepInputs
@@ -82,8 +83,9 @@ def step_runner(wanted: Wanted, stage: int, arm: str) -> Callable[[float], Pace]
     """A function that trains an arm for some seconds, after a step that is not counted, and says how fast."""
     train = wanted.config.train
     segment = wanted.segments[stage] if arm != "e2e" else replace(wanted.segments[stage], cut=0)
-    model, optimizer = fresh_model(wanted, stage, segment.cut, cached=arm in ("cached", "memory"))
-    source = live_source(wanted, segment) if arm in ("e2e", "freeze") else cached_source(wanted, stage)
+    staged = arm in ("cached", "memory")
+    model, optimizer = fresh_model(wanted, stage, segment.cut, staged and stage in wanted.cached_stages)
+    source = source_for(wanted, stage) if staged else live_source(wanted, segment)
     if arm == "memory":
         source = InMemory.of(source, segment, MEMORY_BATCHES)
     device = torch.device(train.device)
@@ -107,8 +109,8 @@ def step_runner(wanted: Wanted, stage: int, arm: str) -> Callable[[float], Pace]
 
 
 def loader_runner(wanted: Wanted, stage: int) -> Callable[[float], float]:
-    """A function that loads a cached stage's batches for some seconds and returns images/s."""
-    train, segment, source = wanted.config.train, wanted.segments[stage], cached_source(wanted, stage)
+    """A function that loads a stage's batches for some seconds and returns images/s."""
+    train, segment, source = wanted.config.train, wanted.segments[stage], source_for(wanted, stage)
 
     def run(seconds: float) -> float:
         batches, elapsed = 0, 0.0
@@ -135,9 +137,9 @@ def flop_bound(wanted: Wanted, stage: int) -> float:
     """FLOPs of an e2e step over those of a cached step at the stage's cut: the speed-up that skipping could give."""
     segment = wanted.segments[stage]
     e2e, _ = fresh_model(wanted, stage, 0, cached=False)
-    cached, _ = fresh_model(wanted, stage, segment.cut, cached=True)
+    cached, _ = fresh_model(wanted, stage, segment.cut, stage in wanted.cached_stages)
     live = step_flops(wanted, e2e, live_source(wanted, replace(segment, cut=0)), segment)
-    return live / step_flops(wanted, cached, cached_source(wanted, stage), segment)
+    return live / step_flops(wanted, cached, source_for(wanted, stage), segment)
 
 
 def step_flops(wanted: Wanted, model: MaskedModel, source: Source, segment: Segment) -> int:
