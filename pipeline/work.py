@@ -30,6 +30,7 @@ from pipeline.desk import Desk
 from pipeline.job import Interrupted, RunFailed
 from pipeline.kept import forget_epochs, kept_epochs
 from pipeline.layout import StagePaths
+from pipeline.machine import described
 from pipeline.ring import turn_ring
 from pipeline.seconds import cache_costs
 from stages.adaptive import Settle
@@ -188,7 +189,7 @@ def carry_out(
     """Train an arm, its record saying so from the start. Raises Interrupted with the state saved, or RunFailed."""
     segments = arm.segments
     record = arm.tag | facts | {"status": "running", "fingerprint": arm.inputs}
-    record |= {"epochs": sum(segment.epochs for segment in segments)}
+    record |= {"epochs": sum(segment.epochs for segment in segments), "machine": described(desk.wanted.config.train)}
     write_record(paths, record)
     hooks = Hooks(
         log=desk.log,
