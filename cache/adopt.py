@@ -18,6 +18,7 @@ from cache.backends import open_cache
 from cache.errors import CacheError
 from cache.layout import Layout, Shard
 from cache.manifest import MANIFEST, ShardEntry, find_damage, read_manifest, sync_folder
+from cache.place import copy_object, is_remote, matching
 from cache.receipts import receipt_name, write_receipt
 from cache.store import CacheReader
 
@@ -114,7 +115,7 @@ def find_donor(
     keys and digests (N, 32), the sha256 of the images, say which samples are wanted.
     """
     best, most = None, 0
-    for manifest_file in sorted(folder.parent.glob(f"*/{MANIFEST}")):
+    for manifest_file in matching(folder.parent, f"*/{MANIFEST}"):
         other = manifest_file.parent
         try:
             if other == folder or read_manifest(other).kin != kin:
@@ -145,6 +146,9 @@ def _donor(folder: Path, labels: np.ndarray, keys: Sequence[str], digests: np.nd
 def link_file(source: Path, target: Path) -> None:
     """The same file under a second name, or a copy of it where there can be none. All files of a cache are replaced and
     never written into, so that a cache that is repaired leaves those that share its files alone."""
+    if is_remote(target) or is_remote(source):
+        copy_object(source, target)
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:

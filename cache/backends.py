@@ -9,9 +9,9 @@ from typing import Protocol
 
 import numpy as np
 
-from cache.errors import CacheError
 from cache.layout import Layout, Shard
 from cache.manifest import Buffer, read_manifest
+from cache.place import place_of
 from cache.reader import MEMORY, RowReader
 from cache.store import CacheReader
 from cache.wds_reader import TarCache
@@ -58,9 +58,10 @@ def open_cache(path: str | os.PathLike[str], verify: bool = False, memory: int =
 
     A cache of up to `memory` bytes is mapped, which is faster; its pages then count as the process's memory.
 
-    Raises MissingCache (nothing there, or unfinished), DamagedCache, StaleCache (another version's format), CacheError
-    (a URL, which is not built yet).
+    path may be a URL, such as `s3://bucket/caches/cut-3-1234abcd`.
+
+    Raises MissingCache (nothing there, or unfinished), DamagedCache, StaleCache (another version's format),
+    StoreUnreachable.
     """
-    if "://" in str(path):
-        raise CacheError(f"{path}: caches behind URLs are not built yet; give a local path")
-    return READERS[read_manifest(path).backend](Path(path), verify, memory)
+    folder = place_of(path)
+    return READERS[read_manifest(folder).backend](folder, verify, memory)

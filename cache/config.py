@@ -40,7 +40,7 @@ class CacheConfig:
     """Memory that reading a cache may take, in MiB: half for the batches ahead of the step, half for mapped files: a
     cache that fits is mapped, which is faster, a larger one is read by position."""
     root: str = ""
-    """Folder of the caches; empty means <run>/cache."""
+    """Folder of the caches, or a URL such as s3://bucket/caches; empty means <run>/cache."""
     shard_rows: int = 256
     """Samples in one shard file; a shard is the unit of building, resuming and repair."""
     encode_batch: int = 64

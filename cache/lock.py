@@ -4,8 +4,8 @@ of caches, so that removing a cache never removes a lock that somebody waits for
 they write other shards of the same build. Free of torch.
 
 The lock is `flock`, which the kernel releases however a process ends. Several hosts on a shared file system exclude
-each other as far as that file system passes `flock` on (NFS 4 and Lustre with `-o flock` do); where it does not, two
-builders write the same files one after the other, each whole, and lose nothing but time.
+each other as far as that file system passes `flock` on (NFS 4 and Lustre with `-o flock` do); where it does not, and in
+an object store, two builders write the same files one after the other, each whole, and lose nothing but time.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from cache.errors import CacheError
+from cache.place import is_remote
 
 ASIDE = ".permafrost"
 POLL_SECONDS = 0.1
@@ -42,6 +43,9 @@ def hold_cache(
 ) -> Iterator[None]:
     """Holds a cache for this process. While another does: CacheBusy at once, or with `tell` one line that says who,
     then waiting until it ends or `stop` says so, which is CacheBusy too. CacheError where nothing can be written."""
+    if is_remote(folder):
+        yield
+        return
     path = aside(folder, "locks", ".lock")
     with _held(path, f"the cache at {folder}", tell, stop):
         yield
@@ -50,6 +54,9 @@ def hold_cache(
 @contextmanager
 def hold_store(root: Path) -> Iterator[None]:
     """Holds what is noted about the caches of a folder, for the moment that it takes to read and change it."""
+    if is_remote(root):
+        yield
+        return
     path = root.absolute() / ASIDE / "store.lock"
     with _held(path, f"the list of users in {root}", lambda text: None, lambda: False):
         yield

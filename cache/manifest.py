@@ -20,6 +20,7 @@ import numpy as np
 from cache.errors import CacheError, DamagedCache, MissingCache, StaleCache
 from cache.layout import Layout
 from cache.lock import aside
+from cache.place import is_remote, is_there, new_object, place_of, reaching, read_bytes
 from models.spec import FeatureSpec
 
 Buffer = bytes | memoryview
@@ -158,7 +159,7 @@ def cache_folder_name(spec: FeatureSpec) -> str:
 
 def write_manifest(folder: str | os.PathLike[str], manifest: CacheManifest) -> None:
     """Declares the cache finished; every file that it names must be on disk already."""
-    atomic_write(Path(folder) / MANIFEST, seal(manifest.to_dict()))
+    atomic_write(place_of(folder) / MANIFEST, seal(manifest.to_dict()))
 
 
 def manifest_copy(folder: Path) -> Path:
@@ -168,11 +169,11 @@ def manifest_copy(folder: Path) -> Path:
 
 def read_manifest(folder: str | os.PathLike[str]) -> CacheManifest:
     """The manifest of a finished cache. MissingCache, DamagedCache, or StaleCache for another version's format."""
-    path = Path(folder) / MANIFEST
+    path = place_of(folder) / MANIFEST
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
-        state = "is unfinished" if path.parent.is_dir() else "does not exist"
+        state = "is unfinished" if is_there(path.parent) else "does not exist"
         raise MissingCache(f"the cache at {folder} {state}; run its `make cache-N`, which resumes") from None
     try:
         values = unseal(content)
@@ -213,11 +214,12 @@ def find_damage(folder: Path, entry: ShardEntry) -> str:
     """What is wrong with a file, hashed afresh; empty when it is as it was written."""
     path = folder / entry.name
     try:
-        size = path.stat().st_size
-        if size != entry.bytes:
-            return f"has {size} bytes instead of {entry.bytes}"
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        with reaching(path):
+            size = path.stat().st_size
+            if size != entry.bytes:
+                return f"has {size} bytes instead of {entry.bytes}"
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
     except (FileNotFoundError, NotADirectoryError):
         return "is missing"
     except OSError as error:
@@ -273,6 +275,10 @@ def atomic_stream(path: Path, parts: Iterable[Buffer], size: int) -> tuple[int, 
 @contextmanager
 def _replacing(path: Path, size: int) -> Iterator[BinaryIO]:
     """A new file that stands at `path` once it is durably written."""
+    if is_remote(path):
+        with new_object(path) as file:
+            yield file
+        return
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -294,6 +300,8 @@ def _replacing(path: Path, size: int) -> Iterator[BinaryIO]:
 
 def sync_folder(folder: Path) -> None:
     """Makes renames and removals in a folder durable."""
+    if is_remote(folder):
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -22,12 +23,16 @@ from cache.buffers import FRESH, Buffers
 from cache.errors import CacheError, DamagedCache
 from cache.layout import RowArray
 from cache.manifest import CacheManifest, ShardEntry, find_damage, read_manifest
+from cache.place import ObjectFile, is_remote
 from cache.ranges import LocalFile, MappedFile, RangeFile
 from cache.rounding import restore
 from cache.store import FeatureBatch
 
 # Each is a file descriptor, of which a process often has 1,024; ImageNet has 5,000 shards per array and view.
 OPEN_SHARDS = 256
+
+REQUESTS = 16
+"""Rows that are asked for at once where they lie in an object store."""
 
 MEMORY = 512 << 20
 """Bytes of mapped files that a reader may keep in memory; a larger cache is not mapped."""
@@ -138,8 +143,12 @@ class RowReader(ABC):
         values = np.empty(shape, array.dtype) if out is None else out
         assert values.shape == shape and values.dtype == array.dtype and values.flags.c_contiguous
         values_BNC = values.reshape(len(rows_B), len(splits), -1).view(np.uint8)
-        for value_NC, row in zip(values_BNC, rows_B.tolist(), strict=True):
-            self._read_row(array, view, row, splits, value_NC)
+        if not is_remote(self.folder):
+            for value_NC, row in zip(values_BNC, rows_B.tolist(), strict=True):
+                self._read_row(array, view, row, splits, value_NC)
+            return values
+        with ThreadPoolExecutor(REQUESTS) as pool:  # a store answers many requests as soon as one
+            list(pool.map(lambda row, out: self._read_row(array, view, row, splits, out), rows_B.tolist(), values_BNC))
         return values
 
     def _restored(
@@ -151,6 +160,10 @@ class RowReader(ABC):
         _, first, width = array.chunk_shape
         found_BLD = into.take(name, (len(rows_B), len(splits) * first, width), torch.float32)
         scale = self.stored("scale", rows_B, view, group) if codec == "int8" else None
+        if is_remote(self.folder):
+            for place, stored_LD in enumerate(self.stored(name, rows_B, view, group)):
+                restore(stored_LD, codec, None if scale is None else scale[place], found_BLD[place])
+            return found_BLD
         row_LD = self._scratch(array, len(splits) * first)
         row_NC = row_LD.reshape(len(splits), -1).view(np.uint8)
         for place, row in enumerate(rows_B.tolist()):
@@ -189,6 +202,8 @@ class RowReader(ABC):
     def _open(self, name: str) -> RangeFile:
         """A shard's file, of the size that the manifest says."""
         path, size = self.folder / name, self._entries[name].bytes
+        if is_remote(path):
+            return ObjectFile(path, size)
         file: RangeFile = MappedFile(path) if self._mapped else LocalFile(path)
         if file.size != size:
             raise DamagedCache(f"{path} has {file.size} bytes instead of {size}; run `make repair`")

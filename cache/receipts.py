@@ -10,6 +10,7 @@ from typing import Any
 
 from cache.layout import Layout, Shard
 from cache.manifest import FORMAT, ShardEntry, atomic_write, entries_from_dicts, seal, unseal
+from cache.place import read_bytes
 
 RECEIPTS = "receipts"
 STORE_RECEIPT = "store"
@@ -28,7 +29,7 @@ def write_receipt(folder: Path, layout: Layout, name: str, entries: Iterable[Sha
 def read_receipt(folder: Path, layout: Layout, name: str) -> tuple[ShardEntry, ...] | None:
     """Entries of a receipt, or None when there is none, it is not whole, or it is another layout's."""
     try:
-        values = unseal((folder / RECEIPTS / f"{name}.json").read_bytes())
+        values = unseal(read_bytes(folder / RECEIPTS / f"{name}.json"))
     except (OSError, ValueError):
         return None
     entries = values.pop("entries")

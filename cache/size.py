@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import tarfile
 from pathlib import Path
 
 from cache.errors import CacheError
 from cache.layout import Layout, RowArray
+from cache.place import files_below, free_bytes
 from cache.tar import COLUMNS, END, npy_header, padding
 
 # Measured on caches written here; only their order of magnitude matters beside the arrays.
@@ -52,12 +52,10 @@ def cache_bytes(layout: Layout) -> int:
 
 def check_space(folder: Path, layout: Layout) -> None:
     """CacheError, with the numbers, when what is still to be written of a cache does not fit the disk of its folder."""
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    needed = cache_bytes(layout) - there
-    disk = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(disk).free
+    free = free_bytes(folder)
+    needed = cache_bytes(layout) - sum(size for _, size in files_below(folder))
     if needed > free:
         raise CacheError(
-            f"the cache at {os.fspath(folder)} needs {needed / 1e9:.1f} GB more, {disk} has {free / 1e9:.1f} GB free; "
+            f"the cache at {os.fspath(folder)} needs {needed / 1e9:.1f} GB more, its disk has {free / 1e9:.1f} GB; "
             f"lower cache.views (now {layout.spec.views}) or data.limit, or point cache.root at a larger disk"
         )

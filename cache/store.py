@@ -79,7 +79,9 @@ class CacheReader(Protocol):
         """
         ...
 
-    def stored(self, name: str, rows_B: np.ndarray, view: int = 0, group: int | None = None) -> np.ndarray:
+    def stored(
+        self, name: str, rows_B: np.ndarray, view: int = 0, group: int | None = None, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """(B, ...): an array's rows as they are stored."""
         ...
 

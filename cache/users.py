@@ -15,6 +15,7 @@ from pathlib import Path
 from cache.errors import CacheError
 from cache.lock import ASIDE, aside, hold_store
 from cache.manifest import atomic_write
+from cache.place import is_remote, is_there, matching, place_of, read_bytes
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,17 @@ class User:
     def gone(self) -> bool:
         """Whether its folder is no longer there, or it used the folder that these caches were copied or moved from; of
         another host's runs nobody here knows."""
-        here = os.path.realpath(Path(self.file).parents[2])
+        here = called(place_of(self.file).parents[2])
         return self.host == socket.gethostname() and (not Path(self.run).exists() or self.root != here)
 
     def __str__(self) -> str:
         here = "" if self.host == socket.gethostname() else f" of {self.host} (no longer there? delete {self.file})"
         return f"{self.run}{here}"
+
+
+def called(root: Path) -> str:
+    """A folder of caches by the one name that it has."""
+    return str(root).rstrip("/") if is_remote(root) else os.path.realpath(root)
 
 
 def register(root: Path, run: Path, caches: Iterable[str]) -> None:
@@ -50,20 +56,20 @@ def register(root: Path, run: Path, caches: Iterable[str]) -> None:
     """
     host, path = socket.gethostname(), str(run.absolute())
     name = hashlib.sha256(f"{host}\n{path}".encode()).hexdigest()[:16]
-    user = User(path, host, tuple(sorted(set(caches))), os.path.realpath(root))
+    user = User(path, host, tuple(sorted(set(caches))), called(root))
     with hold_store(root):
         file = root.absolute() / ASIDE / "users" / f"{name}.json"
         content = json.dumps({key: value for key, value in asdict(user).items() if key != "file"}).encode()
-        if not file.exists() or file.read_bytes() != content:
+        if not is_there(file) or read_bytes(file) != content:
             atomic_write(file, content)
 
 
 def users(root: Path) -> list[User]:
     """The runs that use caches of `root` and are still there."""
     found = []
-    for file in sorted((root.absolute() / ASIDE / "users").glob("*.json")):
+    for file in matching(root.absolute() / ASIDE / "users", "*.json"):
         try:
-            values = json.loads(file.read_text())
+            values = json.loads(read_bytes(file))
             user = User(values["run"], values["host"], tuple(values["caches"]), values["root"], str(file))
         except (ValueError, KeyError, TypeError) as error:
             raise CacheError(
@@ -78,7 +84,7 @@ def users(root: Path) -> list[User]:
 def read_cost(folder: Path) -> float | None:
     """Seconds that building a cache has cost in all, by whichever runs; None where nobody noted it."""
     try:
-        return float(json.loads(aside(folder, "costs", ".json").read_text())["seconds"])
+        return float(json.loads(read_bytes(aside(folder, "costs", ".json")))["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

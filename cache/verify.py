@@ -5,7 +5,6 @@ bad, bit for bit."""
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from cache.manifest import (
     sync_folder,
     unseal,
 )
+from cache.place import is_there, reaching, read_bytes, remove_tree
 from cache.receipts import RECEIPTS, STORE_RECEIPT, receipt_name, write_receipt
 
 
@@ -65,7 +65,7 @@ def restore_manifest(folder: Path) -> bool:
     Every shard still has to show that it is what the copy says."""
     copy = manifest_copy(folder)
     try:
-        content = copy.read_bytes()
+        content = read_bytes(copy)
         found = CacheManifest.from_dict(unseal(content))
     except (OSError, ValueError):
         return False
@@ -97,11 +97,11 @@ def drop_damaged(folder: Path, damages: Iterable[Damage]) -> None:
 
 def remove_cache(folder: Path) -> None:
     """Deletes a cache, finished or not; the manifest first, so that a kill leaves no cache that looks finished."""
-    if not any((folder / part).exists() for part in (MANIFEST, STORE, TARS, RECEIPTS)):
+    if not any(is_there(folder / part) for part in (MANIFEST, STORE, TARS, RECEIPTS)):
         raise MissingCache(f"{folder} is no cache; nothing was removed")
     try:
         _remove_manifest(folder)
-        shutil.rmtree(folder)
+        remove_tree(folder)
         for kind in ("manifests", "costs"):
             aside(folder, kind, ".json").unlink(missing_ok=True)
     except OSError as error:
@@ -111,5 +111,6 @@ def remove_cache(folder: Path) -> None:
 
 
 def _remove_manifest(folder: Path) -> None:
-    (folder / MANIFEST).unlink(missing_ok=True)
+    with reaching(folder):
+        (folder / MANIFEST).unlink(missing_ok=True)
     sync_folder(folder)

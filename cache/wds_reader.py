@@ -15,6 +15,7 @@ from cache import reader
 from cache.errors import DamagedCache
 from cache.layout import DIGESTS, KEYS, LABELS, RowArray, Shard
 from cache.manifest import checksum
+from cache.place import read_bytes
 from cache.reader import Chunks, RowReader
 from cache.tar import TarShard
 
@@ -31,8 +32,8 @@ class TarCache(RowReader):
         self._shard: Callable[[int, int], TarShard] = lru_cache(reader.OPEN_SHARDS)(self._open_shard)
 
     def _samples(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        keys = json.loads((self.folder / KEYS).read_text(encoding="utf-8"))
-        return np.load(self.folder / LABELS), np.array(keys, object), np.load(self.folder / DIGESTS)
+        labels, digests = (np.load(io.BytesIO(read_bytes(self.folder / name))) for name in (LABELS, DIGESTS))
+        return labels, np.array(json.loads(read_bytes(self.folder / KEYS)), object), digests
 
     def _locate(self, array: RowArray, view: int, row: int) -> tuple[Chunks, int]:
         number, place = divmod(row, self._layout.shard_rows)
@@ -42,7 +43,7 @@ class TarCache(RowReader):
         tar, index = self._layout.files(Shard(view, number * self._layout.shard_rows, 0))
         path = self.folder / index
         try:
-            content = path.read_bytes()
+            content = read_bytes(path)
         except FileNotFoundError:
             raise DamagedCache(f"{path} is missing; run `make repair`") from None
         if checksum(content) != self._entries[index].checksum:

@@ -3,6 +3,7 @@ indexes, the labels and the keys, which no reader but ours needs. The steps of a
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 
 from cache.layout import DIGESTS, KEYS, LABELS, Layout, Shard
 from cache.manifest import Buffer
+from cache.place import read_bytes
 from cache.tar import encode_index, encode_tar, npy
 
 
@@ -29,7 +31,7 @@ def shard_files(
     folder: Path, layout: Layout, shard: Shard, rows: Iterable[Mapping[str, np.ndarray]], keys: Sequence[str]
 ) -> Iterator[tuple[str, Iterable[Buffer]]]:
     """The files of a shard, the tar first, each by name and in parts; the rows are taken while the first is written."""
-    labels = np.load(folder / LABELS, mmap_mode="r")[shard.first_row : shard.first_row + shard.rows]
+    labels = np.load(io.BytesIO(read_bytes(folder / LABELS)))[shard.first_row : shard.first_row + shard.rows]
     tar, index_name = layout.files(shard)
     index: list[tuple[int, int, int, int]] = []
     yield tar, encode_tar(layout.arrays, rows, keys, labels, index)

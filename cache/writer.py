@@ -8,8 +8,8 @@ Shapes: N the samples of a shard, L tokens, S prefix tokens of all groups, D wid
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -37,6 +37,7 @@ from cache.manifest import (
     seal,
     write_manifest,
 )
+from cache.place import files_below, matching, remove_tree
 from cache.receipts import RECEIPTS, STORE_RECEIPT, read_receipt, receipt_name, write_receipt
 from cache.rounding import Moments, Rounded, Unfit, moments, relative_rmse, round_features
 from models.spec import FeatureSpec
@@ -265,7 +266,7 @@ def amend(folder: Path, limit: ErrorLimit = NO_LIMIT) -> bool:
 
 def drop_receipts(folder: Path) -> None:
     """Forgets what was written again of a finished cache and not taken into its manifest: it is damage still."""
-    shutil.rmtree(folder / RECEIPTS, ignore_errors=True)
+    forget(folder / RECEIPTS)
 
 
 def _finished(folder: Path, layout: Layout) -> CacheManifest | None:
@@ -329,13 +330,19 @@ def _view_stats(
     return tuple(stats), tuple(errors)
 
 
+def forget(folder: Path) -> None:
+    """Remove what nobody needs any more; where it cannot be, it stays."""
+    with suppress(OSError):
+        remove_tree(folder)
+
+
 def _sweep(folder: Path, named: set[str]) -> None:
     """Removes receipts, half-written files, and shards of a build with another shard size or backend."""
-    shutil.rmtree(folder / RECEIPTS, ignore_errors=True)
+    forget(folder / RECEIPTS)
     for place in (STORE, TARS, INDEX):
         if not any(name.startswith(f"{place}/") for name in named):
-            shutil.rmtree(folder / place, ignore_errors=True)
-    kept = [path for place in (STORE, TARS, INDEX) for path in (folder / place).rglob("*") if path.is_file()]
-    for path in [*kept, *folder.glob(f".{MANIFEST}.*.tmp")]:
+            forget(folder / place)
+    kept = [path for place in (STORE, TARS, INDEX) for path, _ in files_below(folder / place)]
+    for path in [*kept, *matching(folder, f".{MANIFEST}.*.tmp")]:
         if path.relative_to(folder).as_posix() not in named:
             path.unlink()

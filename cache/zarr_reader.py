@@ -11,6 +11,7 @@ from numcodecs import VLenUTF8
 
 from cache import reader
 from cache.layout import CRC_BYTES, STORE, RowArray
+from cache.place import read_bytes
 from cache.reader import Chunks, RowReader
 from cache.shard import ShardReader
 
@@ -27,7 +28,7 @@ class ZarrCache(RowReader):
         return np.frombuffer(self._static("labels/c/0"), "<i8"), VLenUTF8().decode(self._static("keys/c/0")), digests
 
     def _static(self, name: str) -> bytes:
-        return (self.folder / STORE / name).read_bytes()[:-CRC_BYTES]
+        return read_bytes(self.folder / STORE / name)[:-CRC_BYTES]
 
     def _locate(self, array: RowArray, view: int, row: int) -> tuple[Chunks, int]:
         shard_rows = self._layout.shard_rows

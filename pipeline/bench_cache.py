@@ -78,9 +78,10 @@ class Setting:
     def __post_init__(self) -> None:
         object.__setattr__(self, "half_NLD", torch.from_numpy(self.given_NLD).half().numpy())
 
-    def epoch(self, read: Callable[[np.ndarray], Any], seed: int) -> float:
-        """Seconds of an epoch by batches, on the threads of the benchmark."""
-        return timed(lambda: peers.by_rows([read] * self.config.threads, len(self.given_NLD), self.config.batch)(seed))
+    def epoch(self, read: Callable[[], peers.Read], seed: int) -> float:
+        """Seconds of an epoch by batches, on the threads of the benchmark, each with a `read` of its own."""
+        readers = [read() for _ in range(self.config.threads)]
+        return epochs(peers.by_rows(readers, len(self.given_NLD), self.config.batch), seed)
 
 
 def bench_cache(config: BenchConfig, root: Path) -> dict[str, Any]:
@@ -92,8 +93,7 @@ def bench_cache(config: BenchConfig, root: Path) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
         setting = Setting(given_NLD, Path(folder), config)
         found = ours(setting) | others(setting)
-        for name, way in foreign(setting, stack).items():
-            found[name] = way
+        found |= foreign(setting, stack)
         rounds = run_rounds(found, config.rounds)
         show(found, rounds, config)
         errors = {name: read_manifest(Path(folder) / name).errors[0].relative_rmse for name in CODECS}
@@ -153,7 +153,6 @@ def show(ways: dict[str, Way], rounds: dict[str, Rounds], config: BenchConfig) -
 def middle(values: list[float], digits: int) -> str:
     return f"{statistics.median(values):.{digits}f}" if values else "-"
 
-
 BASE = "permafrost float16"
 CODECS = {
     BASE: ("float16", "zarr"),
@@ -170,6 +169,8 @@ def ours(setting: Setting) -> dict[str, Way]:
         read = read_of(setting, name)
         found[name] = Way(write_of(setting, name, codec, backend), read, f"{codec} {backend}", "float32", True, 4)
     one = read_of(setting, BASE, group=1)
+    stored = replace(found[BASE], read=read_stored(setting, BASE), out="float16", value_bytes=2)
+    found["permafrost float16, as stored"] = stored
     found["permafrost float16, one group of 4"] = replace(found[BASE], read=one, share=1 / GROUPS)
     return found
 
@@ -206,16 +207,27 @@ def read_of(setting: Setting, name: str, group: int | None = None) -> Callable[[
             return reader.read(rows, 0, group, into=into)
 
         threads = setting.config.threads
-        with Prefetch(made, batches * (EPOCHS + 1), threads, 2 * threads) as loaded:
+        with Prefetch(made, batches * (peers.EPOCHS + 1), threads, 2 * threads) as loaded:
             for _ in batches:  # the loader's memory is touched for the first time, once a training, not once an epoch
                 next(loaded)
-            return timed(lambda: [None for _ in loaded]) / EPOCHS
+            return timed(lambda: [None for _ in loaded]) / peers.EPOCHS
 
     return read
 
 
-EPOCHS = 8
-"""Epochs that Permafrost's loader reads in one go; a few hundred rows are only a few batches."""
+def read_stored(setting: Setting, name: str) -> Callable[[int], float]:
+    """Reads rows as they are stored, as np.memmap gives them, into memory that each thread uses again."""
+
+    def read(seed: int) -> float:
+        reader = open_cache(setting.folder / name)
+
+        def own() -> peers.Read:
+            out = np.empty((setting.config.batch, *SHAPE), np.float16)
+            return lambda rows: reader.stored("features", rows, out=out[: len(rows)])
+
+        return setting.epoch(own, seed)
+
+    return read
 
 
 def bench_spec(codec: str) -> FeatureSpec:
@@ -229,18 +241,21 @@ def bench_spec(codec: str) -> FeatureSpec:
 
 def others(setting: Setting) -> dict[str, Way]:
     """What can run beside it, given float16."""
-    half, flat = setting.half_NLD, setting.folder / "memmap.npy"
+    given_NLD, half, flat = setting.given_NLD, setting.half_NLD, setting.folder / "memmap.npy"
+
+    def write_memmap() -> float:
+        return timed(lambda: np.save(flat, half))
 
     def read_memmap(seed: int) -> float:
         array = np.load(flat, mmap_mode="r")
-        return setting.epoch(lambda picked: array[picked], seed)
+        return setting.epoch(lambda: lambda picked: array[picked], seed)
 
     limits = {"async.concurrency": setting.config.threads, "threading.max_workers": setting.config.threads}
     zarr.config.set(limits)
 
     def read_zarr(seed: int) -> float:
         array = zarr.open_array(setting.folder / "zarr", mode="r")
-        return setting.epoch(lambda picked: array.oindex[picked], seed)
+        return setting.epoch(lambda: lambda picked: array.oindex[picked], seed)
 
     def zarr_way(given: Callable[[], np.ndarray], read: Callable[[int], float] | None, note: str) -> Way:
         return Way(lambda: write_zarr(setting, given), read, "float16", "float16", True, 2, note=note)
@@ -248,20 +263,13 @@ def others(setting: Setting) -> dict[str, Way]:
     tar, hasty = setting.folder / "wds.tar", "not made durable"
     sequential = "shuffled in memory, by one thread, in sequence; not made durable"
     return {
-        "np.memmap": Way(
-            lambda: timed(lambda: np.save(flat, half)), read_memmap, "float16", "float16", False, 2, note=hasty
-        ),
+        "np.memmap": Way(write_memmap, read_memmap, "float16", "float16", False, 2, note=hasty),
         "zarr-python": zarr_way(lambda: half, read_zarr, f"given float16; {hasty}"),
-        "zarr-python from float32": zarr_way(
-            lambda: setting.given_NLD.astype(np.float16), None, f"rounded by numpy; {hasty}"
-        ),
+        "zarr-python from float32": zarr_way(lambda: given_NLD.astype(np.float16), None, f"rounded by numpy; {hasty}"),
         "webdataset": Way(
             lambda: timed(lambda: write_tar(tar, half)),
             lambda seed: read_tar(setting, tar, seed),
-            stored="float16",
-            out="float16",
-            checksums=False,
-            value_bytes=2,
+            *("float16", "float16", False, 2),
             note=sequential,
         ),
     }
@@ -297,11 +305,11 @@ def read_tar(setting: Setting, tar: Path, seed: int) -> float:
     data = webdataset.WebDataset(str(tar), shardshuffle=False, empty_check=False)
     data = data.shuffle(len(setting.half_NLD), seed=seed).decode().batched(setting.config.batch, collation_fn=list)
 
-    def epoch() -> None:
+    def epoch(seed: int) -> None:
         for batch in data:
             np.stack([sample["x.npy"] for sample in batch])
 
-    return timed(epoch)
+    return epochs(epoch, seed)
 
 
 def foreign(setting: Setting, stack: ExitStack) -> dict[str, Way]:
@@ -375,6 +383,14 @@ def parsed(line: str) -> float:
     if "error" in found:
         raise PeerFailed(found["error"])
     return float(found["seconds"])
+
+
+def epochs(epoch: Callable[[int], None], seed: int) -> float:
+    """Seconds of one epoch, of several in turn."""
+    started = time.perf_counter()
+    for number in range(peers.EPOCHS):
+        epoch(seed * peers.EPOCHS + number)
+    return (time.perf_counter() - started) / peers.EPOCHS
 
 
 def timed(run: Callable[[], Any]) -> float:

@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 from cache.lock import CacheBusy, hold_cache
+from cache.place import place_of
 from cache.users import read_cost, write_cost
 from cache.verify import Damage
 from cache.writer import ErrorLimit
@@ -32,7 +32,7 @@ def build_cache(desk: Desk, need: Need, paths: StagePaths) -> None:
 
 
 def _build(desk: Desk, need: Need, paths: StagePaths, job: EncodeJob) -> None:
-    spec, folder, built = job.layout.spec, Path(job.folder), False
+    spec, folder, built = job.layout.spec, place_of(job.folder), False
     spent, started = read_seconds(paths, spec.fingerprint), time.perf_counter()
     before = (read_cost(folder) or 0.0) if folder.exists() else 0.0
 
@@ -68,7 +68,7 @@ def mend_cache(desk: Desk, need: Need, damages: Sequence[Damage]) -> None:
 def held(desk: Desk, job: EncodeJob) -> Iterator[None]:
     """Hold a cache, waiting for whoever holds it now and saying who that is. Interrupted when asked to stop waiting."""
     try:
-        with hold_cache(Path(job.folder), desk.log.message, desk.job.stop.is_set):
+        with hold_cache(place_of(job.folder), desk.log.message, desk.job.stop.is_set):
             yield
     except CacheBusy as error:
         raise Interrupted(f"interrupted while waiting: {error}") from error

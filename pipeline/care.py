@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from pathlib import Path
 
 from cache.errors import CacheError, DamagedCache, MissingCache, StaleCache
 from cache.layout import TARS
 from cache.lock import hold_cache
 from cache.manifest import MANIFEST, read_manifest
+from cache.place import files_below, is_there, matching
 from cache.receipts import RECEIPTS
 from cache.users import register
 from cache.verify import Damage, drop_damaged, restore_manifest, verify_cache
@@ -121,17 +120,12 @@ def run_gc(job: Job) -> None:
 
 def bytes_of(folder: Path) -> int:
     """Bytes on disk; what another `gc` removes in the meantime counts nothing."""
-    total = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with suppress(FileNotFoundError):
-                total += os.stat(os.path.join(place, name)).st_size
-    return total
+    return sum(size for _, size in files_below(folder))
 
 
 def caches(job: Job) -> list[Path]:
     """The cache folders of the run, finished or not."""
-    return sorted(folder for folder in job.paths.cache_root.glob("cut-*") if folder.is_dir())
+    return [folder for folder in matching(job.paths.cache_root, "cut-*") if is_there(folder)]
 
 
 def in_progress(folder: Path) -> bool:

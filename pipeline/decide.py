@@ -14,6 +14,7 @@ from typing import Any, Literal
 from cache.errors import CacheError, MissingCache
 from cache.layout import Layout
 from cache.manifest import cache_folder_name, check_spec, read_manifest
+from cache.place import is_there, matching
 from models.config import IMAGE_TARGETS, HeadSpec, head_specs, learning_heads, without
 from models.spec import COMPUTATION_VERSION, FeatureSpec, digest
 from pipeline.course import Course
@@ -262,7 +263,7 @@ def judge_cache(wanted: Wanted, need: Need) -> Verdict:
     try:
         check_spec(read_manifest(folder), spec)
     except MissingCache:
-        state: State = "unfinished" if folder.exists() else "missing"
+        state: State = "unfinished" if is_there(folder) else "missing"
         other = _nearest_cache(wanted, spec)
         return Verdict(
             name, "stale" if other and state == "missing" else state, other or f"no complete cache in {folder}"
@@ -388,7 +389,7 @@ def _nearest_cache(wanted: Wanted, spec: FeatureSpec) -> str | None:
     """
     others = {wanted.cache_folder(other) for need in all_needs(wanted) if (other := wanted.spec(need))}
     found = []
-    for folder in set(wanted.paths.cache_root.glob(f"cut-{spec.cut}-*")) - others:
+    for folder in set(matching(wanted.paths.cache_root, f"cut-{spec.cut}-*")) - others:
         with suppress(CacheError):
             found.append(read_manifest(folder))
     if not found:

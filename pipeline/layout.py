@@ -10,6 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from cache.place import place_of
+
 
 class RunBusy(ValueError):
     """Another process works in this run's folder."""
@@ -155,4 +157,4 @@ class RunPaths:
 
 def run_paths(run: str, name: str, cache_root: str) -> RunPaths:
     """The files of the run in folder run (empty: runs/<name>), its caches in cache_root (empty: inside the run)."""
-    return RunPaths(Path(run or f"runs/{name}"), Path(cache_root) if cache_root else None)
+    return RunPaths(Path(run or f"runs/{name}"), place_of(cache_root) if cache_root else None)

@@ -3,9 +3,9 @@ work itself to `work`, which is imported only when there is some, since torch ta
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 
+from cache.place import free_bytes
 from cache.size import cache_bytes
 from pipeline.config import ConfigError
 from pipeline.decide import ARMS, Wanted, judge_arm, judge_cache, judge_finetune, judge_stage, new_needs
@@ -248,8 +248,8 @@ def refuse_what_does_not_fit(wanted: Wanted, last: int, more: Sequence[Need] = (
     needs = [need for stage in stages for need in new_needs(wanted, stage)] + list(more)
     missing = [need for need in needs if not judge_cache(wanted, need).current]
     needed = sum(cache_bytes(wanted.layout(need)) for need in missing)
-    root = wanted.paths.cache_root.absolute()
-    free = shutil.disk_usage(next(folder for folder in (root, *root.parents) if folder.exists())).free
+    root = wanted.paths.cache_root
+    free = free_bytes(root)
     if needed > free:
         which = "finetune.views" if missing[0].tunes else "cache.views"
         views = f"{which}={missing[0].draft.views}"

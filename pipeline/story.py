@@ -13,11 +13,12 @@ from typing import Any
 
 from cache.errors import CacheError
 from cache.manifest import CacheManifest, read_manifest
+from cache.place import matching
 from cache.users import users
 from pipeline.config import ConfigError
 from pipeline.decide import ARMS, Verdict, Wanted, judge_all
 from pipeline.events import place
-from pipeline.layout import RunPaths
+from pipeline.layout import RunPaths, run_paths
 from pipeline.reading import read_toml
 from pipeline.speedup import arm_summary
 from pipeline.status import parts
@@ -98,6 +99,8 @@ class Story:
 
 def read_story(paths: RunPaths) -> Story:
     """The story of the run in a folder. Raises ConfigError where there is none."""
+    root = read_settings(paths).get("cache", {}).get("root")
+    paths = run_paths(str(paths.root), "", root) if root else paths
     records = dict(read_records(paths))
     if not records or not paths.config.exists():
         raise ConfigError(
@@ -194,12 +197,14 @@ def read_caches(paths: RunPaths, records: dict[str, Record]) -> Iterator[Cache]:
     """The finished caches that a run reads, by cut: those that its records name and those that it noted as its own."""
     named = {str(record["cache"]) for record in records.values() if record.get("cache")}
     noted: set[str] = set()
+    there: list[Path] = []
     with suppress(CacheError, OSError):
+        there = list(matching(paths.cache_root, "cut-*"))
         mine = str(paths.root.absolute())
         noted = {name for user in users(paths.cache_root) if user.run == mine for name in user.caches}
     found = []
-    for folder in sorted(paths.cache_root.glob("cut-*")):
-        with suppress(CacheError):
+    for folder in there:
+        with suppress(CacheError, OSError):
             manifest = read_manifest(folder)
             if manifest.fingerprint in named or folder.name in noted:
                 found.append(Cache(folder, manifest))

@@ -21,6 +21,7 @@ from cache.errors import DamagedCache, MissingCache, StaleCache
 from cache.layout import Layout, Shard
 from cache.loader import prefetch
 from cache.manifest import MANIFEST, CacheManifest, read_manifest
+from cache.place import place_of
 from cache.size import check_space
 from cache.writer import (
     NO_LIMIT,
@@ -80,7 +81,7 @@ def build(
     over tasks anywhere and yields as they are done. What is made stays when the caller stops. The caller holds the
     cache (cache.lock), the workers do not.
     """
-    folder, layout = Path(job.folder), job.layout
+    folder, layout = place_of(job.folder), job.layout
     job, parent = inherited(job)
     parent_kin = parent.kin if parent else ""
     check_space(folder, layout)
@@ -201,7 +202,7 @@ def encode_shard(task: tuple[EncodeJob, Shard, Taken | None]) -> Shard:
     """
     job, shard, taken = task
     torch.set_num_threads(job.threads)
-    folder, layout = Path(job.folder), job.layout
+    folder, layout = place_of(job.folder), job.layout
     rows = np.arange(shard.first_row, shard.first_row + shard.rows)
     if taken is None:
         made = encode_rows(job, shard.view, rows)

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from cache.backends import files_of
 from cache.layout import Shard
 from cache.manifest import atomic_write, check_spec, read_manifest
+from cache.place import place_of
 from cache.receipts import RECEIPTS
 from cache.verify import Damage
 from cache.writer import amend, drop_receipts
@@ -21,7 +21,7 @@ from stages.images import ImageList
 def mend(job: EncodeJob, images: ImageList, damages: Sequence[Damage], run: RunTasks) -> Iterator[tuple[int, int]]:
     """Compute the damaged shards of a finished cache again; yields (shards done, shards in all) after each. Raises
     CacheError. The caller holds the cache. Stopped anywhere, what is still damaged is found damaged again."""
-    folder = Path(job.folder)
+    folder = place_of(job.folder)
     manifest, (job, parent) = read_manifest(folder), inherited(job)
     check_spec(manifest, job.layout.spec)
     drop_receipts(folder)

@@ -9,13 +9,16 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from typing import Any
 
+import pytest
 from beartype import beartype
 from jaxtyping import Shaped, jaxtyped
+
+from tests.object_store import ObjectStore
 
 SUFFIX = re.compile(r"[a-z0-9]_([A-Z]+)$")
 
@@ -65,3 +68,15 @@ class ShapeFinder(MetaPathFinder):
 
 
 sys.meta_path.insert(0, ShapeFinder())
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """A running object store; the environment names it."""
+    store = ObjectStore.over(tmp_path_factory.getbasetemp())
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in store.environment.items():
+            patch.setenv(name, value)
+        store.start()
+        yield store
+        store.stop()

@@ -52,6 +52,8 @@ class Example:
     keys: tuple[str, ...]
     prefix_VNSD: np.ndarray
     digests_N: np.ndarray
+    at: Callable[[Path], Path] = lambda folder: folder
+    """Where a cache in a folder is reached: there, or by the URL of an object store over it."""
 
     @property
     def stored_VNLD(self) -> np.ndarray:
@@ -70,6 +72,7 @@ class Example:
 
     def build(self, folder: Path) -> tuple[CacheManifest, list[Shard]]:
         """Builds or resumes the cache; also returns the shards that had to be written."""
+        folder = self.at(folder)
         create_store(folder, self.layout, self.labels_N, self.keys, self.digests_N)
         shards = missing_shards(folder, self.layout)
         for shard in shards:

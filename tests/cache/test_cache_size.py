@@ -33,11 +33,11 @@ def test_imagenet_at_width_768(example) -> None:
 def test_what_does_not_fit_is_refused_with_the_numbers(tmp_path: Path, example, monkeypatch) -> None:
     layout = example(pixels=False, views=1, groups=1).layout
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("cache.size.shutil.disk_usage", lambda path: usage(0, 0, cache_bytes(layout)))
+    monkeypatch.setattr("cache.place.shutil.disk_usage", lambda path: usage(0, 0, cache_bytes(layout)))
     check_space(tmp_path / "not" / "yet", layout)
-    monkeypatch.setattr("cache.size.shutil.disk_usage", lambda path: usage(0, 0, cache_bytes(layout) - 1))
+    monkeypatch.setattr("cache.place.shutil.disk_usage", lambda path: usage(0, 0, cache_bytes(layout) - 1))
     with pytest.raises(
-        CacheError, match=rf"needs 0\.0 GB more, {tmp_path} has 0\.0 GB free; lower cache.views \(now 1\)"
+        CacheError, match=r"needs 0\.0 GB more, its disk has 0\.0 GB; lower cache.views \(now 1\)"
     ):
         check_space(tmp_path / "not" / "yet", layout)
     (tmp_path / "half").write_bytes(b"x")

@@ -62,7 +62,7 @@ def test_answers_of_peers(tmp_path: Path) -> None:
     read: list[int] = []
     peer = (lambda: tmp_path.joinpath("x").mkdir(), lambda threads: read.append)
     found = list(peers.answers(peer, tmp_path / "x", 1, ["write", "read 3", "write", "read 4"]))
-    assert [list(answer) for answer in found] == [["seconds"]] * 4 and read == [3, 4]
+    assert [list(answer) for answer in found] == [["seconds"]] * 4 and read == [12, 13, 14, 15, 16, 17, 18, 19]
 
 
 def test_a_peer_that_cannot_run_is_named_and_left_out(
