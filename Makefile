@@ -33,7 +33,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-all: $(READY) ## all stages, the arms, evaluation, the table
+all: $(READY) ## all stages, the arms, evaluation, the table, the report
 	@$(PERMAFROST) all $(FLAGS)
 
 stage-%: $(READY) FORCE ## run stage N, and first what before it is missing or stale
@@ -63,7 +63,7 @@ speedup: $(READY) ## the three arms side by side, written to speedup.json
 probe: $(READY) ## kNN, linear and other probes of the stages' and arms' encoders
 	@$(PERMAFROST) probe $(FLAGS)
 
-report: $(READY) ## report.html with its figures (not built yet)
+report: $(READY) ## report.html with its figures, of what is there
 	@$(PERMAFROST) report $(FLAGS)
 
 verify: $(READY) ## hash every shard of every cache again

@@ -50,7 +50,7 @@ class Verb:
 
 
 VERBS = {
-    "all": Verb("pipeline.runner:run_all", "all stages, the arms, evaluation, a table", saves=True),
+    "all": Verb("pipeline.runner:run_all", "all stages, the arms, evaluation, a table, the report", saves=True),
     "stage": Verb("pipeline.runner:run_stage", "run stage N, and first what it needs", "N", saves=True),
     "cache": Verb("pipeline.runner:run_cache", "only build the cache that stage N reads", "N", saves=True),
     "plan": Verb("pipeline.costs:show_plan", "what would run: time, disk, break-even, against e2e"),
@@ -65,7 +65,7 @@ VERBS = {
     "gc": Verb("pipeline.care:run_gc", "remove caches that no current stage needs; asks first, --yes does not"),
     "export": Verb("pipeline.export:run_export", "an encoder as a folder that timm loads: <run>/export", "[N|ARM]"),
     "bench": Verb("pipeline.bench:run_bench", "the benchmarks; prints ratios"),
-    "report": Verb("", "report.html with its figures", instead="`speedup` writes speedup.json and a figure"),
+    "report": Verb("pipeline.report:run_report", "report.html with its figures, of what is there", torch=False),
     "finetune": Verb(
         "pipeline.runner:run_finetune", "supervised fine-tuning of a stage's or an arm's encoder", "[N|ARM]", saves=True
     ),

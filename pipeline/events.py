@@ -90,7 +90,7 @@ class EventLog:
             return
         board = self._writer()
         for key in sorted(values.keys() - {"time", "stage", "steps"}):
-            board.add_scalar(f"{_place(event)}/{key}", values[key], int(step), walltime=event["time"])
+            board.add_scalar(f"{place(event)}/{key}", values[key], int(step), walltime=event["time"])
 
     def _writer(self) -> Any:
         if self._board is None:
@@ -131,7 +131,7 @@ class EventLog:
 def progress_line(event: dict[str, Any]) -> str:
     """`stage 1  step 40/62  118 images/s  loss 0.912  waiting 2 %  0:11 left`, with what the event holds."""
     step, steps, rate = event["step"], event.get("steps", 0), event.get("images_per_second")
-    parts = [_place(event).replace("-", " "), f"step {step}/{steps}" if steps else f"step {step}"]
+    parts = [place(event).replace("-", " "), f"step {step}/{steps}" if steps else f"step {step}"]
     if rate:
         parts.append(f"{rate:.0f} images/s")
     if event.get("loss") is not None:
@@ -148,12 +148,13 @@ def progress_line(event: dict[str, Any]) -> str:
 
 def probe_line(event: dict[str, Any]) -> str:
     """`stage 1  epoch 4  kNN 0.312  linear probe 0.371`."""
-    parts = [_place(event).replace("-", " "), f"epoch {event.get('epoch', 0):g}"]
+    parts = [place(event).replace("-", " "), f"epoch {event.get('epoch', 0):g}"]
     scores = [f"{name} {event[key]:.3f}" for key, name in SCORES.items() if event.get(key) is not None]
     return "  ".join(parts + (scores or ["no labels, so neither kNN nor linear probe"]))
 
 
-def _place(event: dict[str, Any]) -> str:
+def place(event: dict[str, Any]) -> str:
+    """What an event is of, as its folder is called: `stage-1`, `e2e`."""
     return f"stage-{event['stage']}" if "stage" in event else str(event.get("arm", "run"))
 
 

@@ -1,12 +1,20 @@
-"""What is left to the machine, device, precision and threads, filled in. Torch is imported only to find that out."""
+"""What is left to the machine, device, precision and threads, filled in; and the machine as records describe it. Torch
+is imported only to find the former out."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+from pipeline import __version__
 from pipeline.config import PipelineConfig
+from stages.config import TrainConfig
+
+VERSIONS = ("torch", "timm", "zarr", "numpy")
 
 
 def resolve(config: PipelineConfig, previous: PipelineConfig | None = None, detect: bool = True) -> PipelineConfig:
@@ -28,6 +36,25 @@ def resolve(config: PipelineConfig, previous: PipelineConfig | None = None, dete
         precision = _precision(device) if train.precision == "auto" else train.precision
         train = dataclasses.replace(train, device=device, precision=precision)
     return dataclasses.replace(config, train=train)
+
+
+def described(train: TrainConfig) -> dict[str, Any]:
+    """The machine, and with what the numbers of a record were made on it."""
+    return {
+        "device": f"{train.device} ({processor()})",
+        "precision": train.precision,
+        "threads": train.threads,
+        "versions": {"permafrost": __version__, "python": platform.python_version()}
+        | {name: version(name) for name in VERSIONS},
+    }
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _cores() -> int:

@@ -23,27 +23,34 @@ from stages.segment import Segment
 
 
 def run_all(job: Job) -> None:
-    """All stages, both baseline arms, and the comparison."""
+    """All stages, both baseline arms, the comparison, and the report."""
     with at_work(job) as desk:
-        wanted = desk.wanted
-        look_before(desk, wanted.candidates - 1)
-        for stage in range(wanted.candidates):
-            if wanted.used_up(stage):
-                desk.log.message(f"stage {stage}: does not exist, {wanted.why_no_stage(stage)}")
-                break
-            ensure_this_stage(desk, stage)
-        if len(wanted.segments) == 1:
-            desk.log.message(f"{wanted.why_nothing_freezes}: there are no arms to compare")
-            return
-        for arm in ARMS:
-            ensure_arm(desk, arm)
-        from pipeline.speedup import compare, current_comparison, show
+        _run_all(desk)
+        from pipeline.report import write_report
 
-        found = current_comparison(desk.wanted)
-        if found:
-            show(found)
-        else:
-            compare(desk)
+        desk.log.message(f"written: {write_report(job.paths)}")
+
+
+def _run_all(desk: Desk) -> None:
+    wanted = desk.wanted
+    look_before(desk, wanted.candidates - 1)
+    for stage in range(wanted.candidates):
+        if wanted.used_up(stage):
+            desk.log.message(f"stage {stage}: does not exist, {wanted.why_no_stage(stage)}")
+            break
+        ensure_this_stage(desk, stage)
+    if len(wanted.segments) == 1:
+        desk.log.message(f"{wanted.why_nothing_freezes}: there are no arms to compare")
+        return
+    for arm in ARMS:
+        ensure_arm(desk, arm)
+    from pipeline.speedup import compare, current_comparison, show
+
+    found = current_comparison(desk.wanted)
+    if found:
+        show(found)
+    else:
+        compare(desk)
 
 
 def run_stage(job: Job) -> None:

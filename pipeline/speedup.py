@@ -4,27 +4,23 @@ are training and cache building; evaluation counts for no arm. Stage 0 is traine
 from __future__ import annotations
 
 import json
-import platform
 import statistics
-from importlib.metadata import version
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cache.manifest import atomic_write
-from pipeline import __version__
 from pipeline.config import ConfigError
 from pipeline.decide import ARMS, Wanted, judge_all
 from pipeline.desk import Desk, at_work
 from pipeline.job import Job
 from pipeline.layout import StagePaths
+from pipeline.machine import described
 from pipeline.show import console, table
 
 ARM_SECONDS, ROUNDS = 1.0, 4
 """Seconds of each arm in a round, and rounds, from which the rates by stage are taken."""
-VERSIONS = ("torch", "timm", "zarr", "numpy")
 
 
 def run_speedup(job: Job) -> None:
@@ -92,12 +88,7 @@ def summary(wanted: Wanted) -> dict[str, Any]:
         "loader_bound_by_stage": loading,
         "break_even_epoch": break_even(timeline(parts["e2e"]), timeline(parts["cached"])),
         "early_stop": stopped_at(arms["e2e"]["curve"], arms["cached"]["total_seconds"]),
-        "device": f"{wanted.config.train.device} ({processor()})",
-        "precision": wanted.config.train.precision,
-        "threads": wanted.config.train.threads,
-        "versions": {"permafrost": __version__, "python": platform.python_version()}
-        | {name: version(name) for name in VERSIONS},
-    }
+    } | described(wanted.config.train)
 
 
 def stage_speed(wanted: Wanted, stage: int) -> dict[str, Any]:
@@ -251,11 +242,3 @@ def show(found: dict[str, Any]) -> None:
 def score(value: float | None) -> str:
     """A probe's score; images without labels have none."""
     return "-" if value is None else f"{value:.3f}"
-
-
-def processor() -> str:
-    """The processor's name, for the record."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

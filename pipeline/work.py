@@ -30,6 +30,7 @@ from pipeline.feeds import live_source, sampling, stage_source
 from pipeline.job import Interrupted, RunFailed
 from pipeline.kept import forget_epochs, kept_epochs
 from pipeline.layout import StagePaths
+from pipeline.machine import described
 from pipeline.seconds import cache_costs
 from stages.adaptive import Settle
 from stages.arm import Arm, Hooks, Result
@@ -162,7 +163,7 @@ def carry_out(
     """Train an arm, its record saying so from the start. Raises Interrupted with the state saved, or RunFailed."""
     segments = arm.segments
     record = arm.tag | facts | {"status": "running", "fingerprint": arm.inputs}
-    record |= {"epochs": sum(segment.epochs for segment in segments)}
+    record |= {"epochs": sum(segment.epochs for segment in segments), "machine": described(desk.wanted.config.train)}
     write_record(paths, record)
     hooks = Hooks(
         log=desk.log,

@@ -117,7 +117,6 @@ def test_status_and_explain_do_not_ask_torch(verbs: Verbs, monkeypatch: pytest.M
         ("stage 1 --nope", ["nope"]),
         ("stage 1 --config", ["--config"]),
         ("stage 1 --config smaple", ["did you mean sample?"]),
-        ("report", ["report is not built yet in version 0.1.0; "]),
         ("finetune 4", ["finetune 4 is outside 0..3"]),
         ("finetune cached", ["'cached'", "e2e, freeze"]),
         ("export cached", ["'cached'", "e2e, freeze", "permafrost export [N|ARM]"]),
