@@ -10,13 +10,13 @@ import pytest
 from cache import open_cache
 from cache.buffers import Buffers
 from cache.store import CacheReader
-from pipeline import costs, runner, work
+from pipeline import costs, feeds, runner
 from pipeline.building import encode_job
 from pipeline.config import ConfigError
 from pipeline.decide import Wanted
+from pipeline.feeds import cached_source
 from pipeline.layout import RunPaths
 from pipeline.memory import batch_bytes, read_bytes
-from pipeline.work import cached_source
 from tests.cache.conftest import SPEC, make_example
 from tests.pipeline.toy import job, same, toy, weights
 
@@ -83,7 +83,7 @@ def test_the_setting_reaches_what_builds_caches_and_changes_no_number(
     wanted = Wanted(little, RunPaths(finished))
     one = encode_job(wanted, wanted.features(2))
     assert one.memory == 2**19 == little.cache.memory
-    monkeypatch.setattr(work, "open_cache", unmapped)
+    monkeypatch.setattr(feeds, "open_cache", unmapped)
     runner.run_stage(job(tmp_path / "toy", little, target=2))
     assert mapped == [True, True] and toy().train.prefetch == 4
     for stage in ("stage-1", "stage-2"):
