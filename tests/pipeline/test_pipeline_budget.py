@@ -246,7 +246,8 @@ def test_the_flop_bound_of_a_live_stage_counts_its_frozen_blocks(live: Path, pla
 def test_a_live_stage_begins_with_the_loss_of_a_cached_one(live: Path, plain: Path) -> None:
     assert same(weights(live, "stage-1"), weights(plain, "stage-1"))
     mine, theirs = (record(root, "stage-2")["first_loss"] for root in (live, plain))
-    assert mine == pytest.approx(theirs, rel=1e-3) and mine != theirs, "float16 rounds only one of them"
+    assert mine == pytest.approx(theirs, rel=1e-5)  # 1e-7 here; another view differs by 5e-4
+    assert not same(weights(live, "stage-2"), weights(plain, "stage-2")), "float16 rounds only one of them"
     assert not same(weights(live, "stage-2"), weights(live, "stage-1"))
     assert same(weights(live, "stage-2"), weights(live, "stage-1"), start="blocks.1."), "frozen"
 
