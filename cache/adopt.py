@@ -19,6 +19,7 @@ from cache.errors import CacheError
 from cache.layout import Layout, Shard
 from cache.manifest import MANIFEST, ShardEntry, find_damage, read_manifest, sync_folder
 from cache.place import copy_object, is_remote, matching
+from cache.reader import MEMORY
 from cache.receipts import receipt_name, write_receipt
 from cache.store import CacheReader
 
@@ -33,6 +34,8 @@ class Taken:
     """The donor's slot of the view."""
     rows: tuple[int, ...]
     """The donor's row of each row of the shard, -1 for those that are new."""
+    memory: int = MEMORY
+    """Bytes of the donor that may be mapped."""
 
     @property
     def places(self) -> np.ndarray:
@@ -42,7 +45,7 @@ class Taken:
     @property
     def keys(self) -> tuple[str, ...]:
         """Of the rows that are taken."""
-        return tuple(donor_reader(self.folder).keys[np.array(self.rows)[self.places]])
+        return tuple(donor_reader(self.folder, self.memory).keys[np.array(self.rows)[self.places]])
 
     @property
     def new(self) -> np.ndarray:
@@ -52,13 +55,13 @@ class Taken:
     def stored(self, layout: Layout) -> dict[str, np.ndarray]:
         """The rows that are taken, of every array, as they are stored. DamagedCache where a checksum does not hold."""
         rows = np.array(self.rows)[self.places]
-        donor = donor_reader(self.folder)
+        donor = donor_reader(self.folder, self.memory)
         return {array.name: donor.stored(array.name, rows, self.view) for array in layout.arrays}
 
 
-@lru_cache(maxsize=4)
-def donor_reader(folder: str) -> CacheReader:
-    return open_cache(folder)
+@lru_cache(maxsize=1)  # a build has one, and what is mapped counts as memory
+def donor_reader(folder: str, memory: int) -> CacheReader:
+    return open_cache(folder, memory=memory)
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,16 @@ class Donor:
     """(N,) its row of each wanted sample, -1 where it has none."""
     same_labels_N: np.ndarray
     """(N,) whether its label is the wanted one, too."""
+    memory: int = MEMORY
+    """Bytes of it that may be mapped."""
 
     def taken(self, layout: Layout, shard: Shard) -> Taken | None:
         """What it has of a shard; None where that is nothing."""
         view = self.reader.manifest.spec.slot_of(layout.spec.view_at(shard.view))
         rows = self.rows_N[shard.first_row : shard.first_row + shard.rows]
-        return None if view is None or not (rows >= 0).any() else Taken(str(self.folder), view, tuple(rows.tolist()))
+        if view is None or not (rows >= 0).any():
+            return None
+        return Taken(str(self.folder), view, tuple(rows.tolist()), self.memory)
 
     def link(self, folder: Path, layout: Layout, shard: Shard) -> bool:
         """Take a shard over whole, where one of the donor's has the same rows in the same places and is sound: its
@@ -108,11 +115,18 @@ class Donor:
 
 
 def find_donor(
-    folder: Path, layout: Layout, kin: str, labels: np.ndarray, keys: Sequence[str], digests: np.ndarray
+    folder: Path,
+    layout: Layout,
+    kin: str,
+    labels: np.ndarray,
+    keys: Sequence[str],
+    digests: np.ndarray,
+    memory: int = MEMORY,
 ) -> Donor | None:
     """The finished cache beside `folder` of the same kin that has the most of what is wanted; None where none has any.
 
-    keys and digests (N, 32), the sha256 of the images, say which samples are wanted.
+    keys and digests (N, 32), the sha256 of the images, say which samples are wanted. A donor of up to `memory` bytes is
+    mapped.
     """
     best, most = None, 0
     for manifest_file in matching(folder.parent, f"*/{MANIFEST}"):
@@ -120,7 +134,7 @@ def find_donor(
         try:
             if other == folder or read_manifest(other).kin != kin:
                 continue
-            donor = _donor(other, labels, keys, digests)
+            donor = _donor(other, labels, keys, digests, memory)
         except CacheError:  # damaged or of another version: no donor
             continue
         spec = donor.reader.manifest.spec
@@ -131,8 +145,8 @@ def find_donor(
     return best
 
 
-def _donor(folder: Path, labels: np.ndarray, keys: Sequence[str], digests: np.ndarray) -> Donor:
-    reader = open_cache(folder)
+def _donor(folder: Path, labels: np.ndarray, keys: Sequence[str], digests: np.ndarray, memory: int) -> Donor:
+    reader = open_cache(folder, memory=memory)
     place = {key: row for row, key in enumerate(reader.keys)}
     rows_N = np.array([place.get(key, -1) for key in keys], np.int64)
     found = rows_N >= 0
@@ -140,7 +154,7 @@ def _donor(folder: Path, labels: np.ndarray, keys: Sequence[str], digests: np.nd
     same_N = np.zeros(len(keys), bool)
     found = rows_N >= 0
     same_N[found] = reader.labels[rows_N[found]] == labels[found]
-    return Donor(folder, reader, rows_N, same_N)
+    return Donor(folder, reader, rows_N, same_N, memory)
 
 
 def link_file(source: Path, target: Path) -> None:

@@ -11,11 +11,12 @@ import torch
 class Buffers:
     """Named tensors that are handed out again as long as they are asked for in the same shape.
 
-    pinned: in page-locked memory, from which a GPU copies while the host goes on.
+    device: the GPU that they are copied to: they are then page-locked, so that it copies while the host goes on. None
+    where they are read in place.
     """
 
-    def __init__(self, pinned: bool = False) -> None:
-        self.pinned = pinned
+    def __init__(self, device: torch.device | str | None = None) -> None:
+        self.device = device
         self._held: dict[str, torch.Tensor] = {}
         self._parts: dict[str, Buffers] = {}
         self._copied: torch.cuda.Event | None = None
@@ -30,18 +31,18 @@ class Buffers:
         """A tensor whose content is whatever it was; what was handed out under this name before is overwritten."""
         held, size = self._held.get(name), math.prod(shape)
         if held is None or held.dtype != dtype or len(held) < size:
-            held = self._held[name] = torch.empty(size, dtype=dtype, pin_memory=self.pinned)
+            held = self._held[name] = torch.empty(size, dtype=dtype, pin_memory=self.device is not None)
         return held[:size].view(shape)
 
     def part(self, name: str) -> Buffers:
         """Buffers of their own, for a second reader of the same batch."""
-        return self._parts.setdefault(name, Buffers(self.pinned))
+        return self._parts.setdefault(name, Buffers(self.device))
 
     def retire(self) -> None:
         """Called when the batch in it has been used: copies to a GPU may still be under way."""
-        if self.pinned:
+        if self.device is not None:
             self._copied = torch.cuda.Event()
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self.device))  # by default that of GPU 0, whichever trains
 
     def wait(self) -> None:
         """Called before it is filled again."""

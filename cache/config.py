@@ -50,6 +50,13 @@ class CacheConfig:
     `shuffle_shards` shards of `shard_rows` rows, so that few files are read at a time."""
     shuffle_shards: int = 16
     """Shards in a window of block shuffling; a window of several batches mixes well."""
+    budget_gb: float = 0.0
+    """Most that the run's caches may take on disk at the same time, in 10^9 bytes; 0: whatever the disk has."""
+    over_budget: Literal["refuse", "live"] = "refuse"
+    """What happens when the stages' caches do not fit `budget_gb`: the run is refused before anything starts, or those
+    stages whose caches save least run their frozen blocks live, on the views that a cache would hold."""
+    keep: Literal["all", "needed"] = "all"
+    """Which caches stay: all, or only those that a stage which is still to run reads or continues."""
 
     @property
     def memory(self) -> int:

@@ -40,7 +40,8 @@ class Prefetch(Iterator[U], Generic[T, U]):
     """`make(item, into)` for every item, in order; a `with` block ends its threads however the block is left.
 
     `into` is memory in which make may put what it returns: it is filled again once the consumer asks for the result
-    after it. No more than `ahead` results are made and not taken, and no more than `memory` bytes lie in the ring.
+    after it, and is page-locked where it goes to a GPU, `device`. No more than `ahead` results are made and not taken,
+    and no more than `memory` bytes lie in the ring, results being of one size.
     Raises CacheError when not even the result in use and the next one fit in these.
     """
 
@@ -51,7 +52,7 @@ class Prefetch(Iterator[U], Generic[T, U]):
         threads: int,
         ahead: int,
         memory: float = float("inf"),
-        pinned: bool = False,
+        device: str | None = None,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         assert ahead >= 1
@@ -60,7 +61,7 @@ class Prefetch(Iterator[U], Generic[T, U]):
         self._most, self._memory, self._spent, self._lock = ahead, memory, Spent(), Lock()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
         self._pending: deque[tuple[Future[U], Buffers]] = deque()
-        self._free = [Buffers(pinned) for _ in range(ahead + 1)]
+        self._free = [Buffers(device) for _ in range(ahead + 1)]
         self._taken: Buffers | None = None
         # How large a result is shows the first one; until then, where memory is limited, no other is begun.
         self._ahead = ahead if memory == float("inf") else 1
@@ -119,7 +120,8 @@ class Prefetch(Iterator[U], Generic[T, U]):
         return int(min(self._most, self._memory // size - 1)) if size else self._most
 
     def _submit(self) -> None:
-        for item in islice(self._items, self._ahead - len(self._pending)):
+        more = max(0, self._ahead - len(self._pending))  # fewer fit than are pending once a batch is larger
+        for item in islice(self._items, more):
             into = self._free.pop()
             self._pending.append((self._pool.submit(self._work, item, into), into))
 

@@ -65,14 +65,21 @@ class LocalFile:
 
 
 class MappedFile:
-    """The same, mapped."""
+    """The same, mapped.
+
+    What no check can catch: a file cut short, or a disk that fails, between the check of its size and the copy out of
+    the map ends the process with SIGBUS, for which the command line's faulthandler prints where that was.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.size = path, LocalFile(path).size
         self._map: mmap.mmap | None = None
         if self.size:  # an empty file cannot be mapped
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                with path.open("rb") as file:
+                    self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:  # ValueError where it has become empty since
+                raise CacheError(f"{path} cannot be mapped ({error}); mend that, or lower cache.memory_mb") from error
         self._content = np.frombuffer(self._map or b"", np.uint8)
 
     def read_into(self, offset: int, buffers: Sequence[np.ndarray]) -> None:

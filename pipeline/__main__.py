@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import faulthandler
 import importlib
 import os
 import signal
@@ -101,6 +102,7 @@ class Flags:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb. Returns 0 done, 1 the run failed, 2 the request is wrong, 130 interrupted."""
+    faulthandler.enable(2)  # a mapped file that is cut short while it is read ends the process: say where
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         return _call(args)

@@ -21,7 +21,7 @@ from pipeline.costs import seconds_of, step_source
 from pipeline.decide import Wanted
 from pipeline.desk import Desk, at_work
 from pipeline.job import Job
-from pipeline.rates import Rates, flop_bound, fresh_model, ratios, stage_rates
+from pipeline.rates import STEPS, WAITING, Rates, flop_bound, fresh_model, ratios, stage_rates
 from pipeline.reading import parse
 from pipeline.runner import ensure_cache
 from pipeline.show import console, spread, table
@@ -42,25 +42,27 @@ def run_bench(job: Job) -> None:
 
 
 def bench_arms(desk: Desk) -> list[dict[str, Any]]:
-    """images/s of every arm's step at every cut, on the run's own caches."""
+    """images/s of every arm's step at every cut, on the run's own caches, and what share of it the cached one waits."""
     stages = range(1, len(desk.wanted.segments))
-    for stage in stages:
-        ensure_cache(desk, stage)
     heads = ("cut", "e2e", "freeze", "cached", "step alone", "loader alone", "cached / e2e", "FLOP bound")
-    rows, told = table(*heads, "cached / step alone"), []
+    rows, told = table(*heads, "cached / step alone", "cached waits"), []
     found = []
     for stage in stages:
+        ensure_cache(desk, stage)
         rates = stage_rates(desk.wanted, stage, seconds=2.0, rounds=ROUNDS)
         bound = flop_bound(desk.wanted, stage)
         rows.add_row(
             str(desk.wanted.segments[stage].cut),
-            *(f"{statistics.median(rates[arm]):.0f}" for arm in rates),
+            *(f"{statistics.median(rates[arm]):.0f}" for arm in STEPS),
             spread(ratios(rates, "cached", "e2e")),
             f"{bound:.2f}",
             spread(ratios(rates, "cached", "memory")),
+            f"{statistics.median(rates[WAITING]):.1%}",
         )
         told.append(f"cut {desk.wanted.segments[stage].cut}: {bounding(rates)}")
+        waiting = rates.pop(WAITING)
         found.append({"cut": desk.wanted.segments[stage].cut, "flop_bound": bound, "images_per_second": rates})
+        found[-1]["cached_waiting"] = waiting
     console().print(rows)
     for line in told:
         console().print(line)

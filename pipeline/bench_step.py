@@ -16,9 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 from models.mim import MaskedModel
 from pipeline.costs import step_source
 from pipeline.decide import Wanted
+from pipeline.feeds import sampling
 from pipeline.rates import fresh_model
 from pipeline.show import console, spread, table
-from pipeline.work import sampling
 from stages.compiling import compile_learner, compiler
 from stages.device import synchronize
 from stages.sources import Source, StepInputs

@@ -114,4 +114,5 @@ def encode_job(wanted: Wanted, need: Need) -> EncodeJob:
         loader_threads=config.train.loader_threads,
         rand_augment=need.rand_augment,
         limit=ErrorLimit(largest=config.cache.max_error),
+        memory=config.cache.memory,
     )

@@ -86,7 +86,7 @@ def repair(desk: Desk, need: Need) -> None:
         ensure_built(desk, need)
         return
     if need.parent:
-        ensure_built(desk, need.parent)
+        ensure_built(desk, need.parent, [need])
     from pipeline.building import mend_cache
 
     mend_cache(desk, need, damages)

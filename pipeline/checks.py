@@ -44,6 +44,7 @@ BOUNDS = {
     "cache.shard_rows": "[1, inf)",
     "cache.encode_batch": "[1, inf)",
     "cache.shuffle_shards": "[1, inf)",
+    "cache.budget_gb": "[0, inf)",
     "cache.memory_mb": "[1, inf)",
     "cache.refresh": "[0, inf)",
     "train.batch_size": "[1, inf)",
@@ -281,6 +282,13 @@ def cache_problems(config: PipelineConfig) -> Iterator[str]:
     if cache.later_codec and len(config.schedule.cuts) < 3 and config.schedule.kind == "explicit":
         cuts = list(config.schedule.cuts)
         yield f"cache.later_codec = {cache.later_codec} is for a second cut, but schedule.cuts = {cuts}; leave it empty"
+    if cache.over_budget == "live" and not cache.budget_gb:
+        yield "cache.over_budget = live without cache.budget_gb leaves nothing out; set cache.budget_gb above 0"
+    if cache.over_budget == "live" and cache.refresh:
+        yield (
+            f"cache.refresh = {cache.refresh} turns the views of caches, and cache.over_budget = live may leave stages "
+            "without one; use cache.over_budget=refuse or cache.refresh=0"
+        )
 
 
 def probe_problems(config: PipelineConfig) -> Iterator[str]:

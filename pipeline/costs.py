@@ -23,15 +23,17 @@ from models.batch import MaskedBatch
 from models.config import IMAGE_TARGETS
 from models.mim import MaskedModel
 from models.vit import build_encoder
+from pipeline.budget import budget_lines
 from pipeline.decide import Wanted, judge_stage, new_needs
+from pipeline.disk import refuse_what_does_not_fit
+from pipeline.feeds import live_source, sampling, source_for
 from pipeline.freezing import show_adaptive, show_events
 from pipeline.job import Job
+from pipeline.memory import refuse_too_little_memory
 from pipeline.needs import Need
 from pipeline.rates import fresh_model
-from pipeline.runner import refuse_what_does_not_fit
 from pipeline.show import console, table
 from pipeline.speedup import break_even
-from pipeline.work import live_source, sampling
 from stages.config import TrainConfig
 from stages.device import autocast, synchronize
 from stages.segment import Segment, as_end_to_end
@@ -53,11 +55,14 @@ class StageCost:
     cached_seconds: float
     cache_seconds: float
     cache_bytes: int
+    live: bool = False
+    """Whether it runs its frozen blocks live for want of disk, which `cached_seconds` then counts."""
 
 
 def show_plan(job: Job) -> None:
     """Measure, predict, print, and write plan.json."""
     wanted = Wanted(job.config, job.paths)
+    refuse_too_little_memory(wanted, wanted.candidates - 1)
     refuse_what_does_not_fit(wanted, wanted.candidates - 1)
     costs = [stage_cost(wanted, stage) for stage in range(len(wanted.segments))]
     rows = table("stage", "cut", "epochs", "state", "e2e s", "freeze s", "cached s", "cache s", "cache on disk")
@@ -65,7 +70,7 @@ def show_plan(job: Job) -> None:
         rows.add_row(
             *(str(cost.stage), str(cost.cut), f"{cost.epochs:g}", cost.state),
             *(f"{s:.0f}" for s in (cost.e2e_seconds, cost.freeze_seconds, cost.cached_seconds, cost.cache_seconds)),
-            f"{cost.cache_bytes / 1e6:,.0f} MB" if cost.cache_bytes else "",
+            f"{cost.cache_bytes / 1e6:,.0f} MB" if cost.cache_bytes else "live" if cost.live else "",
         )
     found = totals(costs)
     out = console()
@@ -77,6 +82,8 @@ def show_plan(job: Job) -> None:
         + ("not reached" if even is None else f"at epoch {even:.1f}")
         + f"; disk {found['cache_bytes'] / 1e6:,.0f} MB"
     )
+    for line in budget_lines(wanted):
+        out.print(line)
     events = show_events(wanted)
     show_adaptive(wanted)
     prices = choices(wanted) if len(costs) > 1 else {}
@@ -124,7 +131,7 @@ def codec_bytes(wanted: Wanted) -> dict[str, int]:
     that does not fit the model is left out."""
     found, cache = {}, wanted.config.cache
     for codec in get_args(Codec):
-        other = replace(cache, codec=codec, later_codec="", filter="none")
+        other = replace(cache, codec=codec, later_codec="", filter="none", over_budget="refuse")
         with suppress(CacheError):
             run = Wanted(replace(wanted.config, cache=other), wanted.paths)
             needs = [need for stage in range(1, len(run.segments)) for need in new_needs(run, stage)]
@@ -187,14 +194,19 @@ def stage_cost(wanted: Wanted, stage: int) -> StageCost:
         cached_seconds=sum(step_seconds(wanted, stage, part, "cached") * part.steps for part in parts),
         cache_seconds=sum(encode_seconds(wanted, need) for need in needs) * views * len(images),
         cache_bytes=sum(cache_bytes(wanted.layout(need)) for need in needs),
+        live=stage not in wanted.cached_stages,
     )
 
 
 def step_seconds(wanted: Wanted, stage: int, segment: Segment, arm: str) -> float:
     """Seconds of one training step of an arm in a segment of a stage, its inputs in memory."""
-    model, optimizer = fresh_model(wanted, stage, segment.cut, arm == "cached", segment.entry)
+    cached = arm == "cached" and stage in wanted.cached_stages
+    model, optimizer = fresh_model(wanted, stage, segment.cut, cached, segment.entry)
     train = wanted.config.train
-    source = step_source(wanted, stage if arm == "cached" else 0, segment, model)
+    if arm == "cached" and not cached:
+        source = source_for(wanted, stage)
+    else:
+        source = step_source(wanted, stage if cached else 0, segment, model)
     inputs = source.load(segment, 0)
     return seconds_of(lambda: train_step(model, optimizer, source, inputs, train), train)
 

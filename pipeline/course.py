@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from cache.order import steps_per_epoch
+from models.config import HeadSpec, head_specs, learning_heads, without
 from models.identity import model_identity
 from pipeline.config import PipelineConfig
 from pipeline.layout import RunPaths, StagePaths
@@ -45,6 +46,15 @@ class Course:
     @cached_property
     def steps_per_epoch(self) -> int:
         return steps_per_epoch(len(self.data.train), self.config.train.batch_size)
+
+    @cached_property
+    def heads(self) -> tuple[HeadSpec, ...]:
+        return head_specs(self.config.heads, self.config.target, self.identity["depth"], self.config.teacher)
+
+    def heads_of(self, stage: int) -> tuple[HeadSpec, ...]:
+        """The heads of a stage and of arms from it on: a frozen teacher is there only once stage 0 has ended."""
+        early = not stage and self.config.teacher.kind == "frozen"
+        return without(self.heads, "teacher") if early else self.heads
 
     @property
     def adaptive(self) -> bool:
@@ -124,6 +134,11 @@ class Course:
         every = self.refresh(stage)
         return (segment.first_epoch - self.asked(stage)[0].first_epoch) // every if every else 0
 
+    def turns_at_all(self, stage: int) -> bool:
+        """Whether a stage has a ring that turns; of an adaptive run's later stages nobody knows, so they may."""
+        asked = self.asked(stage)
+        return bool(self.refresh(stage)) and (not asked or self.generation(asked[-1], stage) > 0)
+
     def asked(self, stage: int) -> tuple[Segment, ...]:
         """The parts of a stage as they are asked for before it begins; an adaptive one may take all that is left.
 
@@ -165,6 +180,18 @@ class Course:
     def cut(self, stage: int) -> int:
         """A stage's cut; of an adaptive run also that of a candidate whose stage does not exist yet."""
         return self.config.schedule.cuts[stage] if self.adaptive else self.plan[stage].cut
+
+    def raised_heads(self, stage: int) -> tuple[HeadSpec, ...]:
+        """The heads whose block of a moving average is frozen: they predict the cut's features in its place."""
+        cut = self.segments[stage].cut
+        heads = learning_heads(self.heads, cut) if self.config.teacher.kind == "ema" else ()
+        return tuple(head for head in heads if head.target == "teacher" and head.teacher < cut)
+
+    def teacher_blocks(self, stage: int) -> tuple[int, ...]:
+        """The blocks of a frozen teacher that a stage's heads predict, ascending."""
+        if self.config.teacher.kind != "frozen":
+            return ()
+        return tuple(sorted({head.teacher for head in learning_heads(self.heads, self.cut(stage))} - {0}))
 
     def arm_segments(self, arm: str) -> tuple[Segment, ...]:
         """What an arm trains after stage 0: e2e freezes nothing, freeze freezes exactly when the stages do."""

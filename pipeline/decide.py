@@ -15,8 +15,9 @@ from cache.errors import CacheError, MissingCache
 from cache.layout import Layout
 from cache.manifest import cache_folder_name, check_spec, read_manifest
 from cache.place import is_there, matching
-from models.config import IMAGE_TARGETS, HeadSpec, head_specs, learning_heads, without
+from models.config import IMAGE_TARGETS, learning_heads
 from models.spec import COMPUTATION_VERSION, FeatureSpec, digest
+from pipeline.budget import cached_stages
 from pipeline.course import Course
 from pipeline.kept import lost_epochs, never_reached
 from pipeline.layout import StagePaths
@@ -34,8 +35,7 @@ ARMS = ("e2e", "freeze")
 NO_INFLUENCE = frozenset(
     {
         *("train.device", "train.threads", "train.loader_threads", "train.prefetch", "train.save_every"),
-        "train.compile",
-        *("train.max_steps", "train.save_epochs"),
+        *("train.compile", "train.max_steps", "train.save_epochs"),
     }
 )
 """Settings of `train` that change how fast a stage is, act through its number of steps, or only keep what passes by."""
@@ -65,15 +65,6 @@ class Wanted(Course):
         """sha256 of the checkpoint file to start from: its content, wherever it lies."""
         return weights_digest(self.config.model.weights, self.paths.index / "weights.json")
 
-    @cached_property
-    def heads(self) -> tuple[HeadSpec, ...]:
-        return head_specs(self.config.heads, self.config.target, self.identity["depth"], self.config.teacher)
-
-    def heads_of(self, stage: int) -> tuple[HeadSpec, ...]:
-        """The heads of a stage and of arms from it on: a frozen teacher is there only once stage 0 has ended."""
-        early = not stage and self.config.teacher.kind == "frozen"
-        return without(self.heads, "teacher") if early else self.heads
-
     def stage_inputs(self, stage: int) -> dict[str, Any]:
         """Everything that can change the outcome of a stage, by the setting's name."""
         inputs = self._common() | self._taught(stage)
@@ -82,9 +73,12 @@ class Wanted(Course):
             inputs |= self._adaptive_inputs(stage)
         if stage:
             parent = self.record(self.paths.stage(stage - 1)) or {}
-            inputs |= {"cache.views": self.config.cache.views} | self.config.cache.inputs(stage > 1)
-            inputs |= {"cache.refresh": self.config.cache.refresh} if self.config.cache.refresh else {}
+            cache = self.config.cache
+            inputs |= {"cache.views": cache.views} | ({"cache.refresh": cache.refresh} if cache.refresh else {})
+            inputs |= cache.inputs(stage > 1) if stage in self.cached_stages else {}
             inputs |= {"mask.groups": self.config.mask.groups, "parent state": parent.get("state")}
+            if live := [one for one in range(1, stage + 1) if one not in self.cached_stages]:
+                inputs |= {"cache.live_stages": live}
         return inputs
 
     def arm_inputs(self, arm: str) -> dict[str, Any]:
@@ -143,11 +137,17 @@ class Wanted(Course):
         return inputs
 
     def needs(self, stage: int) -> tuple[Need, ...]:
-        """The caches that a stage reads: the features that it learns from, then those of its teacher."""
-        return (self.features(stage), *self.teachers(stage))
+        """The caches that a stage reads: the features that it learns from, then those of its teacher; none where it
+        runs its frozen blocks live."""
+        return (self.features(stage), *self.teachers(stage)) if stage in self.cached_stages else ()
+
+    @cached_property
+    def cached_stages(self) -> tuple[int, ...]:
+        """The stages that learn from caches, ascending."""
+        return cached_stages(self)
 
     def features(self, stage: int, generation: int | None = None) -> Need:
-        """The cache of what a stage learns from; it continues that of the stage before, whose views are the same.
+        """The cache of what a stage learns from; it continues the nearest earlier one, whose views are the same.
 
         generation: how often its ring of views has turned, by now if None. What the stage before had is then gone.
         """
@@ -155,7 +155,8 @@ class Wanted(Course):
         if self.refresh(stage):
             turns = self.turns(stage) if generation is None else generation
             return Need(f"cache {stage}", stage - 1, replace(draft, first_view=turns))
-        parent = self.features(stage - 1) if stage > 1 else None
+        earlier = [one for one in self.cached_stages if one < stage]
+        parent = self.features(earlier[-1]) if earlier else None
         return Need(f"cache {stage}", stage - 1, draft, parent)
 
     def turns(self, stage: int) -> int:
@@ -169,25 +170,18 @@ class Wanted(Course):
     def teachers(self, stage: int) -> tuple[Need, ...]:
         """The caches of the frozen teacher's blocks that a stage's heads predict, each continuing the one before.
 
-        All tokens of a view run together, unmasked. Later stages read some of those that stage 1 reads.
+        All tokens of a view run together, unmasked. Later stages read some of those that the first reads.
         """
         found: list[Need] = []
-        for block in self.teacher_blocks(1):
-            draft = replace(self.draft_spec(1), cut=block, groups=1, mask_ratio=0.0, mask_block=1, pixels=False)
-            found.append(Need(f"cache teacher-{block}", 0, draft, found[-1] if found else None))
+        for draft in self.teacher_drafts(first := self.cached_stages[0]):
+            parent = found[-1] if found else None
+            found.append(Need(f"cache teacher-{draft.cut}", 0, draft, parent, reader=first))
         return tuple(need for need in found if need.draft.cut in self.teacher_blocks(stage))
 
-    def raised_heads(self, stage: int) -> tuple[HeadSpec, ...]:
-        """The heads whose block of a moving average is frozen: they predict the cut's features in its place."""
-        cut = self.segments[stage].cut
-        heads = learning_heads(self.heads, cut) if self.config.teacher.kind == "ema" else ()
-        return tuple(head for head in heads if head.target == "teacher" and head.teacher < cut)
-
-    def teacher_blocks(self, stage: int) -> tuple[int, ...]:
-        """The blocks of a frozen teacher that a stage's heads predict, ascending."""
-        if self.config.teacher.kind != "frozen":
-            return ()
-        return tuple(sorted({head.teacher for head in learning_heads(self.heads, self.cut(stage))} - {0}))
+    def teacher_drafts(self, stage: int) -> list[FeatureSpec]:
+        """What is known before training of the caches of a stage's frozen teacher, by block."""
+        plain = replace(self.draft_spec(1), groups=1, mask_ratio=0.0, mask_block=1, pixels=False)
+        return [replace(plain, cut=block) for block in self.teacher_blocks(stage)]
 
     def spec(self, need: Need) -> FeatureSpec | None:
         """The whole identity of a cache; None as long as the stage that its weights come from has not been trained."""

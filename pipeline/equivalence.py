@@ -11,11 +11,12 @@ from torch import Tensor
 from cache.store import CacheReader
 from pipeline.config import ConfigError
 from pipeline.decide import Wanted, judge_cache
+from pipeline.feeds import cached_source, sampling
 from pipeline.finetuning import checked_start, make_classifier, source_of
 from pipeline.job import Job, RunFailed
 from pipeline.show import console, table
 from pipeline.tuned import Tuning, last_tuning
-from pipeline.work import cached_source, masked_build, optimizer_of, sampling, state_file
+from pipeline.work import masked_build, optimizer_of, state_file
 from stages.checkpoint import apply_tensors, read_state
 from stages.device import autocast
 from stages.finetune import CachedPrefix, Labelled, LiveViews, live_prefix
@@ -55,13 +56,13 @@ def run_equivalence(job: Job) -> None:
     stages = [
         stage
         for stage in range(1, len(wanted.segments))
-        if all(judge_cache(wanted, need).current for need in wanted.needs(stage))
+        if stage in wanted.cached_stages and all(judge_cache(wanted, need).current for need in wanted.needs(stage))
     ]
     tuning = last_tuning(wanted)
     tuned = tuning if tuning and tuning.need and judge_cache(wanted, tuning.need).current else None
     if not stages and not tuned:
         raise ConfigError(
-            f"{job.paths.root} has no current cache to compare; run `make stage-1` first, or see `make explain`"
+            f"{job.paths.root} has no current cache to compare; run `make cache-1` first, or see `make explain`"
         )
     found = [compare_stage(wanted, stage) for stage in stages] + ([compare_finetune(tuned)] if tuned else [])
     rows = table("stage", "cut", "features: rel. RMSE", "max |diff|", "loss cached", "loss live", "rel. difference")
@@ -90,19 +91,20 @@ def compare_stage(wanted: Wanted, stage: int) -> Comparison:
     apply_tensors(model, optimizer, read_state(state_file(wanted.paths.stage(stage - 1)))[2])
     model.eval()  # what is dropped at random would differ between the two
     cached = cached_source(wanted, stage)
-    first = cached.cache.manifest.spec.first_view
-    live = LiveFeatures(wanted.data.train, sampling(wanted), config.cache.views, first)
+    ring = cached.cache.manifest.spec
+    live = LiveFeatures(wanted.data.train, sampling(wanted), config.cache.views, ring.first_view)
 
     def loss(source: Source) -> float:
         with torch.no_grad(), autocast(config.train.device, config.train.precision):
             return float(model(source.mask(model, source.load(segment, 0).to(config.train.device))).sum())
 
-    inputs = live.load(segment, 0).to(config.train.device)
-    assert inputs.ids_BL is not None
-    with autocast(config.train.device, config.train.precision):
-        found = model.frozen_features(inputs.values, inputs.ids_BL, config.mask.groups)
     rows = live.sampling.rows(segment, 0, len(cached.cache))
-    read = cached.cache.read(rows, live.sampling.slot(segment, 0, config.cache.views)[0])
+    slot, _ = live.sampling.slot(segment, 0, config.cache.views)
+    views = live.sampling.views(live.images, rows, ring.view_at(slot))
+    images, ids = (part.to(config.train.device) for part in views)
+    with autocast(config.train.device, config.train.precision):
+        found = model.frozen_features(images, ids, config.mask.groups)
+    read = cached.cache.read(rows, slot)
     wants = torch.cat(found, dim=1).float().cpu()
     has = torch.cat([read.features_BLD, *([] if read.prefix_BSD is None else [read.prefix_BSD])], dim=1)
     return comparison(stage, cached.cache, has, wants, loss(cached), loss(live))

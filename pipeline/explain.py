@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipeline.budget import budget_lines
 from pipeline.decide import Wanted, judge_all
 from pipeline.freezing import show_adaptive
 from pipeline.job import Job
@@ -16,5 +17,8 @@ def show_explain(job: Job) -> None:
     rows = table("what", "state", "why")
     for verdict in judge_all(wanted):
         rows.add_row(verdict.what, f"[{COLOURS[verdict.state]}]{verdict.state}[/]", verdict.reason)
-    console().print(rows)
+    out = console()
+    out.print(rows)
+    for line in budget_lines(wanted):
+        out.print(line)
     show_adaptive(wanted)

@@ -38,6 +38,11 @@ class StagePaths:
         return self.root / f"epoch-{epoch}.safetensors"
 
     @property
+    def speed(self) -> Path:
+        """How fast a stage's steps are beside the arms', measured before its caches were removed."""
+        return self.root / "speed.json"
+
+    @property
     def ring(self) -> Path:
         """How often the stage's ring of views has turned."""
         return self.root / "ring.json"

@@ -30,6 +30,8 @@ class Need:
     """Magnitude of RandAugment on its views."""
     tunes: bool = False
     """Whether fine-tuning reads it, not a stage."""
+    reader: int = 0
+    """The first stage that reads it, where that is not the one after `after`."""
 
     @property
     def maker(self) -> str:
@@ -44,7 +46,7 @@ class Need:
     @property
     def stage(self) -> int:
         """The first stage that reads it; what it costs to build is counted there."""
-        return self.after + 1
+        return self.reader or self.after + 1
 
     @property
     def start(self) -> int:

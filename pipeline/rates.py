@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,7 +16,8 @@ from cache.buffers import FRESH, Buffers
 from models.batch import MaskedBatch
 from models.mim import MaskedModel
 from pipeline.decide import Wanted
-from pipeline.work import cached_source, live_source, masked_build, optimizer_of
+from pipeline.feeds import live_source, source_for
+from pipeline.work import masked_build, optimizer_of
 from stages.device import synchronize
 from stages.segment import Segment
 from stages.sources import Inputs, Source, StepInputs
@@ -24,7 +26,16 @@ from stages.train import build_model, loader, train_step
 STEPS = ("e2e", "freeze", "cached", "memory", "loader")
 """What is timed: the three arms, the cached step on features in memory, the loader without a step."""
 MEMORY_BATCHES = 4
+WAITING = "waiting"
 Rates = dict[str, list[float]]
+
+
+class Pace(NamedTuple):
+    """How an arm trained."""
+
+    images_per_second: float
+    waiting: float
+    """Share of its time spent waiting for batches."""
 
 
 @dataclass(frozen=True)
@@ -50,47 +61,56 @@ def stage_rates(wanted: Wanted, stage: int, seconds: float, rounds: int) -> Rate
 
     Each arm trains for at least `seconds` in a round; every other round goes backwards, so that a steady drift of the
     machine cancels. `memory` is the cached step on features in memory: what it would cost if loading were free.
-    `loader` are the images/s that the loader's threads give when nothing else runs.
+    `loader` are the images/s that the loader's threads give when nothing else runs, `waiting` no rate but the share of
+    the cached arm's time that it waits for batches.
     """
     runners = {arm: step_runner(wanted, stage, arm) for arm in STEPS if arm != "loader"}
-    runners["loader"] = loader_runner(wanted, stage)
-    rates: Rates = {arm: [] for arm in STEPS}
+    load = loader_runner(wanted, stage)
+    rates: Rates = {arm: [] for arm in (*STEPS, WAITING)}
     for number in range(rounds):
         for arm in STEPS if number % 2 == 0 else reversed(STEPS):
-            rates[arm].append(runners[arm](seconds))
+            if arm == "loader":
+                rates[arm].append(load(seconds))
+                continue
+            pace = runners[arm](seconds)
+            rates[arm].append(pace.images_per_second)
+            if arm == "cached":
+                rates[WAITING].append(pace.waiting)
     return rates
 
 
-def step_runner(wanted: Wanted, stage: int, arm: str) -> Callable[[float], float]:
-    """A function that trains an arm for some seconds, after a step that is not counted, and returns images/s."""
+def step_runner(wanted: Wanted, stage: int, arm: str) -> Callable[[float], Pace]:
+    """A function that trains an arm for some seconds, after a step that is not counted, and says how fast."""
     train = wanted.config.train
     segment = wanted.segments[stage] if arm != "e2e" else replace(wanted.segments[stage], cut=0)
-    model, optimizer = fresh_model(wanted, stage, segment.cut, cached=arm in ("cached", "memory"))
-    source = live_source(wanted, segment) if arm in ("e2e", "freeze") else cached_source(wanted, stage)
+    staged = arm in ("cached", "memory")
+    model, optimizer = fresh_model(wanted, stage, segment.cut, staged and stage in wanted.cached_stages)
+    source = source_for(wanted, stage) if staged else live_source(wanted, segment)
     if arm == "memory":
         source = InMemory.of(source, segment, MEMORY_BATCHES)
     device = torch.device(train.device)
 
-    def run(seconds: float) -> float:
+    def run(seconds: float) -> Pace:
         torch.set_num_threads(train.threads)
         steps, started, elapsed = 0, 0.0, 0.0
         numbers = (number % segment.steps for number in count())
         with loader(source, segment, numbers, train, wanted.config.cache.memory) as batches:
             train_step(model, optimizer, source, next(batches), train)
             synchronize(device)
-            started = time.perf_counter()
+            before, started = batches.spent, time.perf_counter()
             while elapsed < seconds:
                 train_step(model, optimizer, source, next(batches), train)
                 synchronize(device)
                 steps, elapsed = steps + 1, time.perf_counter() - started
-        return steps * train.batch_size / elapsed
+            waited = batches.spent.since(before).wait_seconds
+        return Pace(steps * train.batch_size / elapsed, waited / elapsed)
 
     return run
 
 
 def loader_runner(wanted: Wanted, stage: int) -> Callable[[float], float]:
-    """A function that loads a cached stage's batches for some seconds and returns images/s."""
-    train, segment, source = wanted.config.train, wanted.segments[stage], cached_source(wanted, stage)
+    """A function that loads a stage's batches for some seconds and returns images/s."""
+    train, segment, source = wanted.config.train, wanted.segments[stage], source_for(wanted, stage)
 
     def run(seconds: float) -> float:
         batches, elapsed = 0, 0.0
@@ -117,9 +137,9 @@ def flop_bound(wanted: Wanted, stage: int) -> float:
     """FLOPs of an e2e step over those of a cached step at the stage's cut: the speed-up that skipping could give."""
     segment = wanted.segments[stage]
     e2e, _ = fresh_model(wanted, stage, 0, cached=False)
-    cached, _ = fresh_model(wanted, stage, segment.cut, cached=True)
+    cached, _ = fresh_model(wanted, stage, segment.cut, stage in wanted.cached_stages)
     live = step_flops(wanted, e2e, live_source(wanted, replace(segment, cut=0)), segment)
-    return live / step_flops(wanted, cached, cached_source(wanted, stage), segment)
+    return live / step_flops(wanted, cached, source_for(wanted, stage), segment)
 
 
 def step_flops(wanted: Wanted, model: MaskedModel, source: Source, segment: Segment) -> int:

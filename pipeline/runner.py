@@ -5,16 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cache.place import free_bytes
-from cache.size import cache_bytes
+from pipeline.budget import budget_lines
 from pipeline.config import ConfigError
-from pipeline.decide import ARMS, Wanted, judge_arm, judge_cache, judge_finetune, judge_stage, new_needs
+from pipeline.decide import ARMS, Wanted, judge_arm, judge_cache, judge_finetune, judge_stage
 from pipeline.desk import Desk, at_work
+from pipeline.disk import refuse_what_does_not_fit, release
 from pipeline.job import Job
 from pipeline.kept import keep_last, kept_epochs
 from pipeline.layout import StagePaths
+from pipeline.memory import refuse_too_little_memory
 from pipeline.needs import Need
+from pipeline.remaining import first_to_run
 from pipeline.sharing import claim
+from pipeline.speedup import keep_speed, kept_speed
 from pipeline.tuned import Tuning
 from stages.segment import Segment
 
@@ -62,8 +65,10 @@ def run_cache(job: Job) -> None:
     """The caches that stage N reads, and first whatever before it is missing or stale."""
     with at_work(job) as desk:
         stage = _stage(desk.wanted, job.target, first=1)
-        look_before(desk, stage)
+        look_before(desk, stage, () if desk.wanted.used_up(stage) else desk.wanted.needs(stage))
         ensure_cache(desk, stage)
+        if stage not in desk.wanted.cached_stages:
+            desk.log.message("\n".join(budget_lines(desk.wanted)))
 
 
 def run_arm(job: Job) -> None:
@@ -131,12 +136,26 @@ def ensure_this_stage(desk: Desk, stage: int) -> None:
     desk.say(verdict)
     if verdict.current:
         complete(wanted, wanted.paths.stage(stage), wanted.asked(stage))
-        return
-    if stage:
-        ensure_cache(desk, stage)
-    from pipeline.work import train_stage
+    else:
+        if stage:
+            ensure_cache(desk, stage)
+        from pipeline.work import train_stage
 
-    train_stage(desk, stage)
+        train_stage(desk, stage)
+    leave(desk)
+
+
+def leave(desk: Desk, working: Sequence[Need] = ()) -> None:
+    """Where only caches that are needed stay: time the steps of finished stages for `speedup` while their caches are
+    there, then let go of what no later stage needs, nor whoever is `working`."""
+    wanted = desk.wanted
+    if wanted.config.cache.keep == "all":
+        return
+    for stage in range(1, min(first_to_run(wanted), len(wanted.segments))):
+        needs = wanted.needs(stage)
+        if needs and not kept_speed(wanted, stage) and all(judge_cache(wanted, need).current for need in needs):
+            keep_speed(wanted, stage)
+    release(desk, working)
 
 
 def ensure_cache(desk: Desk, stage: int) -> None:
@@ -144,22 +163,23 @@ def ensure_cache(desk: Desk, stage: int) -> None:
     ensure_trained(desk, stage - 1)
     refuse_what_does_not_exist(desk.wanted, stage)
     for need in desk.wanted.needs(stage):
-        ensure_built(desk, need)
+        ensure_built(desk, need, desk.wanted.needs(stage))
 
 
-def ensure_built(desk: Desk, need: Need) -> None:
-    """Build a cache unless it is current. Its parent is needed only when it has to be built."""
-    claim(desk.wanted, [need])
+def ensure_built(desk: Desk, need: Need, working: Sequence[Need] = ()) -> None:
+    """Build a cache unless it is current. Its parent is needed only when it has to be built; `working` stay with it."""
+    claim(desk.wanted, [need, *working])
     verdict = judge_cache(desk.wanted, need)
     desk.say(verdict)
     if verdict.current:
         return
     if need.parent:
-        ensure_built(desk, need.parent)
+        ensure_built(desk, need.parent, (need, *working))
     from pipeline.building import build_cache
 
     paths = desk.wanted.paths
     build_cache(desk, need, paths.finetune if need.tunes else paths.stage(need.stage))
+    release(desk, (need, *working))
 
 
 def ensure_trained(desk: Desk, stage: int) -> None:
@@ -207,7 +227,7 @@ def refuse_what_does_not_exist(wanted: Wanted, stage: int) -> None:
 
 
 def look_before(desk: Desk, last: int, more: Sequence[Need] = ()) -> None:
-    """What is told and refused before anything runs: images left out, caches that do not fit."""
+    """What is told and refused before anything runs: images left out, batches and caches that do not fit."""
     data = desk.wanted.data
     for name, images in (("training", data.train), ("evaluation", data.val)):
         if images.skipped:
@@ -216,6 +236,8 @@ def look_before(desk: Desk, last: int, more: Sequence[Need] = ()) -> None:
                 f"{name}: {len(images.skipped)} files are no images and left out, first {first}; "
                 f"{desk.wanted.paths.index} names all"
             )
+    leave(desk, more)
+    refuse_too_little_memory(desk.wanted, last, more)
     refuse_what_does_not_fit(desk.wanted, last, more)
     refuse_what_is_not_labelled(desk.wanted)
     refuse_epochs_that_never_end(desk.wanted)
@@ -238,25 +260,6 @@ def refuse_epochs_that_never_end(wanted: Wanted) -> None:
         raise ConfigError(
             f"train.save_epochs has {never[0]}, an epoch that train.max_steps = {wanted.config.train.max_steps} "
             "leaves unfinished; raise train.max_steps or drop the epoch"
-        )
-
-
-def refuse_what_does_not_fit(wanted: Wanted, last: int, more: Sequence[Need] = ()) -> None:
-    """Raise ConfigError before anything runs when the caches still to be built need more disk than is free: those of
-    the stages up to `last`, and `more`."""
-    stages = (stage for stage in range(1, last + 1) if not wanted.used_up(stage))
-    needs = [need for stage in stages for need in new_needs(wanted, stage)] + list(more)
-    missing = [need for need in needs if not judge_cache(wanted, need).current]
-    needed = sum(cache_bytes(wanted.layout(need)) for need in missing)
-    root = wanted.paths.cache_root
-    free = free_bytes(root)
-    if needed > free:
-        which = "finetune.views" if missing[0].tunes else "cache.views"
-        views = f"{which}={missing[0].draft.views}"
-        whose = "of fine-tuning" if missing[0].tunes else f"of stages {missing[0].stage}-{missing[-1].stage}"
-        raise ConfigError(
-            f"caches {whose} with {views} need {needed / 1e9:,.1f} GB, {root} has {free / 1e9:,.1f} GB free; "
-            f"lower {which} or data.limit, or set CACHE_ROOT to a larger disk"
         )
 
 

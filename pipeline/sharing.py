@@ -13,10 +13,16 @@ from cache.users import User, register, users
 from cache.verify import remove_cache
 from pipeline.decide import Wanted, all_needs
 from pipeline.needs import Need
+from pipeline.remaining import needed_now
 
 
 def used(wanted: Wanted, more: Iterable[Need] = ()) -> set[Path]:
-    """The caches that the run's settings ask for and whose identity is known, with those that they continue."""
+    """The caches that the run's settings ask for and whose identity is known, with those that they continue; with
+    `cache.keep=needed` those that are still needed, and that of fine-tuning."""
+    if wanted.config.cache.keep == "needed":
+        tuned = [need for need in all_needs(wanted) if need.tunes]
+        needs = [*needed_now(wanted, [*tuned, *more])]
+        return {wanted.cache_folder(spec) for spec in map(wanted.spec, needs) if spec}
     needs = [*all_needs(wanted), *more]
     for need in needs:
         needs += [need.parent] if need.parent and need.parent not in needs else []

@@ -65,19 +65,20 @@ def current_comparison(wanted: Wanted) -> dict[str, Any] | None:
 
 def summary(wanted: Wanted) -> dict[str, Any]:
     """The contents of speedup.json."""
-    from pipeline.rates import flop_bound, ratios, stage_rates
+    from pipeline.rates import ratios
 
     stages = [record(wanted, wanted.paths.stage(k)) for k in range(len(wanted.segments))]
     e2e, freeze = (record(wanted, wanted.paths.arm(name)) for name in ARMS)
     parts = {"e2e": [stages[0], e2e], "freeze": [stages[0], freeze], "cached": stages}
     arms = {name: arm_summary(records) for name, records in parts.items()}
-    rates = [stage_rates(wanted, k, ARM_SECONDS, ROUNDS) for k in range(1, len(stages))]
+    speeds = [kept_speed(wanted, k) or stage_speed(wanted, k) for k in range(1, len(stages))]
+    rates = [speed["rates"] for speed in speeds]
     loading = [statistics.median(ratios(one, "cached", "memory")) for one in rates]
     by_stage = [
-        {"cut": stage["cut"]}
+        {"cut": stage["cut"], "live": not stage["cache"]}
         | {f"{arm}_images_per_second": statistics.median(one[arm]) for arm in parts}
-        | {"ratio": statistics.median(ratios(one, "cached", "e2e")), "flop_bound": flop_bound(wanted, k)}
-        for k, (stage, one) in enumerate(zip(stages[1:], rates, strict=True), start=1)
+        | {"ratio": statistics.median(ratios(one, "cached", "e2e")), "flop_bound": speed["flop_bound"]}
+        for stage, speed, one in zip(stages[1:], speeds, rates, strict=True)
     ]
     return {
         "arms": arms,
@@ -88,6 +89,30 @@ def summary(wanted: Wanted) -> dict[str, Any]:
         "break_even_epoch": break_even(timeline(parts["e2e"]), timeline(parts["cached"])),
         "early_stop": stopped_at(arms["e2e"]["curve"], arms["cached"]["total_seconds"]),
     } | described(wanted.config.train)
+
+
+def stage_speed(wanted: Wanted, stage: int) -> dict[str, Any]:
+    """The rates of the arms' steps at a stage's cut, and what their FLOPs would allow; reads the stage's caches."""
+    from pipeline.rates import flop_bound, stage_rates
+
+    return {"rates": stage_rates(wanted, stage, ARM_SECONDS, ROUNDS), "flop_bound": flop_bound(wanted, stage)}
+
+
+def keep_speed(wanted: Wanted, stage: int) -> None:
+    """Measure a finished stage whose caches will not be there when the arms are compared."""
+    paths = wanted.paths.stage(stage)
+    found = {"of": record(wanted, paths)["state"]} | stage_speed(wanted, stage)
+    atomic_write(paths.speed, (json.dumps(found, indent=2) + "\n").encode())
+
+
+def kept_speed(wanted: Wanted, stage: int) -> dict[str, Any] | None:
+    """What was measured of this very stage; None where its caches are still to be read, or nothing was."""
+    paths = wanted.paths.stage(stage)
+    try:
+        found: dict[str, Any] = json.loads(paths.speed.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return found if found.get("of") == record(wanted, paths)["state"] else None
 
 
 def record(wanted: Wanted, paths: StagePaths) -> dict[str, Any]:
@@ -203,6 +228,8 @@ def show(found: dict[str, Any]) -> None:
         out.print(f"of the cache seconds, {shared:.1f} were spent by other runs that share the caches")
     if not cached["cache_cost_known"]:
         out.print("what a found cache has cost is not known and counts as 0: the cached arm's total is too small")
+    if live := [str(row["cut"]) for row in by_stage if row.get("live")]:
+        out.print(f"cut {', '.join(live)}: no cache, frozen blocks ran live in the cached arm (cache.over_budget=live)")
     ratios = ", ".join(f"cut {row['cut']}: {row['ratio']:.2f} (FLOP bound {row['flop_bound']:.2f})" for row in by_stage)
     even = found["break_even_epoch"]
     out.print(f"cached over e2e images/s at {ratios}" if by_stage else "one stage only: nothing is cached")

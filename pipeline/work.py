@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from cache import open_cache
 from cache.manifest import atomic_write
 from models.drop import DepthDrop
 from models.learner import Learner
@@ -27,11 +26,11 @@ from models.vit import Encoder, frozen_hash
 from pipeline.config import PipelineConfig
 from pipeline.decide import Wanted, inputs_digest
 from pipeline.desk import Desk
+from pipeline.feeds import live_source, sampling, stage_source
 from pipeline.job import Interrupted, RunFailed
 from pipeline.kept import forget_epochs, kept_epochs
 from pipeline.layout import StagePaths
 from pipeline.machine import described
-from pipeline.ring import turn_ring
 from pipeline.seconds import cache_costs
 from stages.adaptive import Settle
 from stages.arm import Arm, Hooks, Result
@@ -44,16 +43,19 @@ from stages.optim import Rates, build_optimizer, parameter_groups
 from stages.pictures import reconstructions
 from stages.probe import ProbeResult, evaluate
 from stages.segment import Segment
-from stages.sources import CachedFeatures, LiveFeatures, LiveImages, Sampling, Source
+from stages.sources import Source
 from stages.train import Build, build_model, train_arm
 from stages.views import centre_batch
 from stages.weights import load_weights
 
 
 def train_stage(desk: Desk, stage: int) -> None:
-    """Stage 0 trains everything from images; a later one the blocks behind its cut, from the cache."""
+    """Stage 0 trains everything from images; a later one the blocks behind its cut, from the cache where it has one."""
     wanted = desk.wanted
-    spec = wanted.spec(wanted.features(stage, 0)) if stage else None
+    cached = stage in wanted.cached_stages
+    spec = wanted.spec(wanted.features(stage, 0)) if cached else None
+    if stage and not cached:
+        desk.log.message(f"stage {stage}: its frozen blocks run live, for want of cache.budget_gb; see `make explain`")
     before = 0
     for part in wanted.asked(stage):
         if gone := [head.name for head in wanted.heads if before < head.block <= part.cut]:
@@ -68,7 +70,7 @@ def train_stage(desk: Desk, stage: int) -> None:
         paths=wanted.paths.stage(stage),
         tag={"stage": stage},
         segments=wanted.asked(stage),
-        build=masked_build(wanted, stage, cached=True),
+        build=masked_build(wanted, stage, cached),
         source=lambda segment: stage_source(desk, stage, segment),
         start=state_file(wanted.paths.stage(stage - 1)) if stage else None,
         inputs=wanted.stage_inputs(stage),
@@ -76,26 +78,6 @@ def train_stage(desk: Desk, stage: int) -> None:
         facts={"cut": wanted.cut(stage), "cache": spec.fingerprint if spec else None},
         costs=lambda: cache_costs(wanted, stage),
     )
-
-
-def stage_source(desk: Desk, stage: int, segment: Segment) -> Source:
-    """What a segment of a stage learns from; a ring of views turns as far as the segment asks for."""
-    if not stage:
-        return LiveImages(desk.wanted.data.train, sampling(desk.wanted))
-    if desk.wanted.refresh(stage):
-        turn_ring(desk, stage, desk.wanted.generation(segment, stage))
-    return cached_source(desk.wanted, stage)
-
-
-def cached_source(wanted: Wanted, stage: int) -> CachedFeatures:
-    """What a stage learns from: its features and, where they are cached, its teacher's."""
-    caches, needs = [], wanted.needs(stage)
-    for need in needs:
-        spec = wanted.spec(need)
-        assert spec is not None, "ensure_cache comes first"
-        caches.append(open_cache(wanted.cache_folder(spec), memory=wanted.config.cache.memory // len(needs)))
-    teachers = dict(zip(wanted.teacher_blocks(stage), caches[1:], strict=True))
-    return CachedFeatures(caches[0], sampling(wanted), wanted.data.train, teachers)
 
 
 def train_baseline(desk: Desk, arm: str) -> None:
@@ -115,14 +97,6 @@ def train_baseline(desk: Desk, arm: str) -> None:
         facts={"cut": segments[-1].cut, "cache": None},
         freezes=arm != "e2e",
     )
-
-
-def live_source(wanted: Wanted, segment: Segment) -> Source:
-    """Images masked before the first block, or, where the target is made of frozen features, those features live."""
-    if wanted.reads_features(segment):
-        fresh = wanted.plan[-1].first_epoch + wanted.plan[-1].epochs  # as many views as epochs: each is new
-        return LiveFeatures(wanted.data.train, sampling(wanted), fresh)
-    return LiveImages(wanted.data.train, sampling(wanted))
 
 
 def train(
@@ -288,22 +262,6 @@ def evaluate_encoder(wanted: Wanted, encoder: Encoder) -> ProbeResult:
     config = wanted.config
     size, device, precision = config.model.image_size, config.train.device, config.train.precision
     return evaluate(encoder, wanted.data, config.eval, size, device, precision)
-
-
-def sampling(wanted: Wanted) -> Sampling:
-    config = wanted.config
-    return Sampling(
-        seed=config.seed,
-        batch_size=config.train.batch_size,
-        data=config.data,
-        model=config.model,
-        mask=config.mask,
-        heads=wanted.heads,
-        share=config.decoder.share,
-        total_steps=wanted.total_steps,
-        averages=config.teacher.kind == "ema",
-        blocks=config.cache.blocks,
-    )
 
 
 def masked_build(wanted: Wanted, stage: int, cached: bool) -> Build:

@@ -22,6 +22,7 @@ from cache.layout import Layout, Shard
 from cache.loader import prefetch
 from cache.manifest import MANIFEST, CacheManifest, read_manifest
 from cache.place import place_of
+from cache.reader import MEMORY
 from cache.size import check_space
 from cache.writer import (
     NO_LIMIT,
@@ -67,6 +68,8 @@ class EncodeJob:
     """Magnitude of RandAugment on every view; the spec's view transform names it."""
     limit: ErrorLimit = NO_LIMIT
     """What the cache may lose; `build` adds what its parent has lost."""
+    memory: int = MEMORY
+    """Bytes of the parent, and of a cache that rows are taken over from, that each reader may map."""
 
 
 RunTasks = Callable[[Callable[[Any], Shard], Sequence[Any]], Iterator[Shard]]
@@ -89,7 +92,7 @@ def build(
     donor = None
     if missing := missing_shards(folder, layout):
         kin = layout.spec.kin(parent_kin)
-        donor = find_donor(folder, layout, kin, images.labels, images.keys, images.digests)
+        donor = find_donor(folder, layout, kin, images.labels, images.keys, images.digests, job.memory)
     if donor:
         missing = [shard for shard in missing if not donor.link(folder, layout, shard)]
     tasks = [(job, shard, donor.taken(layout, shard) if donor else None) for shard in missing]
@@ -280,7 +283,7 @@ def from_images(job: EncodeJob, view: int) -> Callable[[np.ndarray], Part]:
 def from_cache(job: EncodeJob, view: int) -> Callable[[np.ndarray], Part]:
     """A function that reads some rows of the parent cache, and all else that the new shard takes over."""
     assert job.parent is not None
-    parent, spec = open_cache(job.parent), job.layout.spec
+    parent, spec = open_cache(job.parent, memory=job.memory), job.layout.spec
     assert parent.manifest.fingerprint == spec.parent, "the spec names the cache that it continues"
 
     def load(rows: np.ndarray) -> Part:

@@ -65,6 +65,12 @@ class Work:
         inputs = 0 if entry else self.embedding * (1 if cut else 2)
         return inputs + (frozen + 3 * learning) * block_flops(self.visible, self.width) + 3 * self.decoder
 
+    def prefix(self, cut: int, whole: bool) -> int:
+        """What running the blocks before `cut` live, as a cache holds them, adds to a step for one image: over all
+        groups, or the step's own."""
+        groups = self.groups if whole else 1
+        return self.embedding + cut * groups * block_flops(self.tokens // self.groups, self.width)
+
     def encode(self, parent: int, cut: int) -> int:
         """The cache at `cut`, all images and views, from the one at `parent` (0: from images)."""
         blocks = (cut - parent) * self.groups * block_flops(self.tokens // self.groups, self.width)

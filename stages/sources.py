@@ -238,9 +238,11 @@ class CachedFeatures:
 
 @dataclass(frozen=True)
 class LiveFeatures:
-    """What `CachedFeatures` reads, computed on the spot by the frozen blocks and never rounded to the cache's codec.
+    """What `CachedFeatures` reads, computed on the spot by the frozen blocks and never rounded to the cache's codec: of
+    all groups where a target is made of them, otherwise of the step's group alone.
 
-    Feeds the freeze arm where the target is made of features, and the comparison of cached with live training.
+    Feeds stages that go without a cache, the freeze arm where the target is made of features, and the comparison of
+    cached with live training.
     """
 
     images: ImageList
@@ -254,12 +256,15 @@ class LiveFeatures:
         view, group = self.sampling.slot(segment, step, self.views)
         view = self.first_view + (view - self.first_view) % self.views  # that lies in the slot
         images, ids = self.sampling.views(self.images, rows, view)
-        inputs = self.sampling.inputs(segment, step, images, self.sampling.group_tokens)
-        return replace(inputs, ids_BL=ids, images=images, group=group)
+        size = self.sampling.group_tokens
+        if not self.sampling.reads_all(segment):
+            ids = ids[:, group * size : (group + 1) * size]
+        return replace(self.sampling.inputs(segment, step, images, size), ids_BL=ids, images=images, group=group)
 
     def mask(self, model: MaskedModel, inputs: Inputs) -> MaskedBatch:
         assert inputs.ids_BL is not None
-        features, prefix = model.frozen_features(inputs.values, inputs.ids_BL, self.sampling.mask.groups)
+        groups = inputs.ids_BL.shape[1] // self.sampling.group_tokens
+        features, prefix = model.frozen_features(inputs.values, inputs.ids_BL, groups)
         return mask_features(model, self.sampling, replace(inputs, values=features, prefix_BSD=prefix))
 
 

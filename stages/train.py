@@ -205,7 +205,7 @@ def loader(
         train.loader_threads,
         train.prefetch,
         memory,
-        pinned=train.device.startswith("cuda"),
+        device=train.device if train.device.startswith("cuda") else None,
     )
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import count
 
 import pytest
@@ -129,6 +130,60 @@ def test_the_ring_keeps_within_its_memory(memory: int, ahead: int) -> None:
             assert batch[0] == item and len(made) <= item + 1 + ahead
             places.add(batch.data_ptr())
     assert len(places) == ahead + 1 and made == list(range(30))
+
+
+def test_a_later_batch_may_be_larger() -> None:
+    """8,000 bytes, of which 5 fit, then 16,000, of which 2 fit: the batches that are pending by then are used first."""
+
+    def make(item: int, into: Buffers) -> torch.Tensor:
+        return into.take("batch", (1000 if item < 1 else 2000,), torch.int64).fill_(item)
+
+    with Prefetch(make, range(20), threads=2, ahead=4, memory=40_000) as batches:
+        assert [int(batch[-1]) for batch in batches] == list(range(20))
+
+
+@dataclass(frozen=True)
+class FakeEvent:
+    """Stands in for torch.cuda.Event, writing down what is asked of it."""
+
+    told: list[str]
+
+    def record(self, stream: str) -> None:
+        self.told.append(f"record {stream}")
+
+    def synchronize(self) -> None:
+        self.told.append("synchronize")
+
+
+def test_memory_is_filled_again_once_its_gpu_has_copied_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    plain = torch.empty
+    monkeypatch.setattr(torch.cuda, "Event", lambda: FakeEvent(told))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+
+    def empty(size: int, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        told.append(f"pin {pin_memory}")
+        return plain(size, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+    def make(item: int, into: Buffers) -> int:
+        into.part("teacher").take("batch", (2,), torch.int64)
+        told.append(f"fill {item}")
+        return item
+
+    with Prefetch(make, range(4), threads=1, ahead=1, device="cuda:1") as batches:
+        for item in batches:
+            while f"fill {min(item + 1, 3)}" not in told:
+                time.sleep(0.001)
+            told.append(f"use {item}")
+    again = ["record stream of cuda:1", "synchronize"]
+    assert told == [
+        *("pin True", "fill 0", "pin True", "fill 1", "use 0"),
+        *(*again, "fill 2", "use 1"),
+        *(*again, "fill 3", "use 2"),
+        *("record stream of cuda:1", "use 3", "record stream of cuda:1"),
+    ]
 
 
 def test_a_ring_too_small_for_two_batches_is_refused() -> None:

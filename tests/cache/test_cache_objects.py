@@ -184,6 +184,6 @@ def test_other_protocols_and_files(tmp_path: Path, example) -> None:
     found = open_cache("memory://caches/cut-3")
     np.testing.assert_array_equal(found.read([3]).features_BLD, wanted.stored_VNLD[0, [3]])
     assert verify_cache(place_of("memory://caches/cut-3")) == []
-    assert place_of(f"file://{tmp_path}") == tmp_path and place_of(tmp_path) is tmp_path
+    assert place_of("file:" + f"//{tmp_path}") == tmp_path and place_of(tmp_path) is tmp_path
     with pytest.raises(CacheError, match=r"nonsense://x cannot be opened .*; see fsspec's list of protocols"):
         place_of("nonsense://x")

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
+from cache.size import cache_bytes
 from pipeline import decide
 from pipeline.config import PipelineConfig
 from pipeline.decide import Wanted, judge_cache
@@ -121,6 +122,14 @@ def moved_caches(world: World) -> bool:
     return world.spec() != world.spec(**{"cache.root": str(store)})
 
 
+def stage_before_runs_live(world: World) -> bool:
+    """Is the second cut's cache another where there is room for one and a half?"""
+    base = toy(**{"data.source": str(world.images), "data.limit": 0, "train.batch_size": 4})
+    wanted = Wanted(base, RunPaths(world.root))
+    room = 1.5e-9 * cache_bytes(wanted.layout(wanted.features(1)))
+    return world.spec(2) != world.spec(2, **{"cache.budget_gb": room, "cache.over_budget": "live"})
+
+
 FULL: dict[str, object] = {"mask.groups": 1}
 INT8: dict[str, object] = {"cache.codec": "int8", "cache.block": 8}
 CHANGES: dict[str, Callable[[World], bool]] = {
@@ -166,6 +175,9 @@ CHANGES: dict[str, Callable[[World], bool]] = {
     "largest error": setting(cache__max_error=0.5),
     "name of the run": moved_run,
     "folder of the caches, moved along": moved_caches,
+    "a stage before that runs live": stage_before_runs_live,
+    "budget that holds all caches": setting(cache__budget_gb=1.0, cache__over_budget="live"),
+    "which caches stay": setting(cache__keep="needed"),
     "learning rate of a later stage": setting(train__lr=0.5),
     "epochs of a later stage": setting(schedule__epochs=[1, 1, 3]),
     "decoder": setting(decoder__depth=2, decoder__width=32),

@@ -12,8 +12,8 @@ import torch
 from models.config import HeadSpec
 from pipeline import equivalence, runner
 from pipeline.decide import Wanted, judge_stage
+from pipeline.feeds import sampling
 from pipeline.layout import RunPaths
-from pipeline.work import sampling
 from stages.pictures import reconstructions
 from stages.sources import LiveImages
 from tests.pipeline.toy import job, same, toy, weights

@@ -24,9 +24,10 @@ from pipeline import care, equivalence, runner
 from pipeline.checks import check
 from pipeline.config import ConfigError, PipelineConfig
 from pipeline.decide import Wanted, judge_all
+from pipeline.feeds import cached_source, live_source
 from pipeline.job import Interrupted, RunFailed
 from pipeline.layout import RunPaths
-from pipeline.work import cached_source, live_source, masked_build
+from pipeline.work import masked_build
 from stages.checkpoint import apply_tensors, read_state
 from stages.optim import build_adamw, parameter_groups
 from stages.train import build_model

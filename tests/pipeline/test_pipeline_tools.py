@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,8 +15,9 @@ from pipeline.config import ConfigError
 from pipeline.decide import Wanted, judge_all
 from pipeline.job import Interrupted, RunFailed
 from pipeline.layout import RunPaths
-from pipeline.rates import flop_bound, stage_rates
+from pipeline.rates import flop_bound, stage_rates, step_runner
 from stages.index import indexed
+from stages.sources import CachedFeatures
 from tests.pipeline.toy import StopAfter, job, record, same, toy, weights
 
 
@@ -57,6 +60,7 @@ def test_bench_gives_rates_of_every_arm_at_every_cut(
     for row in found:
         assert row["images_per_second"].keys() == {"e2e", "freeze", "cached", "memory", "loader"}
         assert all(len(rates) == 2 and min(rates) > 0 for rates in row["images_per_second"].values())
+        assert len(row["cached_waiting"]) == 2 and all(0 < share < 1 for share in row["cached_waiting"])
     assert found[1]["flop_bound"] > found[0]["flop_bound"] > 1
     methods = json.loads((copy / "bench.json").read_text())["methods"]
     assert methods["pixels, one decoder"] == {"live": [1.0, 1.0], "cached": [1.0, 1.0]}
@@ -66,7 +70,7 @@ def test_bench_gives_rates_of_every_arm_at_every_cut(
     only_cached = {name for name, ratios in methods.items() if "live" not in ratios}
     assert only_cached == absent | {"features", "teacher, frozen"}
     out = capsys.readouterr().out
-    assert "cached / step alone" in out and "cut 3: the step bounds" in out
+    assert "cached / step alone" in out and "cached waits" in out and "cut 3: the step bounds" in out
 
 
 def test_what_bounds_is_the_slower_of_step_and_loader() -> None:
@@ -74,6 +78,22 @@ def test_what_bounds_is_the_slower_of_step_and_loader() -> None:
     assert bench.bounding(rates) == "the step bounds (100 images/s, the loader could 400); training reaches 0.80 of it"
     rates |= {"memory": [800.0] * 3}
     assert bench.bounding(rates) == "the loader bounds (400 images/s, the step could 800); training reaches 0.20 of it"
+
+
+def test_a_slow_loader_shows_in_the_share_spent_waiting(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that sleeps 100 ms a batch against a step of a few ms."""
+    wanted, load = Wanted(toy(**{"train.loader_threads": 1}), RunPaths(finished)), CachedFeatures.load
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.1)
+        return load(*args)
+
+    fast = step_runner(wanted, 2, "memory")(0.3)
+    monkeypatch.setattr(CachedFeatures, "load", slow)
+    waits = step_runner(wanted, 2, "cached")(1.0)
+    step = 1 / fast.images_per_second * 16
+    assert waits.images_per_second <= 16 / 0.1
+    assert fast.waiting < 0.3 and waits.waiting == pytest.approx(1 - step / 0.1, abs=0.2)
 
 
 def test_flop_bound_is_counted_on_the_step(finished: Path) -> None:
