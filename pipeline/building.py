@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -42,10 +42,11 @@ def _build(desk: Desk, need: Need, paths: StagePaths, job: EncodeJob) -> None:
         write_cost(folder, before + seconds)
         return spent + seconds
 
+    pace = Pace(job.layout.num_samples * spec.views)
     with task_runner(desk.wanted.config.cluster) as run:
         for done, total in build(job, desk.wanted.data.train, run, desk.log.message):
             built = True
-            desk.log(need.tag | {"cut": spec.cut, "shard": done, "shards": total, "cache_seconds": account()})
+            desk.log(need.tag | {"cache": need.name, "cut": spec.cut, "cache_seconds": account()} | pace(done, total))
             if desk.job.stop.is_set() and done < total:
                 raise Interrupted(
                     f"interrupted: {need.name} has {done} of {total} shards; the same command goes on from there"
@@ -54,12 +55,31 @@ def _build(desk: Desk, need: Need, paths: StagePaths, job: EncodeJob) -> None:
     desk.log.message(f"{need.name}: {told} ({job.folder})")
 
 
+class Pace:
+    """How fast shards are finished, counted from the first that was told: those before it were there already."""
+
+    def __init__(self, images: int, now: Callable[[], float] = time.perf_counter) -> None:
+        self.images, self.now = images, now
+        self.first: tuple[int, float] | None = None
+
+    def __call__(self, done: int, total: int) -> dict[str, float]:
+        """Shards and images (views of them) done by now, and from the second shard on images/s."""
+        images = round(self.images * done / total)
+        found: dict[str, float] = {"shard": done, "shards": total, "images": images}
+        if self.first is None:
+            self.first = images, self.now()
+            return found
+        before, started = self.first
+        return found | {"images_per_second": (images - before) / max(self.now() - started, 1e-9)}
+
+
 def mend_cache(desk: Desk, need: Need, damages: Sequence[Damage]) -> None:
     """Compute the damaged shards of a finished cache again, in place."""
     job, images = encode_job(desk.wanted, need), desk.wanted.data.train
     with held(desk, job), task_runner(desk.wanted.config.cluster) as run:
         for done, total in mend(job, images, damages, run):
-            desk.log(need.tag | {"cut": job.layout.spec.cut, "shard": done, "shards": total, "repair": True})
+            told = {"cache": need.name, "cut": job.layout.spec.cut, "repair": True}
+            desk.log(need.tag | told | {"shard": done, "shards": total})
             if desk.job.stop.is_set() and done < total:
                 raise Interrupted(f"interrupted: {done} of {total} shards of {need.name} are mended; repair again")
 

@@ -25,11 +25,11 @@ from pipeline.speedup import cache_cost
 from pipeline.story import Record, Story
 
 INK = "#1b1f24"
-SIZE = (4.8, 3.1)
+SIZE = (4.8, 3.3)
 RC: Any = {  # matplotlib types every key
     **{key: INK for key in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")},
     "svg.fonttype": "none",
-    "font.size": 9,
+    "font.size": 10,
     "font.family": "sans-serif",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -176,7 +176,8 @@ def monitor(story: Story, key: str, folder: Path) -> Drawing:
         for name, points in curves.items():
             label, colour, marker = STYLE[name]
             axis.plot([p["epoch"] for p in points], [p[key] for p in points], color=colour, marker=marker, label=label)
-        axis.set(xlabel="epoch", ylabel=axis_label, ylim=(0, None), xlim=(0, None))
+        highest = max(point[key] for points in curves.values() for point in points)
+        axis.set(xlabel="epoch", ylabel=axis_label, ylim=(0, 1.1 * highest or 1), xlim=(0, None))
         legend_below(axis)
 
     told = "; ".join(
@@ -202,7 +203,7 @@ def spent(record: Record) -> dict[str, float]:
 
 def times(story: Story, folder: Path) -> Iterator[Drawing]:
     """Seconds of the arms, and of the parts that are done, stacked by what they were spent on."""
-    arms = {STYLE[name][0]: spent(arm) for name, arm in story.summaries.items()}
+    arms = {name: spent(arm) for name, arm in story.summaries.items()}
     parts = {name: spent(record) for name, record in story.records.items() if record["status"] == "done"}
     if len(arms) > 1:
         yield stacked("time-by-arm", "Where the seconds went, by arm", arms, "Stage 0 is counted in each.", folder)
@@ -223,7 +224,7 @@ def stacked(name: str, title: str, found: dict[str, dict[str, float]], note: str
         axis.invert_yaxis()
         axis.grid(visible=False, axis="y")
         axis.set(xlabel="seconds")
-        legend_below(axis, columns=2)
+        legend_below(axis)
 
     told = "; ".join(
         f"{name}: " + ", ".join(f"{PARTS[key][0]} {seconds:.1f} s" for key, seconds in parts.items())
@@ -247,8 +248,9 @@ def stretches(stages: Iterable[Record]) -> list[Stretch]:
     found: list[Stretch] = []
     epoch = 0.0
     for record in stages:
+        cached = record["cut"] if record["cache"] else 0  # what does not fit the disk budget runs live
         for segment in record["segments"]:
-            found.append(Stretch(epoch, segment["epochs"], segment["cut"], record["cut"]))
+            found.append(Stretch(epoch, segment["epochs"], segment["cut"], cached))
             epoch += segment["epochs"]
     return found
 
@@ -285,7 +287,7 @@ def cut_timeline(story: Story, folder: Path) -> Drawing:
         axis.grid(visible=False)
         shown = [kind for name, kind in kinds.items() if name in used]
         patches = [Patch(facecolor=c, hatch=h, edgecolor="white", label=label) for label, c, h in shown]
-        legend_below(axis, patches, columns=2)
+        legend_below(axis, patches)
 
     told = "; ".join(
         f"epochs {part.start:g} to {part.start + part.epochs:g}: "
@@ -328,9 +330,10 @@ def loss_of_stages(story: Story, folder: Path) -> Drawing | None:
         for start, _ in starts[1:]:
             axis.axvline(start, color=INK, linewidth=0.7, linestyle=":")
         for start, name in starts:
-            axis.text(start, 1.01, f" {name}", fontsize=7, transform=axis.get_xaxis_transform())
+            short = name.removeprefix("stage ") if start else name
+            axis.text(start, 1.01, short, fontsize=8, transform=axis.get_xaxis_transform())
         axis.set(xlabel="optimiser step; dotted: a stage begins", ylabel="loss", xlim=(0, None))
-        legend_below(axis, columns=2)
+        legend_below(axis)
 
     told = "; ".join(
         f"{head}: "
@@ -368,9 +371,9 @@ def loss_of_arms(story: Story, folder: Path) -> Drawing | None:
     return draw("loss-of-arms", "Loss of the arms beside the stages", told, note, paint, folder)
 
 
-def legend_below(axis: Axes, handles: Sequence[Any] | None = None, columns: int = 3) -> None:
+def legend_below(axis: Axes, handles: Sequence[Any] | None = None, columns: int = 2) -> None:
     """The legend under the figure, outside of what it explains."""
     handles = handles if handles is not None else axis.get_legend_handles_labels()[0]
     figure = axis.get_figure()
     assert figure is not None
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)

@@ -1,4 +1,4 @@
-"""What a run says while it works: one JSON object a line in events.jsonl, scalars for TensorBoard, and a progress line
+"""What a run says while it works: one JSON object a line in events.jsonl, scalars for TensorBoard, and a progress bar
 on a terminal or sparse plain lines elsewhere. Nothing is decided from these; they are for people and for plots."""
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.live import Live
-from rich.text import Text
+
+from pipeline.live import SCORES, Bar, finished, is_progress, place, probe_line, progress_line, watched
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 PLAIN_EVERY = 10.0
 """Seconds between two progress lines where there is no terminal."""
 _LIVE_EVERY = 0.2
-SCORES = {"knn_top1": "kNN", "linear_top1": "linear probe", "top1": "top-1", "top5": "top-5"}
 
 
 class EventLog:
@@ -49,7 +48,7 @@ class EventLog:
         self._board: Any = None
         self._now, self._shown = now, float("-inf")
         self._console = Console(file=out or sys.stdout, highlight=False, soft_wrap=True) if show else None
-        self._live: Live | None = None
+        self._bar = Bar(self._console) if self._console and watched(self._console) else None
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Writes the event with its time, and shows it when it is due."""
@@ -70,7 +69,8 @@ class EventLog:
             self._console.print(text, markup=False)
 
     def close(self) -> None:
-        self._end_live()
+        if self._bar:
+            self._bar.end()
         if self._board is not None:
             self._board.close()
         self._file.close()
@@ -85,12 +85,14 @@ class EventLog:
 
     def _scalars(self, event: dict[str, Any]) -> None:
         values = {key: value for key, value in event.items() if isinstance(value, int | float)}
-        step = values.pop("step", round(values.get("epoch", -1)))  # probes are counted in epochs
+        where, step = place(event), values.pop("step", round(values.get("epoch", -1)))  # probes are counted in epochs
+        if "shard" in values:
+            where, step = f"{where}/{event.get('cache', 'cache')}".replace(" ", "-"), values.pop("shard")
         if self._tensorboard_dir is None or step < 0:
             return
         board = self._writer()
-        for key in sorted(values.keys() - {"time", "stage", "steps"}):
-            board.add_scalar(f"{place(event)}/{key}", values[key], int(step), walltime=event["time"])
+        for key in sorted(values.keys() - {"time", "stage", "steps", "shards", "cut"}):
+            board.add_scalar(f"{where}/{key}", values[key], int(step), walltime=event["time"])
 
     def _writer(self) -> Any:
         if self._board is None:
@@ -104,58 +106,17 @@ class EventLog:
             return
         if event.keys() & SCORES.keys():
             self.message(probe_line(event))
-        if "step" not in event:
+        if not is_progress(event):
             return
-        last = event["step"] == event.get("steps")
-        every = _LIVE_EVERY if self._console.is_terminal else PLAIN_EVERY
+        last = finished(event)
+        every = PLAIN_EVERY if self._bar is None else _LIVE_EVERY
         if event["time"] - self._shown < every and not last:
             return
         self._shown = event["time"]
-        line = progress_line(event)
-        if not self._console.is_terminal:
-            self._console.print(line, markup=False)
-            return
-        if self._live is None:
-            self._live = Live(console=self._console, auto_refresh=False, redirect_stderr=False)
-            self._live.start()
-        self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
-        if last:  # the finished line stays on the screen; the next stage begins a new one
-            self._end_live()
-
-    def _end_live(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-
-
-def progress_line(event: dict[str, Any]) -> str:
-    """`stage 1  step 40/62  118 images/s  loss 0.912  waiting 2 %  0:11 left`, with what the event holds."""
-    step, steps, rate = event["step"], event.get("steps", 0), event.get("images_per_second")
-    parts = [place(event).replace("-", " "), f"step {step}/{steps}" if steps else f"step {step}"]
-    if rate:
-        parts.append(f"{rate:.0f} images/s")
-    if event.get("loss") is not None:
-        parts.append(f"loss {event['loss']:.3f}")
-    if event.get("warning"):
-        parts.append(event["warning"])
-    if "loader_wait_fraction" in event:
-        parts.append(f"waiting {100 * event['loader_wait_fraction']:.0f} %")
-    if rate and step < steps and event.get("images"):
-        seconds = round((steps - step) * event["images"] / step / rate)
-        parts.append(f"{seconds // 60}:{seconds % 60:02d} left")
-    return "  ".join(parts)
-
-
-def probe_line(event: dict[str, Any]) -> str:
-    """`stage 1  epoch 4  kNN 0.312  linear probe 0.371`."""
-    parts = [place(event).replace("-", " "), f"epoch {event.get('epoch', 0):g}"]
-    scores = [f"{name} {event[key]:.3f}" for key, name in SCORES.items() if event.get(key) is not None]
-    return "  ".join(parts + (scores or ["no labels, so neither kNN nor linear probe"]))
-
-
-def place(event: dict[str, Any]) -> str:
-    """What an event is of, as its folder is called: `stage-1`, `e2e`."""
-    return f"stage-{event['stage']}" if "stage" in event else str(event.get("arm", "run"))
+        if self._bar:
+            self._bar.show(event)
+        else:
+            self._console.print(progress_line(event), markup=False)
 
 
 def _finite(value: Any) -> Any:

@@ -95,6 +95,7 @@ def control(story: Story) -> list[str]:
     found = contrasts(story.speedup, story.seeds)
     if not found:
         return []
+    freeze = story.speedup["arms"]["freeze"]["total_seconds"]
     images = cached["curve"][-1]["probe_images"]
     errors = (
         f"95 % intervals of paired differences over {len(story.seeds)} seeds"
@@ -105,6 +106,8 @@ def control(story: Story) -> list[str]:
         f"End to end stopped after {stopped['seconds']:.1f} s (epoch {stopped['epoch']:.1f}) against cached training "
         f"at its end, {cached['total_seconds']:.1f} s: {'; '.join(map(str, found))}.",
         f"Errors: {errors}. A difference within its error is none.",
+        f"Freezing alone, without a cache, took {freeze:.1f} s in all, {freeze / cached['total_seconds']:.2f}× the "
+        "time of cached training.",
     ]
 
 
@@ -122,6 +125,11 @@ def warnings(story: Story) -> Iterator[str]:
         yield (
             "Full mode (mask.groups = 1) leaks: visible features have attended to the tokens that are hidden "
             "afterwards. The task is easier than it looks; judge by the probes, not by the loss."
+        )
+    if live := [str(stage["cut"]) for stage in story.stages if stage["cut"] and not stage["cache"]]:
+        yield (
+            f"At cut {', '.join(live)} the frozen blocks ran forward on every step: the cache did not fit "
+            "cache.budget_gb."
         )
     if story.speedup and not story.speedup["arms"]["cached"]["cache_cost_known"]:
         yield "What a found cache has cost is not known and counts as 0: the cached arm's total is too small."

@@ -17,11 +17,11 @@ from cache.place import matching
 from cache.users import users
 from pipeline.config import ConfigError
 from pipeline.decide import ARMS, Verdict, Wanted, judge_all
-from pipeline.events import place
 from pipeline.layout import RunPaths, run_paths
+from pipeline.live import place
 from pipeline.reading import read_toml
 from pipeline.speedup import arm_summary
-from pipeline.status import parts
+from pipeline.status import records as records_of
 
 Record = dict[str, Any]
 
@@ -101,7 +101,7 @@ def read_story(paths: RunPaths) -> Story:
     """The story of the run in a folder. Raises ConfigError where there is none."""
     root = read_settings(paths).get("cache", {}).get("root")
     paths = run_paths(str(paths.root), "", root) if root else paths
-    records = dict(read_records(paths))
+    records = dict(records_of(paths))
     if not records or not paths.config.exists():
         raise ConfigError(
             f"no run in {paths.root}; start one with `make all` or `make stage-0`, or name one with RUN="
@@ -136,13 +136,6 @@ def read_json(path: Path) -> Record:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return {}
-
-
-def read_records(paths: RunPaths) -> Iterator[tuple[str, Record]]:
-    """Every record of a run by the name of its part."""
-    for name, part in parts(paths):
-        if record := read_json(part.json):
-            yield name, record
 
 
 def finished(records: dict[str, Record]) -> tuple[list[Record], dict[str, Record]]:
@@ -218,7 +211,7 @@ def same_but_seed(paths: RunPaths) -> list[Record]:
     others = [RunPaths(file.parent) for file in sorted(paths.root.absolute().parent.glob("*/config.toml"))]
     for run in (paths, *others):
         settings, comparison = read_settings(run), read_json(run.speedup)
-        if settings and comparable(settings) == own and compares(comparison, dict(read_records(run))):
+        if settings and comparable(settings) == own and compares(comparison, dict(records_of(run))):
             found.setdefault(settings["seed"], comparison)
     return list(found.values())
 

@@ -84,7 +84,8 @@ def rates_table(story: Story) -> Table | None:
 
     rows = [row(f"{arm}, images/s", f"{arm}_images_per_second", ".0f") for arm in ("e2e", "freeze", "cached")]
     rows += [row("cached over end to end", "ratio", ".2f"), row("bound by FLOPs", "flop_bound", ".2f")]
-    return Table("Speed of a step by stage, medians", [f"cut {stage['cut']}" for stage in stages], rows)
+    heads = [f"cut {stage['cut']}{', live' if stage.get('live') else ''}" for stage in stages]
+    return Table("Speed of a step by stage, medians", heads, rows)
 
 
 def seeds_table(story: Story) -> Table | None:
@@ -117,9 +118,9 @@ def curve_table(story: Story) -> Table | None:
         for number, point in enumerate(arm["curve"]):
             where = f"speedup.json#arms.{name}.curve.{number}." if story.speedup else ""
             cells = [Cell(said(point[key], form), where and where + key) for key, form in CURVE]
-            cells += [Cell(percent(point[key]), where and where + key) for key in PROBES]
+            cells[2:2] = [Cell(percent(point[key]), where and where + key) for key in PROBES]
             rows.append((name, cells))
-    heads = ["seconds", "epoch", "effective rank", *PROBES.values()]
+    heads = ["seconds", "epoch", *PROBES.values(), "effective rank"]
     return Table("Points of the curves", heads, rows) if rows else None
 
 

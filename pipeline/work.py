@@ -144,7 +144,8 @@ def train(
     scores = {name: last[name] for name in ("knn_top1", "linear_top1")}
     finish_record(paths, done, done.model.encoder.vit.state_dict(), scores)
     if isinstance(done.model, MaskedModel):
-        show_reconstructions(desk, done.model, paths, arm.label)
+        steps = sum(part.steps for part in done.progress.totals)
+        show_reconstructions(desk, done.model, paths, arm.label, steps)
 
 
 @dataclass(frozen=True)
@@ -188,8 +189,8 @@ def carry_out(
     return Done(arm, record, progress, model)
 
 
-def show_reconstructions(desk: Desk, model: MaskedModel, paths: StagePaths, label: str) -> None:
-    """A figure of what the decoder fills in, where it predicts pixels; also in TensorBoard."""
+def show_reconstructions(desk: Desk, model: MaskedModel, paths: StagePaths, label: str, step: int) -> None:
+    """A figure of what the decoder fills in, where it predicts pixels; also in TensorBoard, at `step`."""
     from pipeline.figures import reconstructions as draw
 
     config = desk.wanted.config
@@ -197,7 +198,7 @@ def show_reconstructions(desk: Desk, model: MaskedModel, paths: StagePaths, labe
     if rows is not None:
         place = paths.root.name
         draw(rows, label, desk.wanted.paths.figures / f"reconstructions-{place}.png")
-        desk.log.picture(place, np.concatenate(np.concatenate(rows, axis=2), axis=0), 0)
+        desk.log.picture(place, np.concatenate(np.concatenate(rows, axis=2), axis=0), step)
 
 
 def begin_from_file(desk: Desk, model: Learner) -> None:

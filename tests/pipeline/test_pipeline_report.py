@@ -16,6 +16,7 @@ import pytest
 from cache.manifest import read_manifest
 from pipeline import __main__ as cli
 from pipeline import runner
+from pipeline.charts import Stretch, stretches
 from pipeline.claims import PROBES
 from pipeline.config import ConfigError
 from pipeline.layout import RunPaths
@@ -254,6 +255,19 @@ def test_a_comparison_of_earlier_stages_is_left_out(copy: Path) -> None:
     found = page(copy)
     assert found.headline.startswith("Not compared: speedup.json is of earlier stages")
     assert not any(source.startswith("speedup.json") for source in found.sources)
+
+
+def test_a_stage_without_a_cache_is_shown_as_running_its_frozen_blocks(copy: Path) -> None:
+    record = json.loads((copy / "stage-2" / "stage.json").read_text())
+    (copy / "stage-2" / "stage.json").write_text(json.dumps(record | {"cache": None}))
+    found = page(copy)
+    assert "At cut 3 the frozen blocks ran forward on every step" in found.text
+    assert "; epochs 2 to 4: blocks 1 to 3 frozen, 0 of them cached" in found.text_of_file
+    assert stretches(read_story(RunPaths(copy)).stages) == [
+        Stretch(0.0, 1.0, 0, 0),
+        Stretch(1.0, 1.0, 1, 1),
+        Stretch(2.0, 2.0, 3, 0),
+    ]
 
 
 def test_a_stage_that_follows_another_one_is_not_counted(copy: Path) -> None:
