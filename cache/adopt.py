@@ -18,7 +18,7 @@ from cache.backends import open_cache
 from cache.errors import CacheError
 from cache.layout import Layout, Shard
 from cache.manifest import MANIFEST, ShardEntry, find_damage, read_manifest, sync_folder
-from cache.place import copy_object, is_remote, matching
+from cache.place import copy_object, is_remote, is_there, matching
 from cache.reader import MEMORY
 from cache.receipts import receipt_name, write_receipt
 from cache.store import CacheReader
@@ -105,7 +105,12 @@ class Donor:
         mine: list[ShardEntry] = []
         for source, name in zip(theirs.files(twin), layout.files(shard), strict=True):
             entry = replace(entries[source], name=name, first_row=shard.first_row)
-            link_file(self.folder / source, folder / name)
+            try:
+                link_file(self.folder / source, folder / name)
+            except (CacheError, FileNotFoundError):
+                if is_there(self.folder / source):
+                    raise
+                return False  # the donor lost it, or `gc` has removed it since
             if find_damage(folder, entry):  # hashed where it lies now: damage is not inherited
                 (folder / name).unlink(missing_ok=True)
                 return False

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cache.codecs import codec_fields, parse_filter
-from cache.order import Blocks
+
+if TYPE_CHECKING:
+    from cache.order import Blocks
 
 Codec = Literal["float16", "bfloat16", "int8"]
 
@@ -66,6 +68,8 @@ class CacheConfig:
     @property
     def blocks(self) -> Blocks | None:
         """How the order of an epoch keeps to shards; None where it does not."""
+        from cache.order import Blocks  # imports numpy, which reading settings does without
+
         return Blocks(self.shard_rows, self.shuffle_shards) if self.shuffle == "blocks" else None
 
     @property

@@ -23,7 +23,8 @@ from cache.buffers import FRESH, Buffers
 from cache.errors import CacheError, DamagedCache
 from cache.layout import RowArray
 from cache.manifest import CacheManifest, ShardEntry, find_damage, read_manifest
-from cache.place import ObjectFile, is_remote
+from cache.objects import ObjectFile
+from cache.place import is_remote
 from cache.ranges import LocalFile, MappedFile, RangeFile
 from cache.rounding import restore
 from cache.store import FeatureBatch

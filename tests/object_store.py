@@ -57,7 +57,7 @@ class ObjectStore:
     def start(self) -> None:
         rclone = Path(sysconfig.get_path("scripts")) / "rclone"
         command = [str(rclone), "serve", "s3", "--auth-key", f"{KEY},{SECRET}", "--addr", f"127.0.0.1:{self.port}"]
-        command += ["--dir-cache-time", "5ms", "--vfs-cache-mode", "off", "--config", os.devnull, str(self.base.parent)]
+        command += ["--dir-cache-time", "1ms", "--vfs-cache-mode", "off", "--config", os.devnull, str(self.base.parent)]
         self._server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for _ in range(200):
             try:

@@ -198,7 +198,7 @@ def test_another_versions_manifest_is_stale_and_built_over(tmp_path: Path, whole
     from cache.manifest import atomic_write, seal
 
     folder = shutil.copytree(whole, tmp_path / "cache")
-    atomic_write(folder / "manifest.json", seal({**read_manifest(wanted.at(folder)).to_dict(), "format": 1}))
+    atomic_write(wanted.at(folder) / "manifest.json", seal({**read_manifest(wanted.at(folder)).to_dict(), "format": 1}))
     with pytest.raises(StaleCache, match="has format 1, this version reads 3"):
         open_cache(wanted.at(folder))
     _, built = wanted.build(folder)

@@ -20,9 +20,9 @@ from cache import open_cache
 from cache.errors import CacheError, DamagedCache
 from cache.layout import Layout
 from cache.manifest import atomic_stream, atomic_write, read_manifest
+from cache.objects import ObjectFile
 from cache.place import (
     OPTIONS,
-    ObjectFile,
     StoreUnreachable,
     files_below,
     free_bytes,

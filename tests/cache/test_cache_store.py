@@ -176,11 +176,6 @@ def test_a_deleted_or_shortened_shard_is_never_zeros(tmp_path: Path, example) ->
         open_cache(tmp_path, verify=True)
 
 
-def test_what_is_not_built_yet_is_refused(tmp_path: Path, example) -> None:
-    with pytest.raises(CacheError, match="s3://bucket/cache: caches behind URLs are not built yet"):
-        open_cache("s3://bucket/cache")
-
-
 def test_tokens_must_split_into_groups(example) -> None:
     with pytest.raises(CacheError, match="25 tokens do not split into 4 equal groups"):
         example(image_size=20)

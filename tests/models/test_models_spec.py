@@ -39,6 +39,7 @@ SPEC = FeatureSpec(
     prefix=1,
     block=32,
     keepbits=5,
+    first_view=3,
 )
 
 
@@ -53,7 +54,7 @@ def test_survives_a_trip_through_json() -> None:
     assert list(SPEC.to_dict()) == [field.name for field in fields(FeatureSpec)]
 
 
-@pytest.mark.parametrize("field", ["prefix", "block", "keepbits"])
+@pytest.mark.parametrize("field", ["prefix", "block", "keepbits", "first_view"])
 def test_a_cache_without_a_later_field_is_recorded_as_before_there_was_any(field: str) -> None:
     plain, value = replace(SPEC, **{field: 0}), getattr(SPEC, field)
     assert field not in plain.to_dict() and FeatureSpec.from_dict(plain.to_dict()) == plain
@@ -62,7 +63,7 @@ def test_a_cache_without_a_later_field_is_recorded_as_before_there_was_any(field
 
 def test_holds_every_setting_that_can_change_a_number() -> None:
     names = """model image_size patch_size width depth heads weights cut groups mask_ratio mask_block views
-        view_transform data seed dtype codec pixels parent version prefix block keepbits"""
+        view_transform data seed dtype codec pixels parent version prefix block keepbits first_view"""
     assert {field.name for field in fields(FeatureSpec)} == set(names.split())
 
 

@@ -237,3 +237,15 @@ def test_mending_one_cache_leaves_those_that_share_its_files_alone(
     drop_damaged(two, verify_cache(two))
     make(two, data)
     assert verify_cache(two) == [] and files(four) == want
+
+
+def test_a_file_that_the_donor_has_lost_is_computed(
+    tmp_path: Path, make: Callable[..., Path], forwards: list[int]
+) -> None:
+    data = folder_of(tmp_path / "data", NAMES)
+    two = make(tmp_path / "root" / "two", data)
+    (two / "data.zarr/view_1/features/c/1/0/0").unlink()
+    forwards.clear()
+    four = make(tmp_path / "root" / "four", data, views=4)
+    assert sum(forwards) == 2 * 7 + 3
+    assert files(four) == files(make(tmp_path / "elsewhere" / "four", data, views=4))
