@@ -154,7 +154,8 @@ class Sampling:
         """(B, tokens): drawn for the batch of all ranks, of which this rank's rows are taken."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, what, place))
         drawn = torch.rand(self.batch_size, tokens, generator=generator)
-        return drawn[torch.from_numpy(self.rank.places(self.batch_size, self.parts))]
+        # numpy picks the rows: indexing a tensor would wake torch's pool of threads in the loader's, which spins.
+        return torch.from_numpy(drawn.numpy()[self.rank.places(self.batch_size, self.parts)])
 
     def scored(self, batch: MaskedBatch, inputs: Inputs) -> MaskedBatch:
         """The batch with what counts in its loss: a share of the hidden tokens, weighed by how far they are."""

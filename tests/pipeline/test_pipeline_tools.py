@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -207,3 +209,34 @@ def test_a_plan_of_one_stage_trains_it_and_compares_nothing(tmp_path: Path, caps
     assert json.loads((tmp_path / "toy" / "plan.json").read_text())["speedup_total"] == 1
     with pytest.raises(ConfigError, match="freezes nothing"):
         runner.run_arm(job(tmp_path / "toy", config, target="e2e"))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_loading_wakes_no_threads_of_torch(finished: Path, stage: int) -> None:
+    """A pool of the loader's own spins after each use and costs the step 15-20 %. In a process of its own: a pool that
+    is there already would hide one that is woken."""
+    code = (
+        "import os, sys, threading, torch\n"
+        "from pathlib import Path\n"
+        "from cache.buffers import Buffers\n"
+        "from pipeline.decide import Wanted\n"
+        "from pipeline.feeds import source_for\n"
+        "from pipeline.layout import RunPaths\n"
+        "from tests.pipeline.toy import toy\n"
+        "torch.set_num_threads(2)\n"
+        "stage = int(sys.argv[2])\n"
+        "wanted = Wanted(toy(), RunPaths(Path(sys.argv[1])))\n"
+        "segment = wanted.segments[stage]\n"
+        "source = source_for(wanted, stage)\n"
+        "tasks, found = lambda: len(os.listdir('/proc/self/task')), []\n"
+        "def load():\n"
+        "    before = tasks()\n"
+        "    source.load(segment, 0, Buffers())\n"
+        "    found.append(tasks() - before)\n"
+        "thread = threading.Thread(target=load)\n"
+        "thread.start(); thread.join()\n"
+        "print(found)\n"
+    )
+    command = [sys.executable, "-c", code, str(finished), str(stage)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert done.stdout == "[0]\n", done.stdout + done.stderr
