@@ -1,5 +1,6 @@
 """Memory that batches land in, kept from one batch to the next: fresh memory costs the kernel a page fault every 4 KiB,
-which takes as long as reading itself. Between the loader's ring, which owns it, and the readers, which fill it."""
+which takes four times as long as reading itself. Between the loader's ring, which owns it, and the readers, which fill
+it."""
 
 from __future__ import annotations
 

@@ -121,7 +121,8 @@ def matching(folder: Path, pattern: str) -> list[Path]:
 def remove_tree(folder: Path) -> None:
     """Remove all below a folder, which need not exist."""
     if not is_remote(folder):
-        shutil.rmtree(folder)
+        if folder.exists():
+            shutil.rmtree(folder)
         return
     with reaching(folder):
         store = cast(Any, folder)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 
 from cache.manifest import atomic_write
+from cache.place import is_there
 from pipeline.building import build_cache
 from pipeline.decide import inputs_digest, judge_cache
 from pipeline.desk import Desk
@@ -29,5 +30,5 @@ def turn_ring(desk: Desk, stage: int, turns: int) -> None:
         spec = wanted.spec(wanted.features(stage, before))
         assert spec is not None, "the stage before has made its weights"
         folder = wanted.cache_folder(spec)
-        if folder.exists() and (why := remove_unused(wanted, folder)):
+        if is_there(folder) and (why := remove_unused(wanted, folder)):
             desk.log.message(f"kept: {folder}: {why}")
