@@ -91,7 +91,8 @@ def follow(job: Job) -> int:
             return int(order["end"])
         wanted = Wanted(job.config, job.paths)  # anew: what is on disk has changed
         arm, inputs = ordered(wanted, order)
-        if changed := difference(order["inputs"], json.loads(json.dumps(inputs))):
+        theirs, own = (json.loads(json.dumps(found)) for found in (order["inputs"], inputs))
+        if changed := difference(theirs, own):
             raise RanksDiffer(
                 f"rank {job.team.rank.rank} would train another {arm.label} than rank 0 ({changed}); start all ranks "
                 "with the same settings on the same files"
