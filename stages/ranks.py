@@ -69,7 +69,8 @@ class Ranks(Team):
 
     @contextmanager
     def assembled(self, order: Mapping[str, Any]) -> Iterator[None]:
-        self.told(order)
+        if self.leads:  # the others have heard it
+            self.told(order)
         self.busy = True
         yield
         self.busy = False

@@ -1,5 +1,5 @@
-"""Several ranks on this machine, as torchrun would start them: processes with its environment, over gloo. They are forked
-off a server that has imported torch once and computed nothing, so that a start costs no seconds."""
+"""Several ranks on this machine, as torchrun would start them: processes with its environment, over gloo. They are
+forked off a server that has imported torch once and computed nothing, so that a start costs no seconds."""
 
 from __future__ import annotations
 

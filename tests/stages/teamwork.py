@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cache.order import Rank
 from models.config import DecoderConfig, HeadSpec, MaskConfig
 from models.drop import DepthDrop
 from models.learner import Learner
@@ -21,16 +21,16 @@ from models.teacher import EmaTeacher
 from pipeline.ranks import rank_here
 from stages.adaptive import Settle
 from stages.arm import Arm
-from stages.checkpoint import Progress
 from stages.config import DataConfig, FinetuneConfig
 from stages.endings import Settling
 from stages.finetune import FinetuneRates, Lessons, LiveViews, layer_decay_groups, loop_settings
 from stages.images import ImageList, open_images
 from stages.optim import build_adamw, parameter_groups
 from stages.ranks import Ranks
-from stages.sources import LiveImages, Sampling
+from stages.sources import CachedFeatures, LiveImages, Sampling
+from stages.team import RanksDiffer, Team
 from stages.train import Build, build_model, train_arm
-from tests.stages.loop import MODEL, TRAIN, StopAfter, arm, hooks, parts
+from tests.stages.loop import MODEL, TRAIN, StopAfter, arm, hooks, parts, score
 
 DECODER = DecoderConfig(depth=1, width=12, heads=3)
 PIXELS = HeadSpec(3, "pixels")
@@ -45,10 +45,12 @@ def masked(folder: Path, images: ImageList, heads: Any = (PIXELS,), cuts: Any = 
     drop = changes.pop("drop", None)
     build = Build(0, MODEL, DECODER, heads, teacher, drop)
     mask = changes.pop("mask", MaskConfig())
-    source = LiveImages(images, Sampling(0, 8, DataConfig(), MODEL, mask, heads, total_steps=20, averages=bool(teacher)))
+    how = Sampling(0, 8, DataConfig(), MODEL, mask, heads, total_steps=20, averages=teacher is not None)
+    source = LiveImages(images, how)
     found = arm(folder, images, segments, **changes)
-    make = lambda part: build_model(build, part.cut, "cpu", part.entry)  # noqa: E731
-    return replace(found, make=make, source=lambda segment: source)
+    return replace(
+        found, make=lambda part: build_model(build, part.cut, "cpu", part.entry), source=lambda segment: source
+    )
 
 
 def plain_descent(model: Learner) -> torch.optim.Optimizer:
@@ -87,14 +89,15 @@ BOTH = {name: ARMS[name] for name in ARMS if name not in ("plain", "several head
 """Kinds that are sharded, too."""
 
 
-def train_all(folder: Path, tar: str, names: list[str], parallel: str, **how: Any) -> dict[str, Any]:
+def train_all(folder: Path, tar: str, names: list[str], parallel: str, stop: int | None = None) -> dict[str, Any]:
     """Train arms on this rank; by name (weights and average, mean losses, progress), the weights of rank 0 alone."""
     torch.set_num_threads(1)
     team = of_ranks()
-    return {name: train_one(folder, tar, name, parallel, team, **how) for name in names}
+    return {name: train_one(folder, tar, name, parallel, team, stop) for name in names}
 
 
-def train_one(folder: Path, tar: str, name: str, parallel: str, team: Any, stop: int | None = None) -> Any:
+def train_one(folder: Path, tar: str, name: str, parallel: str, team: Team, stop: int | None = None) -> Any:
+    """stop: how often the last rank, and it alone, does not want to stop yet."""
     asked = ARMS[name](folder / f"{name}, {parallel}", images_of(tar))
     asked = replace(asked, train=replace(asked.train, parallel=parallel))
     losses: list[float] = []
@@ -102,7 +105,8 @@ def train_one(folder: Path, tar: str, name: str, parallel: str, team: Any, stop:
     def log(event: dict[str, Any]) -> None:
         losses.extend([event["loss"]] if "loss" in event else [])
 
-    how = hooks(StopAfter(stop)) if stop is not None else hooks()
+    wants = stop is not None and team.rank.rank == team.rank.ranks - 1
+    how = hooks(StopAfter(stop)) if wants and stop is not None else hooks()
     progress, model = train_arm(asked, replace(how, log=log), team)
     return state_of(model) if team.leads and stop is None else None, losses, progress
 
@@ -119,33 +123,41 @@ def of_ranks() -> Ranks:
 
 
 def state_of(model: Learner) -> dict[str, Tensor]:
-    return {f"{part}/{name}": value.clone() for part, module in model.parts.items() for name, value in module.state_dict().items()}
+    parts = ((part, module.state_dict()) for part, module in model.parts.items())
+    return {f"{part}/{name}": value.clone() for part, state in parts for name, value in state.items()}
+
+
+# --- what ranks find out about each other -----------------------------------------------------------------------------
 
 
 def ways_to_differ(folder: Path, tar: str) -> list[str]:
-    """What the ranks are told when rank 1 starts from another state, reads another cache, or has drifted."""
-    team, said = of_ranks(), []
-    images = images_of(tar)
-    for wrong in ("state", "weights"):
-        one = masked(folder / wrong, images)
-        if wrong == "state":
-            place = folder / wrong / str(team.rank.rank)
-            place.mkdir(parents=True, exist_ok=True)
-            other = replace(one, state=place / "state.safetensors")
-            if team.rank.rank:
-                train_arm(other, hooks(StopAfter(1)))
-            call: Callable[[], Any] = partial(train_arm, other, hooks(), team)
-        else:
-            call = partial(train_arm, replace(one, make=partial(drifting, one.make, team)), hooks(StopAfter(2)), team)
-        try:
-            call()
-            said.append("nothing")
-        except ValueError as error:
-            said.append(f"{type(error).__name__}: {error}")
-    return said
+    """What a rank is told where rank 1 starts from another state, reads another cache, or has drifted."""
+    torch.set_num_threads(1)
+    team, images = of_ranks(), images_of(tar)
+    mine = masked(folder / str(team.rank.rank), images)
+    if team.rank.rank:
+        train_arm(mine, hooks(StopAfter(1)))
+    entry = SimpleNamespace(name="a", checksum=f"of rank {team.rank.rank}")
+    cache: Any = SimpleNamespace(manifest=SimpleNamespace(fingerprint="0123456789", shards=[entry]))
+    source = CachedFeatures(cache, Sampling(0, 8, DataConfig(), MODEL, MaskConfig(), (PIXELS,)))
+    shared = masked(folder / "shared", images)
+    drifts = replace(shared, make=partial(drifting, shared.make, team))
+    return [
+        refusal(lambda: train_arm(mine, hooks(), team)),
+        refusal(lambda: team.source(lambda: source, 1)),
+        refusal(lambda: train_arm(drifts, hooks(StopAfter(2)), team)),
+    ]
 
 
-def drifting(make: Callable[[Any], Learner], team: Ranks, part: Any) -> Learner:
+def refusal(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except RanksDiffer as error:
+        return str(error)
+    return "nothing"
+
+
+def drifting(make: Callable[[Any], Learner], team: Team, part: Any) -> Learner:
     """A model that on rank 1 changes by itself after a step, as broken memory would have it."""
     model = make(part)
 
@@ -158,18 +170,14 @@ def drifting(make: Callable[[Any], Learner], team: Ranks, part: Any) -> Learner:
     return model
 
 
-class Settled(Settle):
-    """Settled at the first check."""
-
-
-def ends_by_the_leader(folder: Path, tar: str) -> tuple[int, Any, int]:
-    """Steps, why it ended and checks made, of an arm that the leader's evaluations end after its first epoch."""
-    team = of_ranks()
-    images = images_of(tar)
+def ended_by_the_leader(folder: Path, tar: str) -> tuple[int, str, int, int]:
+    """Of an arm that ends at its first check: steps, why, how many checks, and how often this rank evaluated."""
+    torch.set_num_threads(1)
+    team, images, seen = of_ranks(), images_of(tar), []
     settling = Settling(Settle("change", 1e9, 1), 2, 1.0, torch.zeros(4, 3, 16, 16, dtype=torch.uint8))
-    one = replace(masked(folder / "ends", images), settling=settling)
-    progress, _ = train_arm(one, hooks(), team)
-    return progress.totals[0].steps, progress.ended, len(progress.checks)
-
-
-__all__ = ["ARMS", "BOTH", "Progress", "Rank", "ends_by_the_leader", "train_all", "ways_to_differ"]
+    one = replace(masked(folder / "ends", images), settling=settling, keep={1: folder / "epoch-1"})
+    watching = replace(hooks(), evaluate=lambda model: (seen.append("evaluated"), score(0.5))[1])
+    watching = replace(watching, keep=lambda path, model: seen.append("kept"))
+    progress, _ = train_arm(one, watching, team)
+    assert progress.ended is not None
+    return progress.totals[0].steps, progress.ended["why"], len(progress.checks), len(seen)
