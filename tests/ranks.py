@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.stages.teamwork", "pipeline.crew", "pipeline.finetuning"])
+CONTEXT.set_forkserver_preload(["tests.stages.teamwork", "pipeline.crew", "pipeline.runner", "pipeline.finetuning"])
 
 LONGEST = 120.0
 """Seconds after which ranks that do not answer hang."""
