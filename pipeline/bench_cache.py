@@ -79,9 +79,12 @@ class Setting:
         object.__setattr__(self, "half_NLD", torch.from_numpy(self.given_NLD).half().numpy())
 
     def epoch(self, read: Callable[[], peers.Read], seed: int) -> float:
-        """Seconds of an epoch by batches, on the threads of the benchmark, each with a `read` of its own."""
+        """Seconds of an epoch by batches, on the threads of the benchmark, each with a `read` of its own, after one
+        that maps files and memory."""
         readers = [read() for _ in range(self.config.threads)]
-        return epochs(peers.by_rows(readers, len(self.given_NLD), self.config.batch), seed)
+        epoch = peers.by_rows(readers, len(self.given_NLD), self.config.batch)
+        epoch(seed)
+        return epochs(epoch, seed)
 
 
 def bench_cache(config: BenchConfig, root: Path) -> dict[str, Any]:
