@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,48 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
     error = statistics.stdev(values) / math.sqrt(len(values))
     return statistics.fmean(values), float(t.ppf(0.975, len(values) - 1)) * error
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The mean over seeds of one score less another of the same seed."""
+
+    mean: float
+    half: float | None
+    """Half of its 95 % interval by Student's t; None with one seed."""
+    seeds: int
+    error: float
+    """One binomial standard error of a score on the evaluation images, at the mean score of the two."""
+
+    @property
+    def sure(self) -> bool:
+        """Whether a difference is claimed: enough seeds, and an interval without 0."""
+        return self.seeds >= FEWEST_SEEDS and self.half is not None and abs(self.mean) > self.half
+
+    @property
+    def said(self) -> str:
+        """`+1.2 points, 95 % interval +0.3 to +2.1 (3 seeds): higher`, or why no difference is claimed."""
+        mean = f"{100 * self.mean:+.1f} points"
+        if self.half is None or self.seeds < FEWEST_SEEDS:
+            count = "one seed" if self.seeds == 1 else f"{self.seeds} seeds"
+            return f"{mean}; {count}: no difference is claimed (one standard error of a score is {points(self.error)})"
+        low, high = 100 * (self.mean - self.half), 100 * (self.mean + self.half)
+        verdict = ("higher" if self.mean > 0 else "lower") if self.sure else "no difference within the interval"
+        return f"{mean}, 95 % interval {low:+.1f} to {high:+.1f} ({self.seeds} seeds): {verdict}"
+
+
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float], images: int) -> Paired | None:
+    """The paired difference of scores by seed, of the seeds that both have; None where there are none.
+
+    images: how many images a score is the share of.
+    """
+    both = sorted(ours.keys() & theirs.keys())
+    if not both:
+        return None
+    differences = [ours[seed] - theirs[seed] for seed in both]
+    mean, half = interval(differences) if len(both) > 1 else (differences[0], None)
+    middle = statistics.fmean(score[seed] for seed in both for score in (ours, theirs))
+    return Paired(mean, half, len(both), standard_error(middle, images) if images else math.nan)
 
 
 def contrasts(found: dict[str, Any], seeds: Sequence[dict[str, Any]] = ()) -> list[Contrast]:
