@@ -57,9 +57,10 @@ def ensure_compared(desk: Desk) -> None:
     """The comparison of the arms, all of which are current."""
     from pipeline.speedup import compare, current_comparison, show
 
-    found = current_comparison(desk.wanted)
-    if found:
-        show(found)
+    if current_comparison(desk.wanted):
+        from pipeline.sceptic import refresh
+
+        show(refresh(desk.wanted.paths))
     else:
         compare(desk)
 

@@ -55,6 +55,7 @@ def carry_out(request: Request, now: Callable[[], float] = time.monotonic) -> No
     stop = Deadline(request.stop, now() + 3600 * hours, now) if hours else request.stop
     out = console()
     failed: dict[str, str] = {}
+    assert Wanted(request.runs[0].config, request.runs[0].paths).data, "images that are not there are refused at once"
     for number, run in enumerate(request.runs, 1):
         if stop.is_set():
             break

@@ -26,7 +26,7 @@ def mean_curve(curves: Sequence[Sequence[Mapping[str, Any]]], key: str) -> list[
 
     Seconds are the mean over seeds of when that point was reached; one seed has intervals of 0.
     """
-    told = [[point for point in curve if point[key] is not None] for curve in curves]
+    told = [[point for point in curve if point.get(key) is not None] for curve in curves]
     found = []
     for points in zip(*told, strict=False):
         scores = [point[key] for point in points]
@@ -102,7 +102,7 @@ def differences(axis: Axes, key: str, lines: Sequence[Line]) -> None:
             )
     axis.axvline(0, color="#444444", linewidth=0.8)
     axis.set_yticks(range(len(lines)), [line.variant for line in lines], fontsize=8)
-    axis.invert_yaxis()
+    axis.set_ylim(len(lines) - 0.5, -0.5)
     axis.set(xlabel=f"{MEASURES[key]}, points; filled: claimed")
     axis.grid(alpha=0.25, axis="x")
     axis.spines[["top", "right"]].set_visible(False)

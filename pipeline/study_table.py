@@ -13,6 +13,8 @@ from cache.size import cache_bytes as bytes_of
 from pipeline.decide import ARMS, Wanted, judge_arm, judge_finetune, judge_stage
 from pipeline.grid import Request, Run
 from pipeline.outcome import Row, lines, measured, results_csv, table_csv, table_md, tuned, with_control
+from pipeline.report import write_report
+from pipeline.sceptic import refresh
 from pipeline.show import console, table
 from pipeline.speedup import current_comparison
 from pipeline.studies import STUDIES, Measured, study
@@ -89,10 +91,14 @@ def all_rows(request: Request) -> list[Row]:
 
 
 def write_results(request: Request) -> list[Row]:
-    """Write results.csv, table.csv, table.md and study.png, and bring the comparisons of the runs up to date."""
+    """Write results.csv, table.csv, table.md and study.png; bring comparisons and reports of the runs up to date."""
     from pipeline.study_figure import draw_study
 
     assert request.study is not None
+    for run in request.runs:
+        if compares(set(run.measures.values())) and run.paths.speedup.exists():
+            refresh(run.paths)
+            write_report(run.paths)
     name, rows = request.flags.name, all_rows(request)
     found = lines(request.study, rows)
     files = {

@@ -182,11 +182,16 @@ def numbers_are_those_of_the_records(root: Path) -> None:
 def test_a_run_that_fails_is_told_and_loses_no_other(
     monkeypatch: pytest.MonkeyPatch, trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bad = {"bad": row(train__lr=1e30, train__warmup_epochs=0.0), "good": row()}
-    monkeypatch.setitem(STUDIES, "tiny", lambda: Study("Which fails?", bad, "good", SMALL, seeds=(0,)))
+    bad = {"bad": row(train__lr=1e30, train__warmup_epochs=0.0), "good": row(), "tuned": row("finetune")}
+    tuned = {"finetune.epochs": 1, "finetune.batch_size": 16, "finetune.freeze": 2, "finetune.views": 1}
+    monkeypatch.setitem(STUDIES, "tiny", lambda: Study("Which fails?", bad, "good", SMALL | tuned, seeds=(0,)))
     assert main(["study", "tiny", "--run", str(tmp_path)]) == 1
     _, err = capsys.readouterr()
     assert "1 of 2 runs failed, first bad, seed 0: RunFailed" in err and "lower train.lr" in err
+    record = json.loads((tmp_path / "tiny/good-seed-0/finetune/stage.json").read_text())
+    (last,) = (row for row in results(tmp_path) if row["variant"] == "tuned")
+    assert (float(last["top1"]), last["knn_top1"]) == (record["top1"], "")
+    assert float(last["total_seconds"]) == pytest.approx(record["train_seconds"] + record["cache_seconds"])
     states = {row["variant"]: (row["state"], row["why"]) for row in results(tmp_path)}
     assert states["good"] == ("done", "") and states["bad"][0] == "failed" and "loss=nan" in states["bad"][1]
     assert "- bad, seed 0: failed RunFailed" in (tmp_path / "tiny" / "table.md").read_text()
