@@ -77,16 +77,17 @@ def classified(folder: Path, images: ImageList, **settings: Any) -> Arm:
 
 ARMS: dict[str, Callable[[Path, ImageList], Arm]] = {
     "plain": masked,
-    "descent": partial(masked, optimizer=plain_descent),
-    "clipped descent, accumulated": partial(masked, optimizer=plain_descent, clip=0.05, accumulate=2),
+    "descent, accumulated": partial(masked, optimizer=plain_descent, accumulate=2),
+    "clipped descent": partial(masked, optimizer=plain_descent, clip=0.05),
     "several heads, a growing ratio": partial(masked, heads=SEVERAL, mask=MaskConfig(ratio=0.5, ratio_end=0.75)),
     "a moving average, frozen in place": partial(masked, heads=TAUGHT, cuts=(0, 1)),
     "depth dropped": partial(masked, drop=DepthDrop(0, 0.5, 0.8, 20), optimizer=plain_descent),
     "schedule-free": partial(masked, lr_schedule="schedule_free", cuts=(0, 2)),
     "fine-tuned, mixed": partial(classified, accumulate=2),
 }
-BOTH = {name: ARMS[name] for name in ARMS if name not in ("plain", "several heads, a growing ratio")}
-"""Kinds that are sharded, too."""
+ONCE = ("plain", "several heads, a growing ratio", "fine-tuned, mixed")
+BOTH = {name: ARMS[name] for name in ARMS if name not in ONCE}
+"""Kinds that are trained sharded, too."""
 
 
 def train_all(folder: Path, tar: str, names: list[str], parallel: str, stop: int | None = None) -> dict[str, Any]:
