@@ -1,5 +1,5 @@
-"""`python -m pipeline.bench_ranks`: how training scales over ranks of this machine. The same step, of the same batch, by
-one rank and by several, in turn within each round, on batches that lie in memory: what is left is computing and
+"""`python -m pipeline.bench_ranks`: how training scales over ranks of this machine. The same step, of the same batch,
+by one rank and by several, in turn within each round, on batches that lie in memory: what is left is computing and
 averaging gradients."""
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -29,6 +28,8 @@ from pipeline.machine import resolve
 from pipeline.rates import InMemory, fresh_model
 from pipeline.reading import load_config
 from pipeline.show import console, spread, table
+from pipeline.work import optimizer_of
+from stages.device import synchronize
 from stages.ranks import Ranks, of_rank
 from stages.team import SOLO, Team
 from stages.train import train_step
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; 0."""
     parser = argparse.ArgumentParser("python -m pipeline.bench_ranks", description=__doc__)
     parser.add_argument("--config", default="sample", help="recipe or TOML file whose first stage is trained")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings, for instance train.parallel")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings")
     parser.add_argument("--ranks", type=int, default=2, help="how many ranks are compared with one")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement in a round")
     parser.add_argument("--rounds", type=int, default=5)
@@ -120,8 +121,6 @@ class Pacer:
         segment = wanted.segments[0]
         self.model, _ = fresh_model(wanted, 0, 0, cached=False)
         team.take(self.model, self.train)
-        from pipeline.work import optimizer_of
-
         self.optimizer = optimizer_of(wanted, self.model)
         source = live_source(wanted, segment)
         if team.rank.ranks > 1:
@@ -136,13 +135,11 @@ class Pacer:
 
     def steps(self, number: int) -> float:
         """Seconds of so many steps."""
-        device = torch.device(self.train.device)
         start = time.perf_counter()
-        for step in islice(count(), number):
+        for step in range(number):
             inputs = self.source.batches[step % BATCHES]
             train_step(self.model, self.optimizer, self.source, inputs, self.train, self.team)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(torch.device(self.train.device))
         return time.perf_counter() - start
 
 

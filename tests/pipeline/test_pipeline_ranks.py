@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import runner
+from pipeline import runner, speedup
 from pipeline.checks import check
 from pipeline.config import ConfigError
 from pipeline.ranks import on_own_device, rank_here, refuse_what_ranks_cannot
@@ -93,6 +93,26 @@ def test_two_ranks_fine_tune_as_one(finished: Path, tmp_path: Path) -> None:
     assert on_ranks(2, call, tmp_path, ["finetune", *asked(roots[1])], {}) == [0, 0]
     assert_close(roots[1], roots[0], "finetune")
     assert "from stage 2" in words(tmp_path, 2)[0] and not words(tmp_path, 2)[1]
+
+
+def test_arms_of_different_numbers_of_ranks_are_told_apart(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads((finished / "speedup.json").read_text())
+    assert [arm["ranks"] for arm in found["arms"].values()] == [[1], [1], [1]]
+    speedup.show(found)
+    assert "do not compare" not in capsys.readouterr().out
+    parts = [record(finished, "stage-0"), record(finished, "arms/e2e")]
+    parts[1]["machine"] |= {"ranks": 2}
+    found["arms"]["e2e"] = speedup.arm_summary(parts)
+    speedup.show(found)
+    assert "different numbers of ranks, [(1,), (1, 2)]: their seconds do not compare" in capsys.readouterr().out
+
+
+def test_make_starts_ranks() -> None:
+    torchrun = "torchrun --standalone --nproc-per-node 2 -m -- pipeline stage 1"
+    for ranks, want in (["RANKS=2"], torchrun), ([], "python -m pipeline stage 1"):
+        call = ["make", "-n", "stage-1", *ranks]
+        shown = subprocess.run(call, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        assert f".venv/bin/{want} --config" in shown.stdout
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
