@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from cache.order import ALONE, Rank
+from cache.rank import ALONE, Rank
 from pipeline import __version__
 from pipeline.checks import check
 from pipeline.config import ConfigError

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from cache.order import Rank
+from cache.rank import Rank
 from pipeline.config import PipelineConfig
 from pipeline.decide import Wanted
 from pipeline.feeds import live_source

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from cache.order import Rank
+from cache.rank import Rank
 from pipeline.config import ConfigError
 from pipeline.decide import Wanted, difference
 from pipeline.job import Job, RunFailed

@@ -7,7 +7,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 
-from cache.order import ALONE, Rank
+from cache.rank import ALONE, Rank
 from pipeline.config import ConfigError, PipelineConfig
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

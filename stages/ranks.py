@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from cache.order import Rank
+from cache.rank import Rank
 from cache.store import CacheReader
 from models.learner import Learner
 from models.spec import digest

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cache.order import ALONE, Rank
+from cache.rank import ALONE, Rank
 
 if TYPE_CHECKING:
     from torch import Tensor
