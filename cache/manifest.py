@@ -9,8 +9,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -264,12 +264,40 @@ def atomic_write(path: Path, content: bytes) -> None:
 def atomic_stream(path: Path, parts: Iterable[Buffer], size: int) -> tuple[int, str]:
     """The same with a file of about `size` bytes that comes in parts and is never in memory whole; returns its bytes
     and sha256. An error of `parts` leaves the old file, too."""
+    written, digest, settle = begin_stream(path, parts, size)
+    settle()
+    return written, digest
+
+
+def begin_stream(path: Path, parts: Iterable[Buffer], size: int) -> tuple[int, str, Callable[[], None]]:
+    """`atomic_stream` but for its last step, which is returned and may run in another thread: waiting for the disk, and
+    giving the file its name. CacheError of both."""
     digest, written = hashlib.sha256(), 0
-    with _replacing(path, size) as file:
-        for part in parts:
-            written += file.write(part)
-            digest.update(part)
-    return written, digest.hexdigest()
+    with ExitStack() as stack:
+        file = stack.enter_context(_replacing(path, size))
+        for block in _joined(parts):
+            written += file.write(block)
+            digest.update(block)
+        return written, digest.hexdigest(), stack.pop_all().close
+
+
+BLOCK = 1 << 20
+"""Bytes that are written and hashed at once: each call gives up the interpreter's lock, and getting it back takes
+longer than writing a few KB does."""
+
+
+def _joined(parts: Iterable[Buffer]) -> Iterator[Buffer]:
+    """The same bytes in pieces of no less than BLOCK but for the last."""
+    held: list[Buffer] = []
+    size = 0
+    for part in parts:
+        held.append(part)
+        size += len(part)
+        if size >= BLOCK:
+            yield b"".join(held)
+            held, size = [], 0
+    if held:
+        yield b"".join(held)
 
 
 @contextmanager

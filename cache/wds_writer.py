@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from cache.layout import DIGESTS, KEYS, LABELS, Layout, Shard
+from cache.layout import DIGESTS, KEYS, LABELS, Layout, Shard, Stored
 from cache.manifest import Buffer
 from cache.place import read_bytes
 from cache.tar import encode_index, encode_tar, npy
@@ -28,11 +28,11 @@ def static_files(
 
 
 def shard_files(
-    folder: Path, layout: Layout, shard: Shard, rows: Iterable[Mapping[str, np.ndarray]], keys: Sequence[str]
+    folder: Path, layout: Layout, shard: Shard, pieces: Iterable[Stored], keys: Sequence[str]
 ) -> Iterator[tuple[str, Iterable[Buffer]]]:
     """The files of a shard, the tar first, each by name and in parts; the rows are taken while the first is written."""
     labels = np.load(io.BytesIO(read_bytes(folder / LABELS)))[shard.first_row : shard.first_row + shard.rows]
     tar, index_name = layout.files(shard)
     index: list[tuple[int, int, int, int]] = []
-    yield tar, encode_tar(layout.arrays, rows, keys, labels, index)
+    yield tar, encode_tar(layout.arrays, pieces, keys, labels, index)
     yield index_name, [encode_index(index, shard.rows)]
