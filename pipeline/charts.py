@@ -6,7 +6,6 @@ from __future__ import annotations
 import html
 import io
 import re
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from pipeline.claims import PROBES, standard_error
+from pipeline.claims import PROBES, mean_seconds, standard_error
 from pipeline.figures import STYLE
 from pipeline.sceptic import mean_points
 from pipeline.speedup import cache_cost
@@ -144,7 +143,7 @@ def accuracy(story: Story, key: str, folder: Path) -> Drawing:
                 capsize=2,
             )
         if story.speedup:
-            end = statistics.fmean(run["arms"]["cached"]["total_seconds"] for run in story.runs or [story.speedup])
+            end = mean_seconds(story.runs or [story.speedup], "cached")
             axis.axvline(end, color=STYLE["cached"][1], linestyle=":", linewidth=1)
         axis.set(xlabel="seconds of training and cache building", ylabel=f"{PROBES[key]} top-1, %", xlim=(0, None))
         legend_below(axis)

@@ -45,7 +45,7 @@ def part_key(wanted: Wanted, inputs: dict[str, Any], cached: bool) -> str:
             "eval": asdict(config.eval),
             "val": wanted.data.val.digest,
         }
-        | ({"cache": cache} if cached else {})
+        | ({"cache": cache, "cluster": asdict(config.cluster)} if cached else {})
     )
 
 

@@ -76,6 +76,14 @@ def test_a_loss_of_time_is_called_one() -> None:
     )
 
 
+def test_slower_is_said_only_of_what_surely_is() -> None:
+    assert headline(comparison((0.5, 0.5), (0.5, 0.5), 0.98)).startswith("Slower: 0.98×")
+    # mean .95; half an interval is 4.303 * .05 / sqrt 3 = .124 or a tenth of it
+    for spread, starts in ((0.05, "0.95× the speed"), (0.005, "Slower: 0.95× the speed")):
+        seeds = [comparison((0.5, 0.5), (0.5, 0.5), 0.95 + by) for by in (-spread, 0.0, spread)]
+        assert headline(seeds[0], seeds).startswith(starts)
+
+
 def test_one_seed_has_the_standard_error_of_a_score() -> None:
     assert standard_error(0.5, 10_000) == 0.005
     (knn, _) = contrasts(comparison((0.5, 0.5), (0.52, 0.5)))

@@ -197,6 +197,33 @@ def test_a_run_that_fails_is_told_and_loses_no_other(
     assert "- bad, seed 0: failed RunFailed" in (tmp_path / "tiny" / "table.md").read_text()
 
 
+def test_another_study_takes_what_is_there_and_a_run_of_three_arms_is_compared(
+    monkeypatch: pytest.MonkeyPatch, trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = {"e2e": row("e2e"), "cached": row()}
+    monkeypatch.setitem(STUDIES, "tiny", lambda: Study("Two arms?", arms, "e2e", SMALL, seeds=(0,)))
+    monkeypatch.setitem(STUDIES, "other", lambda: Study("Three?", arms | {"freeze": row("freeze")}, "e2e", SMALL))
+    assert main(["study", "tiny", "--run", str(tmp_path)]) == 0
+    assert not (tmp_path / "tiny/e2e-seed-0/speedup.json").exists()
+    trained.clear()
+    assert main(["study", "other", "--run", str(tmp_path), "--seeds", "0"]) == 0
+    run = tmp_path / "other/e2e-seed-0"
+    assert trained == ["e2e-seed-0/freeze"], "the rest is taken; caches are built again to be timed"
+    found = json.loads((run / "speedup.json").read_text())
+    record = json.loads((tmp_path / "tiny/e2e-seed-0/stage-1/stage.json").read_text())
+    assert found["arms"]["cached"]["cache_seconds"] == pytest.approx(record["cache_seconds"])
+    assert found["seeds"]["seeds"] == [0] and found["seeds"]["cached_less_e2e"]["knn_top1"]["claimed"] is False
+    html = (run / "report.html").read_text()
+    assert "one seed" in html and "no difference is claimed" in html
+    assert not list((tmp_path / "caches").glob("cut-*"))
+    capsys.readouterr()
+    assert main(["study", "other", "--run", str(tmp_path), "--seeds", "0", "--list"]) == 0
+    out = capsys.readouterr().out
+    assert "0 of 1 runs are still to do" in out and "e2e, cached, freeze" in out and "1+2" in out
+    assert main(["study", "--run", str(tmp_path)]) == 0
+    assert any(line.split()[:4] == ["other", "3", "3", "1"] for line in capsys.readouterr().out.splitlines())
+
+
 def test_ctrl_c_saves_writes_the_table_and_ends_with_130(studies: None, tmp_path: Path) -> None:
     stop: Any = StopAfter(6)
     flags = ask(tmp_path, "--seeds", "0")
