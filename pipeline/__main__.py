@@ -168,6 +168,7 @@ def overview() -> str:
             *lines,
             "",
             "`permafrost VERB --help` lists every flag and setting with its default.",
+            "torchrun --nproc-per-node N -m -- pipeline VERB trains on N ranks; see docs/DISTRIBUTED.md.",
         )
     )
 
@@ -256,7 +257,8 @@ def stop_on_signal(stop: threading.Event, rank: Rank = ALONE) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
+        # A rank that is about to say why it ends is sent SIGTERM by torchrun, because another has ended already.
+        for number, handler in before.items() if rank.ranks == 1 else ():
             signal.signal(number, handler)
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -42,16 +43,14 @@ def work_together(job: Job, verb: str, function: Callable[[Job], Any], rank: Ran
     refuse_what_ranks_cannot(job.config, verb, rank.ranks)
     team = join(job, rank)
     if team.leads:
-        function(_of_team(job, team))
+        function(replace(job, team=team))
         team.told({"end": 0})
-        dist.destroy_process_group()
-        return 0
-    number, _ = local_rank()
-    return follow(_of_team(Job(**vars(job) | {"config": on_own_device(job.config, number)}), team))
-
-
-def _of_team(job: Job, team: Ranks) -> Job:
-    return Job(**vars(job) | {"team": team})
+        status = 0
+    else:
+        number, _ = local_rank()
+        status = follow(replace(job, team=team, config=on_own_device(job.config, number)))
+    dist.destroy_process_group()
+    return status
 
 
 def join(job: Job, rank: Rank) -> Ranks:

@@ -200,7 +200,9 @@ def test_torchrun_told_to_stop_stops_all_ranks_with_the_state_saved(tmp_path: Pa
             [*torchrun, "pipeline", "stage", "0", *asked(root)],
             cwd=tmp_path, env=environment, stdout=out, stderr=subprocess.STDOUT,
         )  # fmt: skip
-        while process.poll() is None and not ((events := root / "events.jsonl").exists() and events.stat().st_size):
+        events, latest = root / "events.jsonl", time.monotonic() + 120
+        while process.poll() is None and not (events.exists() and events.stat().st_size):
+            assert time.monotonic() < latest, "it has not begun to train"
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         process.wait(60)

@@ -128,6 +128,16 @@ def state_of(model: Learner) -> dict[str, Tensor]:
     return {f"{part}/{name}": value.clone() for part, state in parts for name, value in state.items()}
 
 
+def held(folder: Path, tar: str) -> tuple[int, int]:
+    """Learning values of a sharded model: those that this rank holds, and all."""
+    team, one = of_ranks(), masked(folder, images_of(tar), parallel="fsdp")
+    model = one.make(one.segments[0])
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    team.take(model, one.train)
+    parts: list[Any] = list(model.parameters())
+    return sum(parameter.to_local().numel() for parameter in parts), whole
+
+
 # --- what ranks find out about each other -----------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from stages.images import ImageList
 from stages.team import SOLO
 from tests.ranks import on_ranks
 from tests.stages.loop import STATE
-from tests.stages.teamwork import ARMS, BOTH, ended_by_the_leader, train_all, train_one, ways_to_differ
+from tests.stages.teamwork import ARMS, BOTH, ended_by_the_leader, held, train_all, train_one, ways_to_differ
 
 pytestmark = pytest.mark.slow
 
@@ -72,6 +72,13 @@ def test_a_state_is_whole_and_knows_of_no_ranks(name: str, folder: Path, togethe
     found = [read_state(folder / f"{name}, {kind}" / STATE)[2] for kind in ("ddp", "fsdp")]
     shapes = [{key: (value.shape, value.dtype) for key, value in tensors.items()} for tensors in found]
     assert shapes[0] == shapes[1] and len(shapes[0]) > 20
+
+
+def test_each_rank_holds_its_part_of_the_weights(tar: str, tmp_path: Path) -> None:
+    parts = on_ranks(2, held, tmp_path, tar)
+    whole = parts[0][1]
+    assert sum(part for part, _ in parts) == whole, "nothing is held twice"
+    assert all(0.4 * whole < part < 0.6 * whole for part, _ in parts)
 
 
 # --- stopped, and gone on with by others ------------------------------------------------------------------------------
