@@ -191,7 +191,7 @@ def words_for(wanted: Wanted, events: Events, selection: Selection) -> str:
     keep_all, stages = config.cache.keep == "all", range(1, len(marks) + 1)
     candidates: list[Candidate] = [candidate(events.wanted, stage) for stage in stages]
     if choose(candidates, selection.bytes, keep_all) == selection.chosen:
-        return f"cache.over_budget=live cache.budget_gb={selection.bytes / 1e9 * (1 + 1e-9):.9g}"
+        return f"cache.over_budget=live cache.budget_gb={max(selection.bytes, 1000) / 1e9 * (1 + 1e-9):.9g}"
     return "none"
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import save_file
 
 from cache.layout import Layout
+from cache.writer import NO_LIMIT
 from models.spec import FeatureSpec
 from models.vit import build_encoder, frozen_hash
 from pipeline.building import job_of
@@ -118,6 +119,7 @@ def built(
     """Build a small cache in `folder`, as number so and so, from the one before of a number (-1: from images)."""
     continued = str(folder / str(parent)) if parent >= 0 else None
     job = job_of(wanted, need, layout, str(weights.absolute()), str(folder / str(number)), continued)
+    job = replace(job, limit=NO_LIMIT)  # what a fresh encoder's features lose says nothing of a trained one's
     images = wanted.data.train.only(range(layout.num_samples))
     started, marks = time.perf_counter(), []
     with task_runner(wanted.config.cluster) as run:
