@@ -35,3 +35,7 @@ class Job:
     """Who trains: this process, or all ranks of torchrun."""
     target: str | int | None = None
     """The stage's number, the arm's name, or what else follows the verb."""
+    images: int = 0
+    """plan: so many training images, which need not be here; 0 takes those of the data."""
+    device_profile: str = ""
+    """plan: the name or file of a device profile; empty measures this machine."""
