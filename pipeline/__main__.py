@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from cache.patience import use_store
 from cache.rank import ALONE, Rank
 from pipeline import __version__
 from pipeline.checks import check
@@ -204,6 +205,7 @@ def read_job(name: str, args: list[str]) -> Job:
         request = run_tyro(request_type(verb), args, prog=f"permafrost {name}", default=request_type(verb)(config))
         words, config = list(request.target), request.settings
     check(config)
+    use_store(config.store)
     paths = run_paths(flags.run, recipe, config.cache.root)
     previous = read_toml(paths.config) if paths.config.exists() else None
     config = resolve(config, previous, detect=verb.torch)

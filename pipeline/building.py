@@ -126,4 +126,5 @@ def job_of(
         rand_augment=need.rand_augment,
         limit=ErrorLimit(largest=config.cache.max_error),
         memory=config.cache.memory,
+        store=config.store,
     )

@@ -21,6 +21,7 @@ from cache.errors import DamagedCache, MissingCache, StaleCache
 from cache.layout import Layout, Shard, Stored
 from cache.loader import prefetch
 from cache.manifest import MANIFEST, CacheManifest, read_manifest
+from cache.patience import StoreConfig, use_store
 from cache.place import place_of
 from cache.reader import MEMORY
 from cache.size import check_space
@@ -70,6 +71,8 @@ class EncodeJob:
     """What the cache may lose; `build` adds what its parent has lost."""
     memory: int = MEMORY
     """Bytes of the parent, and of a cache that rows are taken over from, that each reader may map."""
+    store: StoreConfig = StoreConfig()
+    """How a worker asks object stores."""
 
 
 RunTasks = Callable[[Callable[[Any], Shard], Sequence[Any]], Iterator[Shard]]
@@ -209,6 +212,7 @@ def encode_shard(task: tuple[EncodeJob, Shard, Taken | None], load: Load | None 
     """
     job, shard, taken = task
     torch.set_num_threads(job.threads)
+    use_store(job.store)
     folder, layout = place_of(job.folder), job.layout
     rows = np.arange(shard.first_row, shard.first_row + shard.rows)
     if taken is None:
