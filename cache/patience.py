@@ -51,7 +51,8 @@ class CutShort(OSError):
     """A store gave or took another number of bytes than it was asked for: what broke is the connection."""
 
 
-_settings = StoreConfig()
+DEFAULT_STORE = StoreConfig()
+_settings = DEFAULT_STORE
 _repeated: Counter[str] = Counter()
 _counting = Lock()
 
@@ -100,7 +101,8 @@ def passes(error: BaseException) -> bool:
 
 def is_refusal(error: BaseException) -> bool:
     """Whether a store refuses because of the keys: none, wrong, expired, or without the right."""
-    return isinstance(error, PermissionError) or code_of(error) in EXPIRED or "credential" in type(error).__name__.lower()
+    no_keys = "credential" in type(error).__name__.lower()
+    return no_keys or isinstance(error, PermissionError) or code_of(error) in EXPIRED
 
 
 def code_of(error: BaseException) -> str:

@@ -115,7 +115,7 @@ def reaching(place: Path) -> Iterator[None]:
                 f"{place} is refused ({why}); check the bucket and the keys in the environment (AWS_ACCESS_KEY_ID, "
                 "...): they are wrong, have expired, or may not do this"
             ) from error
-        if why == "Bad Request":  # all that a server says to HEAD, whose answer has no body
+        if why.endswith("Bad Request"):  # all that a server says to HEAD, whose answer has no body
             why += ", which may mean expired keys"
         raise StoreUnreachable(f"{place} cannot be reached ({why}); nothing is lost, run again when it can") from error
 

@@ -18,8 +18,8 @@ class DataConfig:
     limit: int = 0
     """Use only so many training images, evenly spread over the list; 0 uses all."""
     cache_gb: float = 10.0
-    """Of images behind URLs, keep copies of up to so many 10^9 bytes in <run>/index/copies, the least recently used goes
-    first; 0 keeps none, and every image is read from its store whenever it is met."""
+    """Of images behind URLs, keep copies of up to so many 10^9 bytes in <run>/index/copies, the least recently used
+    goes first; 0 keeps none, and every image is read from its store whenever it is met."""
     on_bad: Literal["stop", "skip"] = "stop"
     """A file that is no readable image stops the run, or is left out and recorded."""
     crop_scale: tuple[float, float] = (0.2, 1.0)

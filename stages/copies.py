@@ -73,6 +73,7 @@ class Copies:
 
     def _makes_room(self, size: int, only_into_room: bool) -> bool:
         """Whether there is room for so many bytes now."""
+        self.folder.mkdir(parents=True, exist_ok=True)  # a person may have removed it since
         if self._known is None or self._written > self.limit / 16:
             self._look()
         if not only_into_room and self._bytes + size > self.limit:
@@ -87,7 +88,6 @@ class Copies:
 
     def _look(self, size: int = 0) -> None:
         """Count what is there and, where `size` bytes more would pass the bound, remove the oldest of it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         with suppress(Timeout), FileLock(self.folder / ".lock", timeout=0):  # or another process makes room
             found = deque(sorted(self._files()))
             total = sum(each for _, each, _ in found)

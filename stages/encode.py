@@ -21,7 +21,7 @@ from cache.errors import DamagedCache, MissingCache, StaleCache
 from cache.layout import Layout, Shard, Stored
 from cache.loader import prefetch
 from cache.manifest import MANIFEST, CacheManifest, read_manifest
-from cache.patience import StoreConfig, use_store
+from cache.patience import DEFAULT_STORE, StoreConfig, use_store
 from cache.place import place_of
 from cache.reader import MEMORY
 from cache.size import check_space
@@ -71,7 +71,7 @@ class EncodeJob:
     """What the cache may lose; `build` adds what its parent has lost."""
     memory: int = MEMORY
     """Bytes of the parent, and of a cache that rows are taken over from, that each reader may map."""
-    store: StoreConfig = StoreConfig()
+    store: StoreConfig = DEFAULT_STORE
     """How a worker asks object stores."""
 
 

@@ -18,7 +18,9 @@ import pytest
 from beartype import beartype
 from jaxtyping import Shaped, jaxtyped
 
-from tests.object_store import ObjectStore
+from cache.patience import use_store
+from tests.faulty import FaultyStore
+from tests.object_store import IMPATIENT, ObjectStore
 
 SUFFIX = re.compile(r"[a-z0-9]_([A-Z]+)$")
 
@@ -78,5 +80,21 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectSto
         for name, value in store.environment.items():
             patch.setenv(name, value)
         store.start()
+        use_store(IMPATIENT)
         yield store
         store.stop()
+
+
+@pytest.fixture
+def faulty(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyStore]:
+    """A proxy in front of the object store, which the environment names instead; clients are made anew for it."""
+    from s3fs import S3FileSystem
+
+    proxy = FaultyStore(object_store)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    S3FileSystem.clear_instance_cache()
+    use_store(IMPATIENT)
+    yield proxy
+    proxy.stop()
+    use_store(IMPATIENT)
+    S3FileSystem.clear_instance_cache()
