@@ -109,7 +109,7 @@ def reaching(place: Path) -> Iterator[None]:
         if not is_remote(place):
             raise
         slow = f"no answer within {store_settings().timeout:g} s" if isinstance(error, TimeoutError) else ""
-        why = _without_secrets(" ".join(str(error).split()) or slow or type(error).__name__)
+        why = without_secrets(" ".join(str(error).split()) or slow or type(error).__name__)
         if is_refusal(error) or "credential" in why.lower():
             raise StoreUnreachable(
                 f"{place} is refused ({why}); check the bucket and the keys in the environment (AWS_ACCESS_KEY_ID, "
@@ -120,7 +120,8 @@ def reaching(place: Path) -> Iterator[None]:
         raise StoreUnreachable(f"{place} cannot be reached ({why}); nothing is lost, run again when it can") from error
 
 
-def _without_secrets(text: str) -> str:
+def without_secrets(text: str) -> str:
+    """A text without the keys of the environment, whatever a server or a client has repeated of them."""
     for name in SECRETS:
         if value := os.environ.get(name):
             text = text.replace(value, "***")

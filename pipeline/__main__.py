@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import tyro
 
 from cache.patience import use_store
+from cache.place import without_secrets
 from cache.rank import ALONE, Rank
 from pipeline import __version__
 from pipeline.checks import check
@@ -305,7 +306,7 @@ def _end(args: list[str], error: BaseException, status: int | None, text: str) -
 
         status, text = ending(error, status, text)
     if status is None or "--debug" in args:
-        traceback.print_exception(error)
+        print(without_secrets("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     if status is not None and text:
         print("permafrost: " + " ".join(text.split()), file=sys.stderr)
     return FAILED if status is None else status
