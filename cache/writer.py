@@ -139,7 +139,7 @@ def write_rows(
     Unrepresentable, naming the value; TooCoarse when the shard alone is above the limit, and CacheError on a full disk.
     """
     shard = Shard(view, first_row, len(block.keys))
-    assert shard in layout.shards, f"{shard} is no shard of the layout: one writer per shard"
+    assert layout.holds(shard), f"{shard} is no shard of the layout: one writer per shard"
     def make(row: int) -> Mapping[str, np.ndarray]:
         return stored_row(layout, view, block, row)
 
@@ -181,7 +181,7 @@ def write_stored(
     batch: int = 0,
 ) -> list[ShardEntry]:
     """`write_rows` of rows that are as they are stored already, one after the other."""
-    assert shard in layout.shards, f"{shard} is no shard of the layout: one writer per shard"
+    assert layout.holds(shard), f"{shard} is no shard of the layout: one writer per shard"
     found_N6 = np.empty((shard.rows, len(Moments._fields)))
 
     def checked() -> Iterator[Mapping[str, np.ndarray]]:
