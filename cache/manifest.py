@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -269,11 +269,15 @@ def atomic_write(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def atomic_stream(path: Path, parts: Iterable[Buffer], size: int) -> tuple[int, str]:
+def atomic_stream(
+    path: Path, parts: Iterable[Buffer], size: int, later: ExitStack | None = None
+) -> tuple[int, str]:
     """The same with a file of about `size` bytes that comes in parts and is never in memory whole; returns its bytes
-    and sha256. An error of `parts` leaves the old file, too."""
+    and sha256. An error of `parts` leaves the old file, too. The file gets its name when `later` is closed, where that
+    is given, and vanishes when that is left by an error."""
     digest, written = hashlib.sha256(), 0
-    with _replacing(path, size) as file:
+    with ExitStack() as now:
+        file = (later or now).enter_context(_replacing(path, size))
         for part in parts:
             written += file.write(part)
             digest.update(part)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cache.attempts import attempt
 from cache.backends import files_of
 from cache.codecs import CODECS, describe
 from cache.errors import CacheError, MissingCache, StaleCache, TooCoarse, Unrepresentable
@@ -191,15 +192,14 @@ def write_stored(
         found = Moments.join(found_N6)  # before the file gets its name
         limit.check(relative_rmse(found.error_squares, found.given_squares), layout.spec)
 
-    entries: list[ShardEntry] = []
     size = sum(array.shard_bytes(shard.rows, layout.shard_rows) for array in layout.arrays)
-    for name, parts in files_of(layout.backend).shard_files(folder, layout, shard, checked(), keys):
-        written, digest = atomic_stream(folder / name, parts, size)
-        entry = ShardEntry(name, shard.first_row, shard.rows, written, digest)
-        if not entries:
-            entry = replace(entry, moments=tuple(Moments.join(found_N6)), batch=batch)
-        entries.append(entry)
-    write_receipt(folder, layout, receipt_name(shard), entries)
+    with attempt(folder, layout, shard) as (files, entries):
+        for name, parts in files_of(layout.backend).shard_files(folder, layout, shard, checked(), keys):
+            written, digest = atomic_stream(folder / name, parts, size, files)
+            entry = ShardEntry(name, shard.first_row, shard.rows, written, digest)
+            if not entries:
+                entry = replace(entry, moments=tuple(Moments.join(found_N6)), batch=batch)
+            entries.append(entry)
     return entries
 
 
@@ -345,4 +345,4 @@ def _sweep(folder: Path, named: set[str]) -> None:
     kept = [path for place in (STORE, TARS, INDEX) for path, _ in files_below(folder / place)]
     for path in [*kept, *matching(folder, f".{MANIFEST}.*.tmp")]:
         if path.relative_to(folder).as_posix() not in named:
-            path.unlink()
+            path.unlink(missing_ok=True)  # of an attempt that came too late, and has just removed it itself
