@@ -12,8 +12,7 @@ import torch
 
 from cache.layout import Shard
 from cache.writer import create_store, drop_receipts
-from pipeline.building import encode_job
-from pipeline.cluster import task_runner
+from pipeline.building import encode_job, sweeping
 from pipeline.desk import Desk
 from pipeline.show import console, spread
 from stages.device import autocast
@@ -25,7 +24,7 @@ def bench_encode(desk: Desk) -> dict[str, list[float]]:
     wanted = desk.wanted
     if len(wanted.segments) < 2:
         return {}
-    with tempfile.TemporaryDirectory(dir=wanted.paths.root) as folder, task_runner(wanted.config.cluster) as run:
+    with tempfile.TemporaryDirectory(dir=wanted.paths.root) as folder, sweeping(desk) as run:
         job = replace(encode_job(wanted, wanted.features(1)), folder=folder)
         data, shards = wanted.data.train, job.layout.shards[: wanted.config.bench.shards]
         create_store(Path(folder), job.layout, data.labels, data.keys, data.digests)

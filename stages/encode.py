@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cache import open_cache
@@ -38,8 +37,9 @@ from cache.writer import (
 from models.config import ModelConfig
 from models.masking import take_tokens
 from models.targets import normalize_images, patchify
-from models.vit import Encoder, build_encoder, frozen_hash
+from models.vit import Encoder, build_encoder
 from stages.augment import augmenter
+from stages.carried import frozen_state
 from stages.config import DataConfig
 from stages.device import autocast
 from stages.images import ImageList, open_data
@@ -125,7 +125,7 @@ def check_inputs(job: EncodeJob, images: ImageList, parent: CacheManifest | None
     """Whether a cache was made of what its spec names, from the first shard to the last: StaleCache, naming what was
     changed in the meantime. Images are also compared with their hashes whenever one is read."""
     spec = job.layout.spec
-    _require_weights(job.weights, load_file(job.weights), spec.cut, spec.weights)
+    frozen_state(job.weights, spec.cut, spec.weights)
     if parent is not None:
         assert job.parent is not None
         if read_manifest(job.parent) != parent:
@@ -139,15 +139,6 @@ def check_inputs(job: EncodeJob, images: ImageList, parent: CacheManifest | None
         raise StaleCache(
             f"{changed} in {job.data.source} was {how} while the cache was built; undo that, or run again, which takes "
             "the images as they are now"
-        )
-
-
-def _require_weights(file: str, state: dict[str, Tensor], cut: int, weights_hash: str) -> None:
-    found = frozen_hash(state, cut)
-    if found != weights_hash:
-        raise StaleCache(
-            f"{file} has weights={found[:8]}… up to cut {cut}, the cache wants weights={weights_hash[:8]}…; "
-            "run `make explain`"
         )
 
 
@@ -172,11 +163,11 @@ class Part:
 
 @lru_cache(maxsize=2)
 def frozen_encoder(weights: str, weights_hash: str, cut: int, model: ModelConfig, device: str) -> Encoder:
-    """The encoder that a cache is made with, built once per worker. Raises StaleCache when its weights differ."""
+    """The encoder that a cache is made with, built once per worker. Raises WeightsUnseen when its weights are
+    not there, or differ."""
     encoder = build_encoder(model, seed=0)
-    state = load_file(weights)
-    _require_weights(weights, state, cut, weights_hash)
-    encoder.vit.load_state_dict(state)
+    found = encoder.vit.load_state_dict(frozen_state(weights, cut, weights_hash), strict=False)
+    assert not found.unexpected_keys, "a file of weights of this model, with all that is frozen: their hash says so"
     encoder.set_attention(device)
     return encoder.to(device).eval()
 
@@ -184,7 +175,8 @@ def frozen_encoder(weights: str, weights_hash: str, cut: int, model: ModelConfig
 @lru_cache(maxsize=2)
 def training_images(data: DataConfig, index_folder: str, digest: str) -> ImageList:
     """The training images, opened once per worker. Raises StaleCache when they are not those that are wanted."""
-    images = open_data(data, Path(index_folder)).train
+    folder = Path(index_folder)
+    images = open_data(data, folder if folder.parent.is_dir() else None).train  # a worker may not see the run's folder
     if images.digest != digest:
         raise StaleCache(
             f"{data.source} holds data={images.digest[:8]}…, the cache wants data={digest[:8]}…: images were changed "
