@@ -6,12 +6,13 @@ zarr."""
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from cache.errors import CacheError
+from cache.errors import CacheError, MissingCache
 from cache.layout import Layout, Shard
 from cache.lock import hold_shard
 from cache.manifest import MANIFEST, CacheManifest, ShardEntry, find_damage, read_manifest
@@ -32,6 +33,8 @@ def attempt(folder: Path, layout: Layout, shard: Shard) -> Iterator[tuple[ExitSt
     """(files, entries) of an attempt, both to be filled: files opened on the stack get their names when the block is
     left, together, and the receipt says that they are there. Where another attempt was first, `entries` become its."""
     entries: list[ShardEntry] = []
+    if not is_remote(folder) and not folder.is_dir():  # made anew here it would be lost with this computer's disk
+        raise MissingCache(f"{folder} is not there on {socket.gethostname()}; all workers must see the caches")
     try:
         with ExitStack() as files:
             yield files, entries

@@ -8,11 +8,12 @@ Shapes: N the samples of a shard, L tokens, S prefix tokens of all groups, D wid
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,10 +39,13 @@ from cache.manifest import (
     seal,
     write_manifest,
 )
-from cache.place import files_below, matching, remove_tree
+from cache.place import files_below, matching, place_of, remove_tree
 from cache.receipts import RECEIPTS, STORE_RECEIPT, read_receipt, receipt_name, write_receipt
 from cache.rounding import Moments, Rounded, Unfit, moments, relative_rmse, round_features
 from models.spec import FeatureSpec
+
+Run = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+"""Maps a function over tasks, anywhere and in any order."""
 
 
 @dataclass(frozen=True)
@@ -113,16 +117,27 @@ def create_store(
     write_receipt(folder, layout, STORE_RECEIPT, entries)
 
 
-def missing_shards(folder: Path, layout: Layout) -> list[Shard]:
-    """Shards still to be written: no receipt of this very layout, or files that, hashed afresh, differ from it."""
+RECEIPTS_AT_ONCE = 16
+"""Shards whose files are hashed as one task."""
+
+
+def missing_shards(folder: Path, layout: Layout, run: Run = map) -> list[Shard]:
+    """Shards still to be written: no receipt of this very layout, or files that, hashed afresh, differ from it. `run`
+    hashes anywhere."""
     if _finished(folder, layout):
         return []
+    there = {path.name for path in matching(folder / RECEIPTS, "*.json")}
+    noted = [shard for shard in layout.shards if f"{receipt_name(shard)}.json" in there]
+    parts = [tuple(noted[one : one + RECEIPTS_AT_ONCE]) for one in range(0, len(noted), RECEIPTS_AT_ONCE)]
+    whole = set(chain.from_iterable(run(whole_shards, [(str(folder), layout, part) for part in parts])))
+    return [shard for shard in layout.shards if shard not in whole]
 
-    def is_whole(shard: Shard) -> bool:
-        entries = read_receipt(folder, layout, receipt_name(shard))
-        return entries is not None and not any(find_damage(folder, entry) for entry in entries)
 
-    return [shard for shard in layout.shards if not is_whole(shard)]
+def whole_shards(task: tuple[str, Layout, tuple[Shard, ...]]) -> list[Shard]:
+    """Those of some shards that have a receipt to which their files hash."""
+    folder, layout, shards = place_of(task[0]), task[1], task[2]
+    found = [(shard, read_receipt(folder, layout, receipt_name(shard))) for shard in shards]
+    return [shard for shard, entries in found if entries and not any(find_damage(folder, entry) for entry in entries)]
 
 
 def write_rows(

@@ -46,24 +46,14 @@ def task_runner(
                 "`dask scheduler`, or correct cluster.address"
             ) from error
         stack.callback(crew.close)
-        if not steady and (remote(config) or importlib.util.find_spec("bokeh")):
+        if not steady and (config.remote or importlib.util.find_spec("bokeh")):
             tell(f"dashboard: {crew.client.dashboard_link}")
         yield crew
 
 
-def remote(config: ClusterConfig) -> bool:
-    """Whether tasks leave this machine."""
-    return bool(config.address or config.scheduler_file) or config.kind != "local"
-
-
-def spread_out(config: ClusterConfig, device: str = "cpu") -> bool:
-    """Whether a cluster is asked for, or chosen, that is more than this process."""
-    return remote(config) or local_processes(config, device) > 0
-
-
 def local_processes(config: ClusterConfig, device: str) -> int:
     """Worker processes on this machine; 0 is one worker inside this process."""
-    if config.workers or remote(config):
+    if config.workers or config.remote:
         return config.workers
     return chosen(cores(), len(gpus()) if device == "cuda" else 0)
 

@@ -67,6 +67,16 @@ class ClusterConfig:
     volume: str = ""
     """CLAIM:PATH, the persistent volume claim that pods mount, and where; caches and images lie there."""
 
+    @property
+    def remote(self) -> bool:
+        """Whether tasks leave this machine."""
+        return bool(self.address or self.scheduler_file) or self.kind != "local"
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether other processes than this one are asked for."""
+        return self.remote or self.workers > 0
+
 
 @dataclass(frozen=True)
 class BenchConfig:

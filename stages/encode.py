@@ -3,7 +3,7 @@ shard of one view, wherever it runs, and leaves a receipt; a build goes on at th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -72,7 +72,7 @@ class EncodeJob:
     """Bytes of the parent, and of a cache that rows are taken over from, that each reader may map."""
 
 
-RunTasks = Callable[[Callable[[Any], Shard], Sequence[Any]], Iterator[Shard]]
+RunTasks = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 
 def build(
@@ -90,20 +90,23 @@ def build(
     check_space(folder, layout)
     create_store(folder, layout, images.labels, images.keys, images.digests)
     donor = None
-    if missing := missing_shards(folder, layout):
+    if missing := missing_shards(folder, layout, run):
         kin = layout.spec.kin(parent_kin)
         donor = find_donor(folder, layout, kin, images.labels, images.keys, images.digests, job.memory)
     if donor:
         missing = [shard for shard in missing if not donor.link(folder, layout, shard)]
-    tasks = [(job, shard, donor.taken(layout, shard) if donor else None) for shard in missing]
+
+    def taken(shard: Shard) -> Taken | None:
+        return donor.taken(layout, shard) if donor else None
+
     if donor:
-        new = sum(shard.rows if taken is None else len(taken.new) for _, shard, taken in tasks)
+        new = sum(shard.rows if (old := taken(shard)) is None else len(old.new) for shard in missing)
         total = layout.num_samples * layout.spec.views
         tell(f"{total - new} of {total} rows are taken over from {donor.folder} or there already, {new} are computed")
     done = len(layout.shards) - len(missing)
     if donor and done:
         yield done, len(layout.shards)
-    for _ in run(encode_shard, tasks):
+    for _ in run(encode_shard, ((job, shard, taken(shard)) for shard in missing)):  # few are there at a time
         done += 1
         yield done, len(layout.shards)
     if not (folder / MANIFEST).exists():
