@@ -11,13 +11,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol, TypeVar
 from uuid import uuid4
 
-from distributed import CancelledError, Client, Future, KilledWorker, Worker, WorkerPlugin, get_worker
+from distributed import Client, Future, KilledWorker, Worker, WorkerPlugin, get_worker
 
 from pipeline.config import ClusterConfig
 from pipeline.job import RunFailed
@@ -92,6 +93,8 @@ class Crew:
     ) -> None:
         self._connect, self._config, self._tell, self._steady = connect, config, tell, steady
         self._weights: dict[str, Weights] = {}
+        self._running: dict[int, Running] = {}
+        self._took: deque[float] = deque(maxlen=100)
         self._meet()
 
     def close(self) -> None:
@@ -103,19 +106,20 @@ class Crew:
 
     def __call__(self, function: Callable[[T], U], tasks: Iterable[T]) -> Iterator[U]:
         """Results as they come. Leaving early cancels what is left; what a thread has begun ends unheard."""
-        self._function, self._running, self._owner = function, dict[int, Running](), dict[str, int]()
-        self._took: deque[float] = deque(maxlen=100)
+        self._function, self._owner = function, dict[str, int]()
+        self._running.clear()
+        self._took.clear()
         waiting, looked = enumerate(tasks), time.monotonic()
         try:
             while True:
-                for number, task in islice(waiting, max(0, self._room - len(self._running))):
-                    self._running[number] = Running(task)
-                    self._submit(number)
+                new = dict(islice(waiting, max(0, self._room - len(self._running))))
+                self._running |= {number: Running(task) for number, task in new.items()}
+                self._submit(*new)
                 if not self._running:
                     return
                 yield from self._results()
                 if not self._steady and time.monotonic() - looked >= LOOK_EVERY:
-                    self._look()
+                    self.look()
                     looked = time.monotonic()
         finally:
             for one in list(self._running):
@@ -123,39 +127,53 @@ class Crew:
 
     # --- tasks --------------------------------------------------------------------------------------------------------
 
-    def _submit(self, number: int, **where: Any) -> None:
-        run, key = self._running[number], f"{self._function.__name__}-{uuid4().hex}"
-        call = (self._function,) if self._steady else (on_worker, self._topic, self._function)
-        future = self.client.submit(*call, run.task, key=key, pure=False, **where)
-        run.attempts[key], self._owner[key] = future, number
+    def _submit(self, *numbers: int, **where: Any) -> None:
+        """An attempt at each of some tasks: together, since that costs hardly more than one."""
+        if not numbers:
+            return
+        function = self._function if self._steady else partial(on_worker, self._topic, self._function)
+        keys = [f"{self._function.__name__}-{uuid4().hex}" for _ in numbers]
+        tasks = [self._running[number].task for number in numbers]
+        futures = self.client.map(function, tasks, key=keys, pure=False, **where)
         arrived = self._arrived
-        future.add_done_callback(lambda done: arrived.put((done.key, None)))
+        for number, key, future in zip(numbers, keys, futures, strict=True):
+            self._running[number].attempts[key], self._owner[key] = future, number
+            future.add_done_callback(lambda done: arrived.put((done.key, None)))
 
     def _results(self) -> Iterator[Any]:
         """The results of what has come in, after a moment of waiting for it."""
+        news: list[tuple[str, str | None]] = []
         with contextlib.suppress(Empty):
-            news = [self._arrived.get(timeout=LOOK_EVERY)]
+            news.append(self._arrived.get(timeout=LOOK_EVERY))
             while True:
-                for key, worker in news:
-                    if key not in self._owner:
-                        continue
-                    if worker is None:
-                        yield from self._ended(self._owner[key], key)
-                    else:
-                        self._running[self._owner[key]].started[key] = time.monotonic(), worker
-                news = [self._arrived.get_nowait()]
-
-    def _ended(self, number: int, key: str) -> Iterator[Any]:
-        run = self._running[number]
-        future = run.attempts[key]
-        if future.status == "finished":
-            if key in run.started:
-                self._took.append(time.monotonic() - run.started[key][0])
-            with contextlib.suppress(CancelledError):
-                result = future.result()  # computed again where its worker was lost just now
+                news.append(self._arrived.get_nowait())
+        for key, worker in news:
+            if worker is not None and key in self._owner:
+                self._running[self._owner[key]].started[key] = time.monotonic(), worker
+        ended = [(key, self._attempt(key)) for key, worker in news if worker is None and key in self._owner]
+        done = {key: future for key, future in ended if future.status == "finished"}
+        try:
+            values = dict(zip(done, self.client.gather(list(done.values())), strict=True)) if done else {}
+        except Exception:  # a worker, or the scheduler, was lost with what it held: their tasks are done again
+            values = {}
+        for key, future in ended:
+            if key not in self._owner:  # another attempt was first, or the scheduler was lost
+                continue
+            number = self._owner[key]
+            if key in values:
+                started = self._running[number].started
+                self._took.extend([time.monotonic() - started[key][0]] if key in started else [])
                 self._drop(number)
-                yield result
-                return
+                yield values[key]
+            else:
+                self._ended(number, key, future)
+
+    def _attempt(self, key: str) -> Future[Any]:
+        return self._running[self._owner[key]].attempts[key]
+
+    def _ended(self, number: int, key: str, future: Future[Any]) -> None:
+        """An attempt has ended and brought nothing."""
+        run = self._running[number]
         if future.status == "error":
             self._failed(run, future.exception())
         elif self._scheduler_lost():
@@ -222,7 +240,8 @@ class Crew:
         self._threads = info["total_threads"]
         return self.client.status != "running" or info["id"] != self._scheduler
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Whether the scheduler is there, how many threads its workers have, and what takes too long."""
         had = self._threads
         if self._scheduler_lost():
             self._renew()
@@ -265,8 +284,8 @@ class Crew:
         for plugin in self._weights.values():
             self.client.register_plugin(plugin)
         self._owner.clear()
-        for number, run in self._running.items():
+        for run in self._running.values():
             run.attempts.clear()
             run.started.clear()
-            self._submit(number)
+        self._submit(*self._running)
         self._tell(f"the scheduler is back: {len(self._running)} tasks are submitted again")
