@@ -179,8 +179,14 @@ def _sincos_1d(width: int, place: Tensor) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
+ALL = -1
+"""A cut behind everything, the last norm included."""
+
+
 def frozen_names(names: Iterable[str], cut: int) -> list[str]:
-    """Those of all before block `cut`, sorted: embedding, prefix, positions, blocks."""
+    """Those of all before block `cut`, sorted: embedding, prefix, positions, blocks; with ALL, of everything."""
+    if cut == ALL:
+        return sorted(names)
     made = ("patch_embed.", "cls_token", "reg_token", "pos_embed", "norm_pre.")
     before = (*made, *(f"blocks.{block}." for block in range(cut)))
     return sorted(name for name in names if name.startswith(before))

@@ -12,7 +12,7 @@ from cache.place import place_of
 from cache.users import read_cost, write_cost
 from cache.verify import Damage
 from cache.writer import ErrorLimit
-from pipeline.cluster import local_processes, task_runner
+from pipeline.cluster import task_runner, torch_threads
 from pipeline.decide import Wanted
 from pipeline.desk import Desk
 from pipeline.job import Interrupted
@@ -105,7 +105,6 @@ def encode_job(wanted: Wanted, need: Need) -> EncodeJob:
     """What workers must know to make a cache. The stage that its weights come from, and its parent, are there."""
     config, spec = wanted.config, wanted.spec(need)
     parent = wanted.spec(need.parent) if need.parent else None
-    processes = local_processes(config.cluster, config.train.device)
     assert spec is not None, "the stage that the weights come from is trained first"
     return EncodeJob(
         folder=str(wanted.cache_folder(spec)),
@@ -118,7 +117,7 @@ def encode_job(wanted: Wanted, need: Need) -> EncodeJob:
         parent_cut=need.start,
         batch=config.cache.encode_batch,
         device=config.train.device,
-        threads=config.cluster.threads or max(1, config.train.threads // max(1, processes)),
+        threads=torch_threads(config.cluster, config.train),
         loader_threads=config.train.loader_threads,
         rand_augment=need.rand_augment,
         limit=ErrorLimit(largest=config.cache.max_error),

@@ -18,6 +18,7 @@ from pipeline.config import ClusterConfig, ConfigError
 from pipeline.jobs import job_cluster
 from pipeline.machine import cores
 from pipeline.tasks import Crew, RunTasks
+from stages.config import TrainConfig
 
 THREADS = 2
 """Tasks that a worker has at once: one computes a shard while the other writes the one before."""
@@ -56,6 +57,11 @@ def local_processes(config: ClusterConfig, device: str) -> int:
     if config.workers or config.remote:
         return config.workers
     return chosen(cores(), len(gpus()) if device == "cuda" else 0)
+
+
+def torch_threads(config: ClusterConfig, train: TrainConfig) -> int:
+    """Torch threads of a worker."""
+    return config.threads or max(1, train.threads // max(1, local_processes(config, train.device)))
 
 
 def chosen(cores: int, gpus: int) -> int:

@@ -61,7 +61,8 @@ def test_attempts_that_end_together_do_not_mix(example: Callable[..., Any], tmp_
             yield
 
     monkeypatch.setattr(attempts, "hold_shard", held)
-    threads = [Thread(target=lambda add=add: found.append(attempt(wanted, folder, add))) for add in (0.0, 1.0, 2.0, 3.0)]
+    adds = (0.0, 1.0, 2.0, 3.0)
+    threads = [Thread(target=lambda add=add: found.append(attempt(wanted, folder, add))) for add in adds]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -95,8 +96,7 @@ def test_a_finished_cache_takes_no_late_attempt_but_what_is_damaged(
     manifest, _ = wanted.build(folder)
     whole = tree(folder)
     entries = attempt(wanted, folder, add=1.0)
-    assert entries == [entry for entry in manifest.shards if (entry.first_row, entry.name.split("/")[1]) == (0, "view_0")
-                       and entry.rows]
+    assert [entry.name for entry in entries] == wanted.layout.files(SHARD) and set(entries) < set(manifest.shards)
     other = replace(wanted, layout=replace(wanted.layout, shard_rows=7))
     assert write_rows(folder, other.layout, 0, 0, other.block(Shard(0, 0, 7))) == []  # of a build with other shards
     assert tree(folder) == whole
@@ -130,7 +130,7 @@ def test_a_shard_is_told_by_its_numbers_and_the_list_of_all_stays_at_home(exampl
 
     layout = replace(example().layout, num_samples=1_000_000, shard_rows=10)
     size = len(pickle.dumps(layout))
-    assert all(layout.holds(shard) for shard in (*layout.shards[:2], layout.shards[-1])) and len(layout.shards) == 200_000
+    assert all(map(layout.holds, (*layout.shards[:2], layout.shards[-1]))) and len(layout.shards) == 200_000
     assert not any(map(layout.holds, (Shard(0, 5, 10), Shard(2, 0, 10), Shard(0, 0, 9), Shard(0, 1_000_000, 10))))
     assert not layout.holds(Shard(0, -10, 10)) and len(pickle.dumps(layout)) == size < 2_000
     assert pickle.loads(pickle.dumps(layout)) == layout

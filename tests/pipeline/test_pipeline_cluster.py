@@ -17,15 +17,17 @@ from cache.layout import Layout
 from cache.verify import verify_cache
 from models.config import ModelConfig
 from models.spec import FeatureSpec
-from models.vit import build_encoder, frozen_hash
+from models.vit import ALL, build_encoder, frozen_hash
 from pipeline.cluster import chosen, on_gpus, task_runner
 from pipeline.config import ClusterConfig, ConfigError
 from pipeline.job import RunFailed
 from stages import carried
-from stages.config import DataConfig
+from stages.config import DataConfig, EvalConfig
 from stages.encode import EncodeJob, build, encode_shard
 from stages.images import open_data
 from stages.mend import mend
+from stages.scores import features, score
+from stages.spread import spread_features
 from stages.views import view_transform_id
 from tests.pipeline import workers
 from tests.pipeline.workers import cluster_of, files, instead, until
@@ -289,3 +291,24 @@ def test_a_cache_folder_that_a_worker_does_not_see_is_not_made_anew(tmp_path: Pa
     with pytest.raises(MissingCache, match=r"mounted is not there on .*all workers must see the caches"):
         encode_shard((elsewhere, one.layout.shards[0], None))
     assert not (tmp_path / "not").exists()
+
+
+@pytest.mark.slow
+def test_probe_features_come_from_workers_to_the_same_bits(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(weights.parent)  # the worker sees neither them nor the run
+    config = EvalConfig(batch_size=2, probes=("knn", "logistic"))
+    data = replace(open_data(DATA), val=IMAGES.only(range(7)))
+    encoder = build_encoder(MODEL, seed=0)
+    encoder.vit.load_state_dict(ENCODER.vit.state_dict())
+    encoder.set_attention("cpu")
+    how = (data, config, 16, "cpu", "float32", 0)
+    digest = frozen_hash(ENCODER.vit.state_dict(), ALL)
+    with cluster_of(tmp_path, workers=1) as cluster, task_runner(cluster.config) as run:
+        compute = spread_features(run, weights.name, digest, MODEL, threads=1)
+        there = compute(encoder, IMAGES, 2, 16, "cpu", "float32", True)
+        assert score(encoder, *how, compute) == score(encoder, *how)
+    here = features(encoder, IMAGES, 2, 16, "cpu", "float32", tokens=True)
+    assert here.pooled_ND.tobytes() == there.pooled_ND.tobytes()
+    assert here.tokens_NLD is not None and there.tokens_NLD is not None and here.tokens_NLD.equal(there.tokens_NLD)
