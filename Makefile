@@ -11,8 +11,11 @@ ARGS ?=
 READY := .venv/.ready
 BIN := .venv/bin
 PERMAFROST = $(BIN)/python -m pipeline
-FLAGS = --config "$(CONFIG)" $(if $(DATA),--data "$(DATA)") $(if $(DATA_VAL),--data-val "$(DATA_VAL)") \
+FLAGS = --config "$(CONFIG)" $(MORE)
+MORE = $(if $(DATA),--data "$(DATA)") $(if $(DATA_VAL),--data-val "$(DATA_VAL)") \
 	$(if $(RUN),--run "$(RUN)") $(if $(CACHE_ROOT),--cache-root "$(CACHE_ROOT)") $(ARGS) $(if $(SET),--set $(SET))
+NAME ?=
+HOURS ?=
 
 .PHONY: help setup all plan explain status e2e freeze speedup probe report verify repair equivalence gc finetune \
 	export study bench test check FORCE
@@ -84,8 +87,10 @@ finetune: $(READY) ## supervised fine-tuning of the last stage's encoder (ARGS=2
 export: $(READY) ## an encoder as a folder that timm loads: <run>/export
 	@$(PERMAFROST) export $(FLAGS)
 
-study: $(READY) ## a grid of overrides as one table (not built yet)
-	@$(PERMAFROST) study $(FLAGS)
+# A study has a recipe of its own, in whose place a CONFIG that was given goes.
+study: $(READY) ## a grid of overrides and seeds as one table: NAME=study, HOURS=limit; without NAME their list
+	@$(PERMAFROST) study $(NAME) $(if $(filter file,$(origin CONFIG)),,--config "$(CONFIG)") \
+		$(if $(HOURS),--hours "$(HOURS)") $(MORE)
 
 # What the cache is compared with has needs of its own (an older numpy); where it cannot be had, bench goes on without.
 .venv-peers/.tried: constraints-peers.txt

@@ -7,7 +7,8 @@ zarr."""
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 from cache.errors import CacheError, MissingCache
 from cache.layout import Layout, Shard
 from cache.lock import hold_shard
-from cache.manifest import MANIFEST, CacheManifest, ShardEntry, find_damage, read_manifest
+from cache.manifest import MANIFEST, Buffer, CacheManifest, ShardEntry, begin_stream, find_damage, read_manifest
 from cache.place import is_remote, is_there
 from cache.receipts import read_receipt, receipt_name, write_receipt
 
@@ -28,23 +29,53 @@ class Superseded(Exception):
         self.entries = entries
 
 
+class Attempt:
+    """The files of one attempt, written and not yet named, and what is told of them."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self.entries: list[ShardEntry] = []
+        self.files = ExitStack()
+        self._pool = pool
+        self._synced: list[Future[None]] = []
+        self._namings: list[ExitStack] = []
+
+    def stream(self, path: Path, parts: Iterable[Buffer], size: int) -> tuple[int, str]:
+        """Writes a file of about `size` bytes; returns its bytes and sha256. The disk settles it meanwhile."""
+        written, digest, sync, naming = begin_stream(path, parts, size)
+        self.files.push(naming)
+        self._namings.append(naming)
+        self._synced.append(self._pool.submit(sync))
+        return written, digest
+
+    def settle(self) -> None:
+        """Waits until all is on disk."""
+        for done in self._synced:
+            done.result()
+
+    def name(self) -> None:
+        """Gives the files their names: together, since a disk takes about as long for several as for one."""
+        list(self._pool.map(ExitStack.close, self._namings))
+
+
 @contextmanager
-def attempt(folder: Path, layout: Layout, shard: Shard) -> Iterator[tuple[ExitStack, list[ShardEntry]]]:
-    """(files, entries) of an attempt, both to be filled: files opened on the stack get their names when the block is
-    left, together, and the receipt says that they are there. Where another attempt was first, `entries` become its."""
-    entries: list[ShardEntry] = []
+def attempt(folder: Path, layout: Layout, shard: Shard) -> Iterator[Attempt]:
+    """An attempt, whose files are to be streamed and `entries` filled. When the block is left, the files get their
+    names, together, and the receipt says that they are there. Where another attempt was first, `entries` become its."""
     if not is_remote(folder) and not folder.is_dir():  # made anew here it would be lost with this computer's disk
         raise MissingCache(f"{folder} is not there on {socket.gethostname()}; all workers must see the caches")
-    try:
-        with ExitStack() as files:
-            yield files, entries
-            with hold_shard(folder, receipt_name(shard)):
-                if (there := settled(folder, layout, shard)) is not None:
-                    raise Superseded(there)
-                files.close()
-                write_receipt(folder, layout, receipt_name(shard), entries)
-    except Superseded as found:
-        entries[:] = found.entries
+    with ThreadPoolExecutor(len(layout.arrays)) as pool:
+        mine = Attempt(pool)
+        try:
+            with mine.files:
+                yield mine
+                mine.settle()
+                with hold_shard(folder, receipt_name(shard)):
+                    if (there := settled(folder, layout, shard)) is not None:
+                        raise Superseded(there)
+                    mine.name()
+                    write_receipt(folder, layout, receipt_name(shard), mine.entries)
+        except Superseded as found:
+            mine.entries[:] = found.entries
 
 
 def settled(folder: Path, layout: Layout, shard: Shard) -> list[ShardEntry] | None:

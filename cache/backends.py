@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from cache.layout import Layout, Shard
+from cache.layout import Layout, Shard, Stored
 from cache.manifest import Buffer, read_manifest
 from cache.place import place_of
 from cache.reader import MEMORY, RowReader
@@ -34,10 +34,10 @@ class Files(Protocol):
         folder: Path,
         layout: Layout,
         shard: Shard,
-        rows: Iterable[Mapping[str, np.ndarray]],
+        pieces: Iterable[Stored],
         keys: Sequence[str],
     ) -> Iterator[tuple[str, Iterable[Buffer]]]:
-        """A shard's files in the order of `Layout.files`, each by name and in parts, of the rows of every array. To be
+        """A shard's files in the order of `Layout.files`, each by name and in parts, of its rows, some at a time. To be
         written one after the other: the rows are taken while the first is."""
         ...
 

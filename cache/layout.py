@@ -5,6 +5,7 @@ zarr."""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -29,6 +30,10 @@ BLOSC_BYTES = 16
 MOMENTS = ("total", "squares", "peak", "error_squares", "given_squares", "error_peak")
 """Of a sample's features: sum, sum of squares and largest magnitude of what is stored; of its difference to what the
 frozen blocks gave: sum of squares, sum of squares of what they gave, largest."""
+
+
+Stored = Mapping[str, np.ndarray]
+"""Some rows as they are stored: of every array, by name, the same number of entries."""
 
 
 class Shard(NamedTuple):

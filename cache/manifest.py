@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -269,19 +269,50 @@ def atomic_write(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def atomic_stream(
-    path: Path, parts: Iterable[Buffer], size: int, later: ExitStack | None = None
-) -> tuple[int, str]:
+def atomic_stream(path: Path, parts: Iterable[Buffer], size: int) -> tuple[int, str]:
     """The same with a file of about `size` bytes that comes in parts and is never in memory whole; returns its bytes
-    and sha256. An error of `parts` leaves the old file, too. The file gets its name when `later` is closed, where that
-    is given, and vanishes when that is left by an error."""
+    and sha256. An error of `parts` leaves the old file, too."""
+    written, digest, _, naming = begin_stream(path, parts, size)
+    naming.close()
+    return written, digest
+
+
+def begin_stream(path: Path, parts: Iterable[Buffer], size: int) -> tuple[int, str, Callable[[], None], ExitStack]:
+    """`atomic_stream` but for its last steps, which may run in other threads: a function that waits for the disk, and a
+    stack by which the file, once that is closed, gets its name, and vanishes when it is left by an error. CacheError
+    of both."""
     digest, written = hashlib.sha256(), 0
-    with ExitStack() as now:
-        file = (later or now).enter_context(_replacing(path, size))
-        for part in parts:
-            written += file.write(part)
-            digest.update(part)
-    return written, digest.hexdigest()
+    with ExitStack() as stack:
+        file = stack.enter_context(_replacing(path, size))
+        for block in _joined(parts):
+            written += file.write(block)
+            digest.update(block)
+
+        def sync() -> None:
+            file.flush()
+            if not is_remote(path):
+                os.fsync(file.fileno())
+
+        return written, digest.hexdigest(), sync, stack.pop_all()
+
+
+BLOCK = 1 << 20
+"""Bytes that are written and hashed at once: each call gives up the interpreter's lock, and getting it back takes
+longer than writing a few KB does."""
+
+
+def _joined(parts: Iterable[Buffer]) -> Iterator[Buffer]:
+    """The same bytes in pieces of no less than BLOCK but for the last."""
+    held: list[Buffer] = []
+    size = 0
+    for part in parts:
+        held.append(part)
+        size += len(part)
+        if size >= BLOCK:
+            yield b"".join(held)
+            held, size = [], 0
+    if held:
+        yield b"".join(held)
 
 
 @contextmanager

@@ -10,9 +10,10 @@ import numpy as np
 
 from cache.errors import DamagedCache
 from cache.place import StoreUnreachable, is_there, reaching
+from cache.ranges import RangeFile
 
 
-class ObjectFile:
+class ObjectFile(RangeFile):
     """A RangeFile in an object store. `size` is what it should have: asking for it would be a request of its own."""
 
     def __init__(self, path: Path, size: int) -> None:

@@ -50,24 +50,24 @@ class ShardReader:
         file.read_into(file.size - len(tail), [tail])
         if crc32c(tail[:-CRC_BYTES]) != tail[-CRC_BYTES:].tobytes():
             raise self._damage("has a damaged index")
-        self.index: list[list[int]] = tail[:-CRC_BYTES].view("<u8").reshape(chunks_per_shard, 2).tolist()
+        index = tail[:-CRC_BYTES].view("<u8").reshape(chunks_per_shard, 2)
+        self._places: list[tuple[int, int, int]] = list(zip(*index.T.tolist(), _run_ends(index).tolist(), strict=True))
 
     def read(self, first: int, out_NC: np.ndarray) -> None:
         """N adjacent chunks of C bytes from chunk `first` on, into uint8 rows that lie there without gaps."""
-        begin, stored = self.index[first][0], out_NC.shape[1] + CRC_BYTES
-        buffers = []
-        for number, content in enumerate(out_NC):
-            if self.index[first + number] != [begin + number * stored, stored]:
-                raise self._damage(f"lacks chunk {first + number}")
-            buffers += [content, np.empty(CRC_BYTES, np.uint8)]
-        self._file.read_into(begin, buffers)
-        for number in range(0, len(buffers), 2):
-            if crc32c(buffers[number]) != buffers[number + 1].tobytes():
-                raise self._damage(f"is altered in chunk {first + number // 2}")
+        number, size = out_NC.shape
+        begin, stored, end = self._places[first]
+        if first + number > end or stored != size + CRC_BYTES:
+            raise self._damage(f"lacks chunk {end if stored == size + CRC_BYTES else first}")
+        behind = self._file.read_chunks(begin, out_NC, CRC_BYTES)
+        wanted, found = behind.view("<u4")[:, 0].tolist(), [checksums.crc32c(chunk) for chunk in out_NC]
+        if found != wanted:
+            altered = next(n for n, pair in enumerate(zip(found, wanted, strict=True)) if pair[0] != pair[1])
+            raise self._damage(f"is altered in chunk {first + altered}")
 
     def chunk(self, number: int) -> np.ndarray:
         """(C,) uint8: one chunk of any size, as it is stored."""
-        offset, size = self.index[number]
+        offset, size, _ = self._places[number]
         if offset == MISSING:
             raise self._damage(f"lacks chunk {number}")
         content = np.empty(size, np.uint8)
@@ -78,3 +78,11 @@ class ShardReader:
 
     def _damage(self, what: str) -> DamagedCache:
         return DamagedCache(f"{self.path} {what}; run `make repair`")
+
+
+def _run_ends(index_N2: np.ndarray) -> np.ndarray:
+    """(N,): behind every chunk, the first that does not lie right behind the one before it, or is of another size."""
+    begin, size = index_N2.T
+    breaks = np.flatnonzero((begin[1:] != begin[:-1] + size[:-1]) | (size[1:] != size[:-1])) + 1
+    ends = np.append(breaks, len(index_N2))
+    return ends[np.searchsorted(ends, np.arange(len(index_N2)), side="right")]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -15,7 +15,7 @@ import numpy as np
 from awscrt import checksums
 
 from cache.errors import DamagedCache
-from cache.layout import RowArray
+from cache.layout import RowArray, Stored
 from cache.manifest import Buffer, as_bytes
 from cache.ranges import RangeFile
 
@@ -59,7 +59,7 @@ def padding(size: int) -> bytes:
 
 def encode_tar(
     arrays: Sequence[RowArray],
-    rows: Iterable[Mapping[str, np.ndarray]],
+    pieces: Iterable[Stored],
     keys: Sequence[str],
     labels: np.ndarray,
     index: list[tuple[int, int, int, int]],
@@ -70,6 +70,7 @@ def encode_tar(
     headers = {array.name: npy_header(array) for array in arrays}
     before = b""
     last = (len(keys) - 1, arrays[-1].name)
+    rows = ({name: values[n] for name, values in piece.items()} for piece in pieces for n in range(len(piece["crop"])))
     for number, (row, key, label) in enumerate(zip(rows, keys, labels.tolist(), strict=True)):
         text = str(label).encode()
         before += member_header(f"{escape_key(key)}.cls", len(text)) + text + padding(len(text))

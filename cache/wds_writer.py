@@ -4,12 +4,12 @@ indexes, the labels and the keys, which no reader but ours needs. The steps of a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from cache.layout import DIGESTS, KEYS, LABELS, Layout, Shard
+from cache.layout import DIGESTS, KEYS, LABELS, Layout, Shard, Stored
 from cache.manifest import Buffer
 from cache.place import reaching
 from cache.tar import encode_index, encode_tar, npy
@@ -27,13 +27,13 @@ def static_files(
 
 
 def shard_files(
-    folder: Path, layout: Layout, shard: Shard, rows: Iterable[Mapping[str, np.ndarray]], keys: Sequence[str]
+    folder: Path, layout: Layout, shard: Shard, pieces: Iterable[Stored], keys: Sequence[str]
 ) -> Iterator[tuple[str, Iterable[Buffer]]]:
     """The files of a shard, the tar first, each by name and in parts; the rows are taken while the first is written."""
     labels = rows_of(folder / LABELS, shard)
     tar, index_name = layout.files(shard)
     index: list[tuple[int, int, int, int]] = []
-    yield tar, encode_tar(layout.arrays, rows, keys, labels, index)
+    yield tar, encode_tar(layout.arrays, pieces, keys, labels, index)
     yield index_name, [encode_index(index, shard.rows)]
 
 

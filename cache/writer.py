@@ -8,7 +8,7 @@ Shapes: N the samples of a shard, L tokens, S prefix tokens of all groups, D wid
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -21,7 +21,7 @@ from cache.attempts import attempt
 from cache.backends import files_of
 from cache.codecs import CODECS, describe
 from cache.errors import CacheError, MissingCache, StaleCache, TooCoarse, Unrepresentable
-from cache.layout import INDEX, STORE, TARS, Layout, Shard
+from cache.layout import INDEX, STORE, TARS, Layout, Shard, Stored
 from cache.loader import prefetch
 from cache.manifest import (
     MANIFEST,
@@ -29,7 +29,6 @@ from cache.manifest import (
     ShardEntry,
     ViewError,
     ViewStats,
-    atomic_stream,
     atomic_write,
     check_spec,
     checksum,
@@ -156,33 +155,39 @@ def write_rows(
     """
     shard = Shard(view, first_row, len(block.keys))
     assert layout.holds(shard), f"{shard} is no shard of the layout: one writer per shard"
-    def make(row: int) -> Mapping[str, np.ndarray]:
-        return stored_row(layout, view, block, row)
+    many = max(1, PIECE_VALUES // (layout.spec.num_tokens * layout.spec.width))
+    pieces = [slice(first, min(first + many, shard.rows)) for first in range(0, shard.rows, many)]
 
-    with prefetch(make, range(shard.rows), 1, ROWS_AHEAD) as rows:
-        return write_stored(folder, layout, shard, rows, block.keys, limit, batch)
+    def make(rows: slice) -> Stored:
+        return stored_rows(layout, view, block, rows)
+
+    with prefetch(make, pieces, 1, PIECES_AHEAD) as made:
+        return write_stored(folder, layout, shard, made, block.keys, limit, batch)
 
 
-ROWS_AHEAD = 4
-"""Rows that are rounded and not yet written: few enough to be still in the processor's cache."""
+PIECE_VALUES = 1 << 19
+"""Features that are rounded at once, of a row at least: few enough to stay in the processor's cache until they are
+written, and so many that the calls, and taking turns with the interpreter's lock, cost little beside the work."""
+PIECES_AHEAD = 3
+"""Pieces that are rounded and not yet written."""
 
 
-def stored_row(layout: Layout, view: int, block: RowBlock, row: int) -> dict[str, np.ndarray]:
-    """What is stored of one row of a block, by array. Unrepresentable, naming the value."""
-    rounded, prefix_SD = _round(block, layout, view, row), _round_prefix(block, layout, view, row)
+def stored_rows(layout: Layout, view: int, block: RowBlock, rows: slice) -> Stored:
+    """What is stored of some rows of a block. Unrepresentable, naming the value."""
+    rounded, prefix_NSD = _round(block, layout, view, rows), _round_prefix(block, layout, view, rows)
     given = {
-        "features": rounded.values_NLD[0],
-        "scale": None if rounded.scale_NLK is None else rounded.scale_NLK[0],
-        "crop": block.crop_N5[row],
-        "token_ids": None if block.token_ids_NL is None else block.token_ids_NL[row],
-        "pixels": None if block.pixels_NLP is None else block.pixels_NLP[row],
-        "prefix": prefix_SD,
-        "moments": moments(block.features_NLD[row : row + 1], rounded, layout.spec.codec)[0],
+        "features": rounded.values_NLD,
+        "scale": rounded.scale_NLK,
+        "crop": block.crop_N5[rows],
+        "token_ids": None if block.token_ids_NL is None else block.token_ids_NL[rows],
+        "pixels": None if block.pixels_NLP is None else block.pixels_NLP[rows],
+        "prefix": prefix_NSD,
+        "moments": moments(block.features_NLD[rows], rounded, layout.spec.codec),
     }
     stored = {}
     for array in layout.arrays:
         values = given[array.name]
-        assert values is not None and values.shape == array.row_shape, f"{array} in a block of the spec"
+        assert values is not None and values.shape[1:] == array.row_shape, f"{array} in a block of the spec"
         stored[array.name] = values
     return stored
 
@@ -191,31 +196,31 @@ def write_stored(
     folder: Path,
     layout: Layout,
     shard: Shard,
-    rows: Iterable[Mapping[str, np.ndarray]],
+    pieces: Iterable[Stored],
     keys: Sequence[str],
     limit: ErrorLimit = NO_LIMIT,
     batch: int = 0,
 ) -> list[ShardEntry]:
-    """`write_rows` of rows that are as they are stored already, one after the other."""
+    """`write_rows` of rows that are as they are stored already, some at a time."""
     assert layout.holds(shard), f"{shard} is no shard of the layout: one writer per shard"
-    found_N6 = np.empty((shard.rows, len(Moments._fields)))
+    found: list[np.ndarray] = []
 
-    def checked() -> Iterator[Mapping[str, np.ndarray]]:
-        for number, row in enumerate(rows):
-            found_N6[number] = row["moments"]
-            yield row
-        found = Moments.join(found_N6)  # before the file gets its name
-        limit.check(relative_rmse(found.error_squares, found.given_squares), layout.spec)
+    def checked() -> Iterator[Stored]:
+        for piece in pieces:
+            found.extend(piece["moments"])
+            yield piece
+        total = Moments.join(found)  # before the file gets its name
+        limit.check(relative_rmse(total.error_squares, total.given_squares), layout.spec)
 
     size = sum(array.shard_bytes(shard.rows, layout.shard_rows) for array in layout.arrays)
-    with attempt(folder, layout, shard) as (files, entries):
+    with attempt(folder, layout, shard) as mine:
         for name, parts in files_of(layout.backend).shard_files(folder, layout, shard, checked(), keys):
-            written, digest = atomic_stream(folder / name, parts, size, files)
+            written, digest = mine.stream(folder / name, parts, size)
             entry = ShardEntry(name, shard.first_row, shard.rows, written, digest)
-            if not entries:
-                entry = replace(entry, moments=tuple(Moments.join(found_N6)), batch=batch)
-            entries.append(entry)
-    return entries
+            if not mine.entries:
+                entry = replace(entry, moments=tuple(Moments.join(found)), batch=batch)
+            mine.entries.append(entry)
+    return mine.entries
 
 
 def finish(
@@ -293,25 +298,26 @@ def _finished(folder: Path, layout: Layout) -> CacheManifest | None:
     return manifest
 
 
-def _round(block: RowBlock, layout: Layout, view: int, row: int) -> Rounded:
+def _round(block: RowBlock, layout: Layout, view: int, rows: slice) -> Rounded:
     spec = layout.spec
-    rounded = round_features(block.features_NLD[row : row + 1], spec.codec, spec.block, spec.keepbits)
+    rounded = round_features(block.features_NLD[rows], spec.codec, spec.block, spec.keepbits)
     if isinstance(rounded, Unfit):
-        ids = block.token_ids_NL
+        ids, row = block.token_ids_NL, rows.start + rounded.sample
         token = rounded.token if ids is None else ids[row, rounded.token]
         raise _unrepresentable(rounded, block.keys[row], layout, view, f"token {token}", spec.codec)
     return rounded
 
 
-def _round_prefix(block: RowBlock, layout: Layout, view: int, row: int) -> np.ndarray | None:
+def _round_prefix(block: RowBlock, layout: Layout, view: int, rows: slice) -> np.ndarray | None:
     if block.prefix_NSD is None:
         return None
     codec = "float16" if layout.spec.codec == "int8" else layout.spec.codec
-    rounded = round_features(block.prefix_NSD[row : row + 1], codec)
+    rounded = round_features(block.prefix_NSD[rows], codec)
     if isinstance(rounded, Unfit):
+        row = rows.start + rounded.sample
         group, place = divmod(rounded.token, layout.spec.prefix)
         raise _unrepresentable(rounded, block.keys[row], layout, view, f"prefix token {place} of group {group}", codec)
-    return rounded.values_NLD[0]
+    return rounded.values_NLD
 
 
 def _unrepresentable(unfit: Unfit, key: str, layout: Layout, view: int, token: str, codec: str) -> Unrepresentable:

@@ -3,7 +3,8 @@ Zarr: any reader opens it. The steps of a build are in cache.writer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from numcodecs import blosc
 from zarr.codecs import BloscCname, BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
-from cache.layout import STORE, Layout, RowArray, Shard
+from cache.layout import STORE, Layout, RowArray, Shard, Stored
 from cache.manifest import Buffer, as_bytes
 from cache.shard import encode_shard
 
@@ -53,27 +54,28 @@ def static_files(
 
 
 def shard_files(
-    folder: Path, layout: Layout, shard: Shard, rows: Iterable[Mapping[str, np.ndarray]], keys: Sequence[str]
+    folder: Path, layout: Layout, shard: Shard, pieces: Iterable[Stored], keys: Sequence[str]
 ) -> Iterator[tuple[str, Iterator[Buffer]]]:
     """The files of a shard, features first, by name and in parts; the rows are taken while the first is written."""
     features, *others = layout.arrays
     kept: dict[str, list[np.ndarray]] = {array.name: [] for array in others}
 
     def first() -> Iterator[np.ndarray]:
-        for row in rows:
+        for piece in pieces:
             for name, values in kept.items():
-                values.append(row[name])
-            yield row[features.name]
+                values.append(piece[name])
+            yield piece[features.name]
 
     yield layout.file(features, shard.view, shard.first_row), _encode(first(), features, layout)
     for array in others:
         yield layout.file(array, shard.view, shard.first_row), _encode(kept[array.name], array, layout)
 
 
-def _encode(rows: Iterable[np.ndarray], array: RowArray, layout: Layout) -> Iterator[Buffer]:
+def _encode(pieces: Iterable[np.ndarray], array: RowArray, layout: Layout) -> Iterator[Buffer]:
     pack = array.compression.encode()
-    # Splits cut the first axis of an entry, so the inner chunks of a row, in order, are one contiguous array.
-    chunks = (chunk for row in rows for chunk in np.ascontiguousarray(row, array.dtype).reshape(array.splits, -1))
+    # Splits cut the first axis of an entry, so the inner chunks of rows, in order, are one contiguous array.
+    flat = (np.ascontiguousarray(rows, array.dtype).reshape(len(rows) * array.splits, -1) for rows in pieces)
+    chunks = chain.from_iterable(flat)
     packed = (blosc.compress(chunk, pack, BLOSC_LEVEL, blosc.SHUFFLE) if pack else as_bytes(chunk) for chunk in chunks)
     return encode_shard(packed, layout.shard_rows * array.splits)
 

@@ -11,8 +11,9 @@ the hidden ones), M its hidden ones, D the encoder's width, W the decoder's, T v
 from __future__ import annotations
 
 import torch
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from models.config import DecoderConfig
 from models.masking import Mask, restore_tokens
@@ -89,7 +90,31 @@ class Decoder(nn.Module):
         filler = self.mask_token.to(visible.dtype).expand(*ids_decode_BM.shape, -1)
         places = torch.cat([mask.ids_keep, ids_decode_BM], dim=1)
         tokens = torch.cat([visible, filler], dim=1) + self.positions[places]
-        return self.norm(self.blocks(tokens)[:, visible.shape[1] :])
+        if not len(self.blocks):
+            return self.norm(tokens[:, visible.shape[1] :])
+        *before, last = self.blocks
+        for block in before:
+            tokens = block(tokens)
+        return self.norm(run_for_last(last, tokens, ids_decode_BM.shape[1]))
+
+
+def run_for_last(block: nn.Module, tokens_BSW: Tensor, count: int) -> Tensor:
+    """(B, count, W): what a block gives for its last `count` tokens, which attend to all; exactly that, and the others,
+    whose output nobody reads, cost keys and values only."""
+    assert isinstance(block, Block)
+    attention = block.attn
+    assert isinstance(attention, Attention) and attention.qkv.bias is not None
+    width, seen = tokens_BSW.shape[-1], block.norm1(tokens_BSW)
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    query = linear(seen[:, -count:], weight[:width], bias[:width]).unflatten(-1, (attention.num_heads, -1))
+    key, value = linear(seen, weight[width:], bias[width:]).unflatten(-1, (2, attention.num_heads, -1)).unbind(2)
+    heads = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if attention.fused_attn:
+        mixed = scaled_dot_product_attention(*heads)
+    else:
+        mixed = ((heads[0] * attention.scale) @ heads[1].transpose(-2, -1)).softmax(-1) @ heads[2]
+    last_BMW = tokens_BSW[:, -count:] + attention.proj(mixed.transpose(1, 2).flatten(2))
+    return last_BMW + block.mlp(block.norm2(last_BMW))
 
 
 def initialise(module: nn.Module) -> None:

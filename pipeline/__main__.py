@@ -37,14 +37,14 @@ class Verb:
     """A verb of the command line."""
 
     function: str
-    """`module:function`, called with the Job; empty for what is not built yet."""
+    """`module:function`, called with the Job, or with what `reads` makes."""
     help: str
     target: str = ""
     """What follows the verb: `N` a stage's number, `ARM` e2e or freeze, brackets when it may be left out."""
     saves: bool = False
     """Whether Ctrl-C lets it save and stop by itself; otherwise it simply ends."""
-    instead: str = ""
-    """What to use while it is not built yet."""
+    reads: str = ""
+    """`module:function` that makes the request of the words after the verb, where it is not a Job."""
     torch: bool = True
     """Whether it may take the seconds that asking torch about this machine costs."""
 
@@ -69,7 +69,13 @@ VERBS = {
     "finetune": Verb(
         "pipeline.runner:run_finetune", "supervised fine-tuning of a stage's or an arm's encoder", "[N|ARM]", saves=True
     ),
-    "study": Verb("", "a grid of overrides as one table", "[NAME]", instead="repeat a verb with --run and --set"),
+    "study": Verb(
+        "pipeline.study:run_study",
+        "a grid of overrides and seeds as one table; without a name, the list of studies",
+        "[NAME]",
+        saves=True,
+        reads="pipeline.grid:read_study",
+    ),
 }
 
 ARMS = ("e2e", "freeze")
@@ -136,26 +142,27 @@ def _call(args: list[str]) -> int:
         hint = f"did you mean {near[0]}?" if near else "`permafrost --help` lists the verbs"
         raise ConfigError(f"no verb {name}; {hint}")
     verb = VERBS[name]
-    if not verb.function:
-        raise ConfigError(f"{name} is not built yet in version {__version__}; {verb.instead}")
-    job = read_job(name, rest)
-    module, _, function = verb.function.partition(":")
-    with stop_on_signal(job.stop) if verb.saves else contextlib.nullcontext():
-        getattr(importlib.import_module(module), function)(job)
+    request = named(verb.reads)(rest) if verb.reads else read_job(name, rest)
+    with stop_on_signal(request.stop) if verb.saves else contextlib.nullcontext():
+        named(verb.function)(request)
     return DONE
+
+
+def named(function: str) -> Any:
+    """The function that `module:function` names."""
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def overview() -> str:
     """The verbs with a line of help each."""
-    lines = [f"  {name + ' ' + verb.target:18} {verb.help}" for name, verb in VERBS.items() if verb.function]
-    later = ", ".join(name for name, verb in VERBS.items() if not verb.function)
+    lines = [f"  {name + ' ' + verb.target:18} {verb.help}" for name, verb in VERBS.items()]
     return "\n".join(
         (
             "usage: permafrost VERB [--config RECIPE|FILE.toml] [--data SOURCE] [--run FOLDER] [--set KEY=VALUE ...]",
             "",
             *lines,
             "",
-            f"not built yet in version {__version__}: {later}",
             "`permafrost VERB --help` lists every flag and setting with its default.",
         )
     )

@@ -1,87 +1,35 @@
 """The cache beside others, part of `permafrost bench`: shards written and rows of shuffled epochs read, warm, of the
 same features by the same number of threads. What is quoted is medians of ratios within a round. Streaming, LitData and
-tcache run in an environment of their own (pipeline.peers); without it they are left out, and that is said."""
+tcache run in an environment of their own (pipeline.bench_others); without it they are left out, and that is said."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
-import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import webdataset
-import zarr
-from zarr.codecs import Crc32cCodec
 
 from cache import open_cache
 from cache.buffers import Buffers
 from cache.layout import Layout
 from cache.loader import Prefetch
-from cache.manifest import read_manifest
+from cache.manifest import as_bytes, read_manifest
+from cache.shard import encode_shard
 from cache.writer import RowBlock, create_store, finish, write_rows
 from models.spec import FeatureSpec
 from pipeline import peers
 from pipeline.bench_memory import memory_curve
+from pipeline.bench_others import foreign, others
+from pipeline.bench_ways import GROUPS, SHAPE, Rounds, Setting, Way, timed
 from pipeline.config import BenchConfig
 from pipeline.show import console, spread, table
-
-PEERS_PYTHON = Path(".venv-peers/bin/python")
-"""Made by `make bench`."""
-SHAPE = 196, 768
-GROUPS = 4
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to keep features: what a round times, and what it is."""
-
-    write: Callable[[], float]
-    """Seconds of writing all rows."""
-    read: Callable[[int], float] | None
-    """Seconds of reading all rows in the order of a seed; None where another way reads the same files."""
-    stored: str
-    out: str
-    checksums: bool
-    value_bytes: int
-    """Of a value that a reader gets."""
-    share: float = 1.0
-    """Of a row's values that are read."""
-    note: str = ""
-
-
-class Rounds(NamedTuple):
-    """Seconds of a way, one a round."""
-
-    write: list[float]
-    read: list[float]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all ways keep, and how they are read."""
-
-    given_NLD: np.ndarray
-    """float32"""
-    folder: Path
-    config: BenchConfig
-    half_NLD: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "half_NLD", torch.from_numpy(self.given_NLD).half().numpy())
-
-    def epoch(self, read: Callable[[], peers.Read], seed: int) -> float:
-        """Seconds of an epoch by batches, on the threads of the benchmark, each with a `read` of its own."""
-        readers = [read() for _ in range(self.config.threads)]
-        return epochs(peers.by_rows(readers, len(self.given_NLD), self.config.batch), seed)
 
 
 def bench_cache(config: BenchConfig, root: Path) -> dict[str, Any]:
@@ -153,6 +101,7 @@ def show(ways: dict[str, Way], rounds: dict[str, Rounds], config: BenchConfig) -
 def middle(values: list[float], digits: int) -> str:
     return f"{statistics.median(values):.{digits}f}" if values else "-"
 
+
 BASE = "permafrost float16"
 CODECS = {
     BASE: ("float16", "zarr"),
@@ -171,6 +120,10 @@ def ours(setting: Setting) -> dict[str, Way]:
     one = read_of(setting, BASE, group=1)
     stored = replace(found[BASE], read=read_stored(setting, BASE), out="float16", value_bytes=2)
     found["permafrost float16, as stored"] = stored
+    plain = "given float16, one thread, nothing measured or hashed, not made durable, as zarr-python"
+    found["permafrost float16, shards alone"] = replace(
+        found[BASE], write=lambda: write_shards(setting), read=None, note=plain
+    )
     found["permafrost float16, one group of 4"] = replace(found[BASE], read=one, share=1 / GROUPS)
     return found
 
@@ -196,6 +149,21 @@ def write_of(setting: Setting, name: str, codec: str, backend: str) -> Callable[
         return timed(write)
 
     return cleared
+
+
+def write_shards(setting: Setting) -> float:
+    """Seconds of what zarr-python's sharded write does: rounded values to shards with a crc32c of every chunk."""
+    folder, rows = setting.folder / "shards alone", setting.config.shard_rows
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+
+    def write() -> None:
+        for first in range(0, len(setting.half_NLD), rows):
+            chunks = setting.half_NLD[first : first + rows].reshape(-1, SHAPE[0] // GROUPS * SHAPE[1])
+            with (folder / str(first)).open("wb") as file:
+                file.writelines(encode_shard(map(as_bytes, chunks), rows * GROUPS))
+
+    return timed(write)
 
 
 def read_of(setting: Setting, name: str, group: int | None = None) -> Callable[[int], float]:
@@ -237,163 +205,3 @@ def bench_spec(codec: str) -> FeatureSpec:
         groups=GROUPS, mask_ratio=0.75, mask_block=1, views=1, view_transform="none", data="0" * 64, seed=0,
         dtype="float32", codec=codec, block=32 if codec == "int8" else 0, pixels=False, parent="", version=1,
     )
-
-
-def others(setting: Setting) -> dict[str, Way]:
-    """What can run beside it, given float16."""
-    given_NLD, half, flat = setting.given_NLD, setting.half_NLD, setting.folder / "memmap.npy"
-
-    def write_memmap() -> float:
-        return timed(lambda: np.save(flat, half))
-
-    def read_memmap(seed: int) -> float:
-        array = np.load(flat, mmap_mode="r")
-        return setting.epoch(lambda: lambda picked: array[picked], seed)
-
-    limits = {"async.concurrency": setting.config.threads, "threading.max_workers": setting.config.threads}
-    zarr.config.set(limits)
-
-    def read_zarr(seed: int) -> float:
-        array = zarr.open_array(setting.folder / "zarr", mode="r")
-        return setting.epoch(lambda: lambda picked: array.oindex[picked], seed)
-
-    def zarr_way(given: Callable[[], np.ndarray], read: Callable[[int], float] | None, note: str) -> Way:
-        return Way(lambda: write_zarr(setting, given), read, "float16", "float16", True, 2, note=note)
-
-    tar, hasty = setting.folder / "wds.tar", "not made durable"
-    sequential = "shuffled in memory, by one thread, in sequence; not made durable"
-    return {
-        "np.memmap": Way(write_memmap, read_memmap, "float16", "float16", False, 2, note=hasty),
-        "zarr-python": zarr_way(lambda: half, read_zarr, f"given float16; {hasty}"),
-        "zarr-python from float32": zarr_way(lambda: given_NLD.astype(np.float16), None, f"rounded by numpy; {hasty}"),
-        "webdataset": Way(
-            lambda: timed(lambda: write_tar(tar, half)),
-            lambda seed: read_tar(setting, tar, seed),
-            *("float16", "float16", False, 2),
-            note=sequential,
-        ),
-    }
-
-
-def write_zarr(setting: Setting, given: Callable[[], np.ndarray]) -> float:
-    """Seconds of a sharded write, a token group to an inner chunk, each with its crc32c."""
-    store = setting.folder / "zarr"
-    shutil.rmtree(store, ignore_errors=True)
-
-    def write() -> None:
-        values = given()
-        array = zarr.create_array(
-            store,
-            shape=values.shape,
-            dtype="float16",
-            shards=(min(setting.config.shard_rows, len(values)), *SHAPE),
-            chunks=(1, SHAPE[0] // GROUPS, SHAPE[1]),
-            compressors=[Crc32cCodec()],
-        )
-        array[:] = values
-
-    return timed(write)
-
-
-def write_tar(tar: Path, values: np.ndarray) -> None:
-    with webdataset.TarWriter(str(tar)) as out:
-        for row, value in enumerate(values):
-            out.write({"__key__": f"{row:08d}", "x.npy": value})
-
-
-def read_tar(setting: Setting, tar: Path, seed: int) -> float:
-    data = webdataset.WebDataset(str(tar), shardshuffle=False, empty_check=False)
-    data = data.shuffle(len(setting.half_NLD), seed=seed).decode().batched(setting.config.batch, collation_fn=list)
-
-    def epoch(seed: int) -> None:
-        for batch in data:
-            np.stack([sample["x.npy"] for sample in batch])
-
-    return epochs(epoch, seed)
-
-
-def foreign(setting: Setting, stack: ExitStack) -> dict[str, Way]:
-    """The peers in their own environment; those that do not run are named and left out."""
-    if not PEERS_PYTHON.exists():
-        console().print(f"without Streaming, LitData and tcache: there is no {PEERS_PYTHON}; `make bench` makes it")
-        return {}
-    features = setting.folder / "features.npy"
-    np.save(features, setting.half_NLD)
-    found = {}
-    for name in peers.PEERS:
-        ask = stack.enter_context(peer(name, features, setting, PEERS_PYTHON))
-        try:
-            first = ask("write")
-            ask("read 0")
-        except PeerFailed as error:
-            console().print(f"without {name}: {error}")
-            continue
-        stored, out, width = ("int8", "bfloat16", 2) if name == "tcache" else ("float16", "float16", 2)
-
-        def read(seed: int, ask: Callable[[str], float] = ask) -> float:
-            return ask(f"read {seed}")
-
-        def write(ask: Callable[[str], float] = ask, first: float = first) -> float:
-            return first if first > SLOW_SECONDS else ask("write")
-
-        note = "written once, " if first > SLOW_SECONDS else ""
-        found[name] = Way(write, read, stored, out, False, width, note=note + "not made durable")
-    return found
-
-
-SLOW_SECONDS = 5.0
-"""What takes longer to write is written once."""
-
-
-class PeerFailed(RuntimeError):
-    """A peer does not run; why."""
-
-
-@contextmanager
-def peer(name: str, features: Path, setting: Setting, python: Path) -> Iterator[Callable[[str], float]]:
-    """A running peer: a function that sends a command and gives its seconds. PeerFailed."""
-    words = [name, features, setting.folder / name, setting.config.threads, setting.config.batch]
-    command = [str(python), peers.__file__, *map(str, words)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        assert process.stdin is not None and process.stdout is not None
-        send, answer = process.stdin, process.stdout
-
-        def ask(what: str) -> float:
-            try:
-                send.write(what + "\n")
-                send.flush()
-            except BrokenPipeError:
-                raise PeerFailed("it has ended") from None
-            return parsed(answer.readline())
-
-        try:
-            yield ask
-        finally:
-            process.kill()
-
-
-def parsed(line: str) -> float:
-    """Seconds of a peer's answer. PeerFailed."""
-    try:
-        found = json.loads(line)
-    except ValueError:
-        raise PeerFailed("it has ended without an answer") from None
-    if "error" in found:
-        raise PeerFailed(found["error"])
-    return float(found["seconds"])
-
-
-def epochs(epoch: Callable[[int], None], seed: int) -> float:
-    """Seconds of one epoch, of several in turn."""
-    started = time.perf_counter()
-    for number in range(peers.EPOCHS):
-        epoch(seed * peers.EPOCHS + number)
-    return (time.perf_counter() - started) / peers.EPOCHS
-
-
-def timed(run: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started

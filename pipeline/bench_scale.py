@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ import tyro
 from distributed import Client, LocalCluster
 
 from cache.layout import Layout, Shard
-from cache.manifest import MANIFEST, read_manifest
+from cache.manifest import MANIFEST, ShardEntry, read_manifest
+from cache.receipts import RECEIPTS, receipt_name, sealed_receipt
 from cache.writer import RowBlock, create_store, finish, missing_shards, write_rows
 from models.spec import FeatureSpec
 from pipeline.config import ClusterConfig
@@ -38,7 +39,9 @@ class Scale:
     workers: int = 50
     """Workers with one thread each."""
     shards: int = 2000
-    """Shards of one row."""
+    """Shards of one row that they make."""
+    manifest_shards: int = 100_000
+    """Shards whose receipts are read and whose manifest is written and read, without Dask."""
     seconds: float = 30.0
     """What a profile says that a real shard takes."""
     shrink: float = 0.001
@@ -139,11 +142,30 @@ def measure(scale: Scale, folder: Path) -> dict[str, Any]:
         found["ideal_seconds"] = (scale.shards - 200) * sleep / scale.workers
     with timed(found, "finish_seconds"):
         finish(folder, layout)
+    return found | manifest_of(scale.manifest_shards, folder.with_name("many"))
+
+
+def manifest_of(shards: int, folder: Path) -> dict[str, Any]:
+    """What the receipts and the manifest of so many shards take; the shards themselves are not written."""
+    layout, found = layout_of(shards), dict[str, Any]()
+    keys = [f"{row:09d}" for row in range(shards)]
+    create_store(folder, layout, np.arange(shards), keys, np.zeros((shards, 32), np.uint8))
+    for shard in layout.shards:
+        names = layout.files(shard)
+        entries = [ShardEntry(name, shard.first_row, 1, 10**7, "ab" * 32) for name in names]
+        found_6 = tuple(1234.5678 / (number + shard.first_row + 1) for number in range(6))
+        entries[0] = replace(entries[0], moments=found_6, batch=64)
+        (folder / RECEIPTS / f"{receipt_name(shard)}.json").write_bytes(sealed_receipt(layout, entries))
+    before = memory()
+    with timed(found, "many_resume_seconds"):
+        assert len(missing_shards(folder, layout)) == shards, "their files are not there"
+    with timed(found, "many_finish_seconds"):
+        finish(folder, layout)
     found["manifest_bytes"] = (folder / MANIFEST).stat().st_size
-    with timed(found, "read_manifest_seconds"):
-        entries = len(read_manifest(folder).shards)
-    found["manifest_bytes_per_file"] = found["manifest_bytes"] / entries
-    found["memory_peak"] = max(memory(), *found["memory_by_tenth"])
+    with timed(found, "many_read_seconds"):
+        manifest = read_manifest(folder)
+    found["many_memory_bytes"] = memory() - before
+    found["manifest_files"] = len(manifest.shards)
     return found
 
 
@@ -208,9 +230,13 @@ def told(scale: Scale, found: dict[str, Any]) -> list[str]:
         f"measured: memory {memory}, after each tenth {', '.join(f'{value / 1e6:.0f}' for value in tenths)} MB",
         f"measured: a task that waits in the scheduler takes {waiting / 1e3:.1f} kB",
         f"extrapolated: all at once would take {scale.shards * waiting / 1e6:.0f} MB",
-        f"measured: half of it was resumed in {found['resume_seconds']:.1f} s",
-        f"measured: finished in {found['finish_seconds']:.1f} s, with a manifest of {mega['manifest_bytes']:.1f} MB",
-        f"measured: the manifest is read in {found['read_manifest_seconds']:.1f} s",
+        f"measured: half of it was resumed in {found['resume_seconds']:.1f} s, and it was finished in "
+        f"{found['finish_seconds']:.1f} s",
+        f"measured: of {scale.manifest_shards} shards, {found['manifest_files']} files, receipts are looked through in "
+        f"{found['many_resume_seconds']:.1f} s, to which comes hashing what is there",
+        f"measured: their manifest is written in {found['many_finish_seconds']:.1f} s, takes "
+        f"{mega['manifest_bytes']:.0f} MB, is read in {found['many_read_seconds']:.1f} s, with "
+        f"{mega['many_memory_bytes']:.0f} MB of memory more",
         f"extrapolated: shards of {scale.seconds:g} s keep such a cluster busy for {real:.0f} s",
         f"extrapolated: of that, Dask as a whole takes {share:.1%} of one processor",
     ]

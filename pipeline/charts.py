@@ -19,8 +19,9 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from pipeline.claims import PROBES, standard_error
+from pipeline.claims import PROBES, mean_seconds, standard_error
 from pipeline.figures import STYLE
+from pipeline.sceptic import mean_points
 from pipeline.speedup import cache_cost
 from pipeline.story import Record, Story
 
@@ -115,10 +116,18 @@ def scored(story: Story, key: str) -> bool:
 
 
 def accuracy(story: Story, key: str, folder: Path) -> Drawing:
-    """A probe's accuracy of every arm against its seconds of training and caches, with one standard error."""
-    curves = {
-        name: [point for point in arm["curve"] if point[key] is not None] for name, arm in story.summaries.items()
+    """A probe's accuracy of every arm against its seconds of training and caches: with one standard error, or, over
+    seeds, the mean with its 95 % interval."""
+    many = len(story.seeds) > 1
+    courses = {
+        name: mean_points([run["arms"][name]["curve"] for run in story.runs]) if many else arm["curve"]
+        for name, arm in story.summaries.items()
     }
+    curves = {name: [point for point in points if point[key] is not None] for name, points in courses.items()}
+
+    def error(point: Record) -> float:
+        half = point[f"{key}_half"] if many else standard_error(point[key], point["probe_images"])
+        return 100 * float(half)
 
     def paint(axis: Axes) -> None:
         for name, points in curves.items():
@@ -126,7 +135,7 @@ def accuracy(story: Story, key: str, folder: Path) -> Drawing:
             axis.errorbar(
                 [p["seconds"] for p in points],
                 [100 * p[key] for p in points],
-                yerr=[100 * standard_error(p[key], p["probe_images"]) for p in points],
+                yerr=[error(p) for p in points],
                 color=colour,
                 marker=marker,
                 label=label,
@@ -134,7 +143,7 @@ def accuracy(story: Story, key: str, folder: Path) -> Drawing:
                 capsize=2,
             )
         if story.speedup:
-            end = story.summaries["cached"]["total_seconds"]
+            end = mean_seconds(story.runs or [story.speedup], "cached")
             axis.axvline(end, color=STYLE["cached"][1], linestyle=":", linewidth=1)
         axis.set(xlabel="seconds of training and cache building", ylabel=f"{PROBES[key]} top-1, %", xlim=(0, None))
         legend_below(axis)
@@ -143,9 +152,9 @@ def accuracy(story: Story, key: str, folder: Path) -> Drawing:
         f"{STYLE[name][0]}: " + ", ".join(f"{100 * p[key]:.1f} % at {p['seconds']:.0f} s" for p in points)
         for name, points in curves.items()
     )
-    note = "Bars: one standard error of the evaluation images." + (
-        " Dotted: the end of the cached arm." if story.speedup else ""
-    )
+    one = "one standard error of the evaluation images"
+    note = f"Bars: {f'mean and 95 % interval of {len(story.seeds)} seeds' if many else one}."
+    note += " Dotted: the end of the cached arm." if story.speedup else ""
     title = f"{PROBES[key]} accuracy against seconds"
     return draw(f"accuracy-{key.partition('_')[0]}", title, told, note, paint, folder)
 

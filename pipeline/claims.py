@@ -5,37 +5,64 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 PROBES = {"knn_top1": "kNN", "linear_top1": "linear probe"}
-Z95 = 1.96
 FEWEST_SEEDS = 3
-"""Runs with other seeds from which on intervals over seeds stand in for the error of one run's evaluation."""
+"""Seeds from which on a difference may be claimed."""
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The mean over seeds of one score less another of the same seed."""
+
+    mean: float
+    half: float | None
+    """Half of its 95 % interval by Student's t; None with one seed."""
+    seeds: int
+    error: float
+    """One binomial standard error of a score on the evaluation images, at the mean score of the two."""
+
+    @property
+    def sure(self) -> bool:
+        """Whether a difference is claimed: enough seeds, and an interval without 0."""
+        return self.seeds >= FEWEST_SEEDS and self.half is not None and abs(self.mean) > self.half
+
+    @property
+    def said(self) -> str:
+        """`+1.2 points, 95 % interval +0.3 to +2.1 (3 seeds): higher`, or why no difference is claimed."""
+        mean = f"{100 * self.mean:+.1f} points"
+        if self.half is None or self.seeds < FEWEST_SEEDS:
+            error = f"one standard error of a score is {points(self.error)}"
+            return f"{mean}; {seeds_said(self.seeds)}: no difference is claimed ({error})"
+        low, high = 100 * (self.mean - self.half), 100 * (self.mean + self.half)
+        verdict = ("higher" if self.mean > 0 else "lower") if self.sure else "no difference within the interval"
+        return f"{mean}, 95 % interval {low:+.1f} to {high:+.1f} ({self.seeds} seeds): {verdict}"
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """How one score stands to another: their difference, and what it may be off by, 95 %."""
+    """How one score stands to another, in the mean over seeds."""
 
     name: str
-    stopped: float
+    other: float
     cached: float
-    error: float
+    paired: Paired
+    """The cached arm less the other, seed by seed."""
 
     @property
     def difference(self) -> float:
-        return self.cached - self.stopped
+        return self.paired.mean
 
     @property
     def sure(self) -> bool:
-        return abs(self.difference) > self.error
+        return self.paired.sure
 
     def __str__(self) -> str:
-        """`kNN 25.5 % against 25.8 % (within error, ±6.0 points)`."""
-        how = "beyond" if self.sure else "within"
-        return f"{self.name} {percent(self.stopped)} against {percent(self.cached)} ({how} error, {points(self.error)})"
+        """`kNN 25.5 % against 25.8 %: +0.3 points; one seed: no difference is claimed (...)`."""
+        return f"{self.name} {percent(self.other)} against {percent(self.cached)}: {self.paired.said}"
 
 
 def standard_error(score: float, images: int) -> float:
@@ -51,48 +78,67 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), float(t.ppf(0.975, len(values) - 1)) * error
 
 
-def contrasts(found: dict[str, Any], seeds: Sequence[dict[str, Any]] = ()) -> list[Contrast]:
-    """The cached arm beside e2e stopped at its total time, by probe; empty for images without labels.
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float], images: int) -> Paired | None:
+    """The paired difference of scores by seed, of the seeds that both have; None where there are none.
 
-    With enough seeds, means over them and the interval of the paired differences; else the error of two independent
-    evaluations, which is somewhat too wide, since both arms are scored on the same images.
+    images: how many images a score is the share of.
+    """
+    both = sorted(ours.keys() & theirs.keys())
+    if not both:
+        return None
+    differences = [ours[seed] - theirs[seed] for seed in both]
+    mean, half = interval(differences) if len(both) > 1 else (differences[0], None)
+    middle = statistics.fmean(score[seed] for seed in both for score in (ours, theirs))
+    return Paired(mean, half, len(both), standard_error(middle, images) if images else math.nan)
+
+
+def contrasts(
+    found: dict[str, Any], seeds: Sequence[dict[str, Any]] = (), other: Literal["early_stop", "e2e"] = "early_stop"
+) -> list[Contrast]:
+    """The cached arm beside e2e, stopped at its total time or at its end, by probe; empty for images without labels.
+
+    seeds: comparisons of runs that differ in their seed only; differences are paired within each of them.
     """
     result = []
     for key, name in PROBES.items():
-        pairs = [(one["early_stop"][key], one["arms"]["cached"][key]) for one in seeds or [found]]
+        pairs = [
+            ((one["early_stop"] if other == "early_stop" else one["arms"]["e2e"])[key], one["arms"]["cached"][key])
+            for one in seeds or [found]
+        ]
         if any(score is None for pair in pairs for score in pair):
             continue
-        if len(pairs) >= FEWEST_SEEDS:
-            _, error = interval([cached - stopped for stopped, cached in pairs])
-            stopped, cached = (statistics.fmean(side) for side in zip(*pairs, strict=True))
-        else:
-            stopped, cached = found["early_stop"][key], found["arms"]["cached"][key]
-            images = found["arms"]["cached"]["curve"][-1]["probe_images"]
-            error = Z95 * math.hypot(standard_error(stopped, images), standard_error(cached, images))
-        result.append(Contrast(name, stopped, cached, error))
+        theirs, ours = (dict(enumerate(side)) for side in zip(*pairs, strict=True))
+        pair = paired(ours, theirs, found["arms"]["cached"]["curve"][-1]["probe_images"])
+        assert pair, "there is one run at least"
+        result.append(Contrast(name, statistics.fmean(theirs.values()), statistics.fmean(ours.values()), pair))
     return result
 
 
 def headline(found: dict[str, Any], seeds: Sequence[dict[str, Any]] = ()) -> str:
     """The first line: the speed-up in total, and what stopping early says about it."""
-    return f"{speedup_said(found, seeds)}{early_stop_said(contrasts(found, seeds), found)}"
+    return f"{speedup_said(found, seeds)}{early_stop_said(contrasts(found, seeds), seeds or [found])}"
 
 
 def speedup_said(found: dict[str, Any], seeds: Sequence[dict[str, Any]] = ()) -> str:
     """`1.26× the speed of end to end, caches included`."""
-    ratio, more = found["speedup_total"], ""
+    ratio, half, more = found["speedup_total"], 0.0, ""
     if len(seeds) >= FEWEST_SEEDS:
         ratio, half = interval([one["speedup_total"] for one in seeds])
         more = f" (mean of {len(seeds)} seeds, 95 % interval {ratio - half:.2f} to {ratio + half:.2f})"
-    return f"{'' if ratio >= 1 else 'Slower: '}{ratio:.2f}× the speed of end to end, caches included{more}"
+    return f"{'Slower: ' if ratio + half < 1 else ''}{ratio:.2f}× the speed of end to end, caches included{more}"
 
 
-def early_stop_said(found: Sequence[Contrast], comparison: dict[str, Any]) -> str:
+def mean_seconds(runs: Sequence[dict[str, Any]], arm: str) -> float:
+    """What an arm took in all, in the mean over comparisons."""
+    return statistics.fmean(one["arms"][arm]["total_seconds"] for one in runs)
+
+
+def early_stop_said(found: Sequence[Contrast], runs: Sequence[dict[str, Any]]) -> str:
     """What follows the speed-up in the first line. Cached training has won only where a probe is surely higher and none
-    surely lower; where the two cannot be told apart, stopping early did as well."""
-    seconds = comparison["arms"]["cached"]["total_seconds"]
+    surely lower; where the two cannot be told apart, stopping early did as well. Too few seeds tell nothing apart."""
+    seconds = mean_seconds(runs, "cached")
     at = f"end to end stopped after the same {seconds:.1f} s"
-    if comparison["arms"]["e2e"]["total_seconds"] <= seconds:
+    if mean_seconds(runs, "e2e") <= seconds:
         at = "end to end, which was done before,"
     if not found:
         return "; the images have no labels, so nobody knows which arm learned more"
@@ -101,11 +147,19 @@ def early_stop_said(found: Sequence[Contrast], comparison: dict[str, Any]) -> st
     if higher and not lower:
         names = " and ".join(one.name for one in higher)
         return f", and ahead of {at} in {names}"
+    few = f", {seeds_said(found[0].paired.seeds)}" if found[0].paired.seeds < FEWEST_SEEDS else ""
     if all(one.difference <= 0 for one in found):
-        return f" – but {at} scores as well or better"
+        return f" – but {at} scores as well or better{few}"
+    if few:
+        return f" – but beside {at}{few}: no difference is claimed"
     if lower:
         return f" – but {at} scores better in {' and '.join(one.name for one in lower)}"
     return f" – but {at} scores as well, within error"
+
+
+def seeds_said(count: int) -> str:
+    """`one seed`, `2 seeds`."""
+    return "one seed" if count == 1 else f"{count} seeds"
 
 
 def percent(score: float | None) -> str:

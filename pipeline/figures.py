@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from pipeline.claims import standard_error
 
 STYLE = {
     "e2e": ("end to end", "#444444", "o"),
@@ -39,19 +42,24 @@ def reconstructions(rows: np.ndarray, title: str, path: Path) -> None:
 
 
 def accuracy_against_time(speedup: dict[str, Any], path: Path) -> None:
-    """Probe accuracy of the three arms, with one standard error, against their seconds of training and caches."""
+    """Probe accuracy of the three arms against their seconds of training and caches: with one standard error, or, over
+    seeds, the mean with its 95 % interval."""
+    seeds = speedup.get("seeds", {"seeds": []})
+    many = len(seeds["seeds"]) > 1
+    end = speedup["arms"]["cached"]["total_seconds"]
+    end = statistics.fmean(seeds["arms"]["cached"]["total_seconds"]) if many else end
     figure, axes = plt.subplots(1, len(PROBES), figsize=(10, 4.2), layout="constrained")
     for axis, (key, title) in zip(axes, PROBES.items(), strict=True):
         for name, (label, colour, marker) in STYLE.items():
-            curve = speedup["arms"][name]["curve"]
+            curve = (seeds if many else speedup)["arms"][name]["curve"]
             if any(point[key] is None for point in curve):
                 axis.set_title("images without labels: nothing to score", fontsize=9)
                 continue
             seconds, scores = [p["seconds"] for p in curve], [100 * p[key] for p in curve]
-            errors = [100 * (p[key] * (1 - p[key]) / p["probe_images"]) ** 0.5 for p in curve]
+            errors = [100 * (p[f"{key}_half"] if many else standard_error(p[key], p["probe_images"])) for p in curve]
             style = {"color": colour, "marker": marker, "label": label, "linewidth": 1.8, "markersize": 5}
             axis.errorbar(seconds, scores, yerr=errors, elinewidth=0.6, capsize=2, **style)
-        axis.axvline(speedup["arms"]["cached"]["total_seconds"], color=STYLE["cached"][1], linestyle=":", linewidth=1)
+        axis.axvline(end, color=STYLE["cached"][1], linestyle=":", linewidth=1)
         axis.set_xlabel("seconds of training and cache building")
         axis.set_ylabel(f"{title}, %")
         axis.set_xlim(left=0)
@@ -60,7 +68,8 @@ def accuracy_against_time(speedup: dict[str, Any], path: Path) -> None:
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(STYLE), frameon=False)
     ratio = f"total time end to end / cached: {speedup['speedup_total']:.2f}×"
-    figure.suptitle(f"{ratio}  (dotted: the cached arm's end; bars: one standard error)")
+    bars = f"mean and 95 % interval of {len(seeds['seeds'])} seeds" if many else "one standard error"
+    figure.suptitle(f"{ratio}  (dotted: the cached arm's end; bars: {bars})")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -55,10 +55,11 @@ class StagePaths:
 
 @dataclass(frozen=True)
 class RunPaths:
-    """The files of a run. caches: where its caches lie when not inside it."""
+    """The files of a run. caches, lists: where its caches and its lists of images lie when not inside it."""
 
     root: Path
     caches: Path | None = None
+    lists: Path | None = None
 
     @property
     def config(self) -> Path:
@@ -100,7 +101,7 @@ class RunPaths:
     @property
     def index(self) -> Path:
         """Folder of the image lists that need not be hashed again."""
-        return self.root / "index"
+        return self.lists or self.root / "index"
 
     @property
     def cache_root(self) -> Path:

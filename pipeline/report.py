@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cache.manifest import atomic_write
 from pipeline import __version__
-from pipeline.claims import FEWEST_SEEDS, contrasts, headline
+from pipeline.claims import FEWEST_SEEDS, contrasts, headline, mean_seconds
 from pipeline.job import Job
 from pipeline.layout import RunPaths
 from pipeline.story import Story, read_story
@@ -80,7 +81,7 @@ def render(story: Story) -> str:
 def first_line(story: Story) -> str:
     """The headline; of a run whose arms are not all there, how far it is."""
     if story.speedup:
-        return headline(story.speedup, story.seeds)
+        return headline(story.speedup, story.runs)
     if story.outdated:
         return "Not compared: speedup.json is of earlier stages or arms than those that lie here"
     done = [name for name, record in story.records.items() if record["status"] == "done"]
@@ -91,23 +92,27 @@ def control(story: Story) -> list[str]:
     """The sceptic's control in words, with the errors."""
     if not story.speedup:
         return []
-    stopped, cached = story.speedup["early_stop"], story.speedup["arms"]["cached"]
-    found = contrasts(story.speedup, story.seeds)
+    runs = story.runs or [story.speedup]
+    found = contrasts(story.speedup, runs)
     if not found:
         return []
-    freeze = story.speedup["arms"]["freeze"]["total_seconds"]
-    images = cached["curve"][-1]["probe_images"]
+    seconds, epoch = (statistics.fmean(one["early_stop"][key] for one in runs) for key in ("seconds", "epoch"))
+    cached, freeze, e2e = (mean_seconds(runs, arm) for arm in ("cached", "freeze", "e2e"))
+    images = story.speedup["arms"]["cached"]["curve"][-1]["probe_images"]
+    whole = contrasts(story.speedup, runs, "e2e")
     errors = (
-        f"95 % intervals of paired differences over {len(story.seeds)} seeds"
+        "Seconds and scores are means over seeds; intervals are 95 %, by Student's t, of differences paired by seed. A "
+        "difference within its interval is none."
         if len(story.seeds) >= FEWEST_SEEDS
-        else f"1.96 standard errors of two evaluations on {images} images, one seed"
+        else f"A score on {images} images has the standard error given; what another seed would change comes on top."
     )
     return [
-        f"End to end stopped after {stopped['seconds']:.1f} s (epoch {stopped['epoch']:.1f}) against cached training "
-        f"at its end, {cached['total_seconds']:.1f} s: {'; '.join(map(str, found))}.",
-        f"Errors: {errors}. A difference within its error is none.",
-        f"Freezing alone, without a cache, took {freeze:.1f} s in all, {freeze / cached['total_seconds']:.2f}× the "
-        "time of cached training.",
+        f"End to end stopped after {seconds:.1f} s (epoch {epoch:.1f}) against cached training at its end, "
+        f"{cached:.1f} s: {'; '.join(map(str, found))}.",
+        f"End to end at its own end, {e2e:.1f} s, against the same: {'; '.join(map(str, whole))}.",
+        errors,
+        f"Freezing alone, without a cache, took {freeze:.1f} s in all, {freeze / cached:.2f}× the time of cached "
+        "training.",
     ]
 
 
@@ -150,7 +155,7 @@ def warnings(story: Story) -> Iterator[str]:
     if story.speedup and len(story.seeds) < FEWEST_SEEDS:
         yield (
             f"One seed is no proof. With {FEWEST_SEEDS} or more (runs in the same folder, alike but for the seed) "
-            "the errors are intervals over them."
+            "differences have intervals over them; `make study NAME=seeds` makes such runs."
         )
 
 

@@ -34,21 +34,33 @@ def run_all(job: Job) -> None:
 def _run_all(desk: Desk) -> None:
     wanted = desk.wanted
     look_before(desk, wanted.candidates - 1)
-    for stage in range(wanted.candidates):
-        if wanted.used_up(stage):
-            desk.log.message(f"stage {stage}: does not exist, {wanted.why_no_stage(stage)}")
-            break
-        ensure_this_stage(desk, stage)
+    ensure_stages(desk)
     if len(wanted.segments) == 1:
         desk.log.message(f"{wanted.why_nothing_freezes}: there are no arms to compare")
         return
     for arm in ARMS:
         ensure_arm(desk, arm)
+    ensure_compared(desk)
+
+
+def ensure_stages(desk: Desk) -> None:
+    """All stages, as many as there are."""
+    wanted = desk.wanted
+    for stage in range(wanted.candidates):
+        if wanted.used_up(stage):
+            desk.log.message(f"stage {stage}: does not exist, {wanted.why_no_stage(stage)}")
+            break
+        ensure_this_stage(desk, stage)
+
+
+def ensure_compared(desk: Desk) -> None:
+    """The comparison of the arms, all of which are current."""
     from pipeline.speedup import compare, current_comparison, show
 
-    found = current_comparison(desk.wanted)
-    if found:
-        show(found)
+    if current_comparison(desk.wanted):
+        from pipeline.sceptic import refresh
+
+        show(refresh(desk.wanted.paths))
     else:
         compare(desk)
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cache.manifest import atomic_write
+from pipeline.claims import PROBES
 from pipeline.config import ConfigError
 from pipeline.decide import ARMS, Wanted, judge_all
 from pipeline.desk import Desk, at_work
@@ -38,10 +39,12 @@ def run_speedup(job: Job) -> None:
 def compare(desk: Desk) -> None:
     """Write speedup.json and the figure, print the table. Everything it compares is current."""
     from pipeline.figures import accuracy_against_time
+    from pipeline.sceptic import refresh
 
     wanted, paths = desk.wanted, desk.wanted.paths
     found = summary(wanted) | {"of": states(wanted)}
     atomic_write(paths.speedup, (json.dumps(found, indent=2) + "\n").encode())
+    found = refresh(paths)
     figure = paths.figures / "accuracy-time.png"
     accuracy_against_time(found, figure)
     show(found)
@@ -224,6 +227,9 @@ def show(found: dict[str, Any]) -> None:
         f"kNN {score(stopped['knn_top1'])}, linear {score(stopped['linear_top1'])}; "
         f"cached: {score(cached['knn_top1'])}, {score(cached['linear_top1'])}"
     )
+    for control, told in (("stopped then", "cached_less_early_stop"), ("at its end", "cached_less_e2e")):
+        for key, pair in found.get("seeds", {}).get(told, {}).items():
+            out.print(f"cached less e2e {control}: {PROBES[key]} {pair['said']}")
     if shared := cached["cache_seconds_elsewhere"]:
         out.print(f"of the cache seconds, {shared:.1f} were spent by other runs that share the caches")
     if not cached["cache_cost_known"]:

@@ -7,7 +7,7 @@ import json
 import tomllib
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,13 @@ class Story:
     verdicts: list[Verdict]
     unknown: str = ""
     """Why there are no verdicts."""
-    seeds: list[Record] = field(default_factory=list)
-    """The comparisons of runs beside this one that differ from it in their seed only, and its own."""
+    seeds: dict[int, Record] = field(default_factory=dict)
+    """By seed, the comparisons of runs beside this one that differ from it in their seed only, and its own."""
+
+    @property
+    def runs(self) -> list[Record]:
+        """The comparisons over seeds, by seed."""
+        return [self.seeds[seed] for seed in sorted(self.seeds)]
 
     @property
     def courses(self) -> dict[str, list[Record]]:
@@ -100,7 +105,7 @@ class Story:
 def read_story(paths: RunPaths) -> Story:
     """The story of the run in a folder. Raises ConfigError where there is none."""
     root = read_settings(paths).get("cache", {}).get("root")
-    paths = run_paths(str(paths.root), "", root) if root else paths
+    paths = replace(run_paths(str(paths.root), "", root), lists=paths.lists) if root else paths
     records = dict(records_of(paths))
     if not records or not paths.config.exists():
         raise ConfigError(
@@ -126,7 +131,7 @@ def read_story(paths: RunPaths) -> Story:
         caches=list(read_caches(paths, records)),
         verdicts=verdicts,
         unknown=unknown,
-        seeds=same_but_seed(paths) if current else [],
+        seeds=same_but_seed(paths) if current else {},
     )
 
 
@@ -204,8 +209,8 @@ def read_caches(paths: RunPaths, records: dict[str, Record]) -> Iterator[Cache]:
     yield from sorted(found, key=lambda cache: (cache.manifest.spec.cut, cache.folder.name))
 
 
-def same_but_seed(paths: RunPaths) -> list[Record]:
-    """The comparisons of the runs in the same folder whose settings differ in the seed only, this run's among them."""
+def same_but_seed(paths: RunPaths) -> dict[int, Record]:
+    """By seed, the comparisons of the runs in the same folder whose settings differ in the seed only, its own too."""
     own = comparable(read_settings(paths))
     found: dict[int, Record] = {}
     others = [RunPaths(file.parent) for file in sorted(paths.root.absolute().parent.glob("*/config.toml"))]
@@ -213,7 +218,7 @@ def same_but_seed(paths: RunPaths) -> list[Record]:
         settings, comparison = read_settings(run), read_json(run.speedup)
         if settings and comparable(settings) == own and compares(comparison, dict(records_of(run))):
             found.setdefault(settings["seed"], comparison)
-    return list(found.values())
+    return found
 
 
 def read_settings(paths: RunPaths) -> Record:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.claims import PROBES, interval, percent, points, standard_error
+from pipeline.claims import PROBES, contrasts, interval, percent, points, standard_error
 from pipeline.figures import STYLE
 from pipeline.speedup import cache_cost
 from pipeline.story import Record, Story
@@ -97,13 +97,19 @@ def seeds_table(story: Story) -> Table | None:
         "speed-up in total": lambda one: one["speedup_total"],
         **{f"{name} top-1, {arm}": score_of(arm, key) for key, name in PROBES.items() for arm in STYLE},
     }.items():
-        values = [read(one) for one in story.seeds]
+        values = [read(one) for one in story.runs]
         if None in values:
             continue
         mean, half = interval(values)
         score = name != "speed-up in total"
         text = percent(mean) if score else f"{mean:.2f}×"
         rows.append((name, [Cell(text), Cell(points(half) if score else f"±{half:.2f}")]))
+    whole = contrasts(story.runs[0], story.runs, "e2e")
+    for name, found in (("less e2e stopped early", contrasts(story.runs[0], story.runs)), ("less e2e", whole)):
+        for one in found:
+            assert one.paired.half is not None, "there are two seeds at least"
+            claimed = Cell(points(one.paired.half), error="claimed" if one.sure else "not claimed")
+            rows.append((f"{one.name}, cached {name}", [Cell(f"{100 * one.difference:+.1f} points"), claimed]))
     return Table(f"Over {len(story.seeds)} seeds", ["mean", "95 % interval"], rows)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from cache import open_cache
 from cache.adopt import Taken, find_donor
 from cache.errors import DamagedCache, MissingCache, StaleCache
-from cache.layout import Layout, Shard
+from cache.layout import Layout, Shard, Stored
 from cache.loader import prefetch
 from cache.manifest import MANIFEST, CacheManifest, read_manifest
 from cache.place import place_of
@@ -30,7 +30,7 @@ from cache.writer import (
     create_store,
     finish,
     missing_shards,
-    stored_row,
+    stored_rows,
     write_rows,
     write_stored,
 )
@@ -192,8 +192,12 @@ SETUP, FORWARD = Lock(), Lock()
 """One thread of a process at a time makes what all share, and one runs the frozen blocks."""
 
 
-def encode_shard(task: tuple[EncodeJob, Shard, Taken | None]) -> Shard:
+Load = Callable[[np.ndarray], Part]
+
+
+def encode_shard(task: tuple[EncodeJob, Shard, Taken | None], load: Load | None = None) -> Shard:
     """Compute and write one shard of one view: a pure function of its task, so it can run anywhere, and twice.
+    `load` is for whoever has at hand what the frozen blocks take of some rows.
 
     Two threads of a process are enough to keep it at the frozen blocks: while one runs them, the other writes the shard
     before, then loads the first batches of the shard after. No more than two shards are in memory.
@@ -203,7 +207,7 @@ def encode_shard(task: tuple[EncodeJob, Shard, Taken | None]) -> Shard:
     folder, layout = place_of(job.folder), job.layout
     rows = np.arange(shard.first_row, shard.first_row + shard.rows)
     if taken is None:
-        made = encode_rows(job, shard.view, rows)
+        made = encode_rows(job, shard.view, rows, load)
         write_rows(folder, layout, shard.view, shard.first_row, made, job.limit, job.batch)
         return shard
     try:
@@ -213,10 +217,10 @@ def encode_shard(task: tuple[EncodeJob, Shard, Taken | None]) -> Shard:
     new = {int(place): number for number, place in enumerate(taken.new)}
     block = encode_rows(job, shard.view, rows[taken.new]) if new else None
 
-    def row(place: int) -> dict[str, np.ndarray]:
+    def row(place: int) -> Stored:
         if block is None or place in old:
-            return {name: values[old[place]] for name, values in stored.items()}
-        return stored_row(layout, shard.view, block, new[place])
+            return {name: values[old[place]][None] for name, values in stored.items()}
+        return stored_rows(layout, shard.view, block, slice(new[place], new[place] + 1))
 
     names = dict(zip(taken.places.tolist(), taken.keys, strict=True))
     names |= dict(zip(taken.new.tolist(), block.keys, strict=True)) if block else {}
@@ -225,12 +229,12 @@ def encode_shard(task: tuple[EncodeJob, Shard, Taken | None]) -> Shard:
     return shard
 
 
-def encode_rows(job: EncodeJob, view: int, rows: np.ndarray) -> RowBlock:
+def encode_rows(job: EncodeJob, view: int, rows: np.ndarray, load: Load | None = None) -> RowBlock:
     """What the frozen blocks give for some rows of a view, and what is stored beside it."""
     spec = job.layout.spec
     with SETUP:
         encoder = frozen_encoder(job.weights, spec.weights, spec.cut, job.model, job.device)
-        load = from_cache(job, view) if job.parent else from_images(job, spec.view_at(view))
+        load = load or loader(job, view)
     batches = [rows[start : start + job.batch] for start in range(0, len(rows), job.batch)]
     blocks = []
     with prefetch(load, batches, job.loader_threads, 2) as loaded, FORWARD, torch.inference_mode():
@@ -254,7 +258,12 @@ def frozen_forward(encoder: Encoder, job: EncodeJob, part: Part) -> tuple[Tensor
     return encoder.run_groups(tokens, prefix, spec.groups, 0, spec.cut)
 
 
-def from_images(job: EncodeJob, view: int) -> Callable[[np.ndarray], Part]:
+def loader(job: EncodeJob, view: int) -> Load:
+    """What loads rows of a view for the frozen blocks."""
+    return from_cache(job, view) if job.parent else from_images(job, job.layout.spec.view_at(view))
+
+
+def from_images(job: EncodeJob, view: int) -> Load:
     """A function that cuts a view of some rows."""
     spec = job.layout.spec
     images, size = training_images(job.data, job.index_folder, spec.data), job.model.image_size
@@ -275,7 +284,7 @@ def from_images(job: EncodeJob, view: int) -> Callable[[np.ndarray], Part]:
     return load
 
 
-def from_cache(job: EncodeJob, view: int) -> Callable[[np.ndarray], Part]:
+def from_cache(job: EncodeJob, view: int) -> Load:
     """A function that reads some rows of the parent cache, and all else that the new shard takes over."""
     assert job.parent is not None
     parent, spec = open_cache(job.parent, memory=job.memory), job.layout.spec

@@ -109,6 +109,18 @@ def test_make_hands_its_variables_on(tmp_path: Path) -> None:
     assert re.findall("<(.*?)>", shown.stdout) == [word.replace("|", " ") for word in want.split()]
 
 
+def test_make_hands_a_study_its_name_its_hours_and_no_recipe_but_one_that_was_given(tmp_path: Path) -> None:
+    (tmp_path / ".venv").mkdir()
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_text((REPOSITORY / name).read_text())
+    (tmp_path / ".venv" / ".ready").touch()
+    call = ["make", "-s", "study", "PERMAFROST=printf '<%s>'", "NAME=plans", "HOURS=1.5", "DATA=a b", "SET=a=1"]
+    for given, told in (([], ""), (["CONFIG=c.toml"], "--config c.toml ")):
+        shown = subprocess.run([*call, *given], cwd=tmp_path, capture_output=True, text=True, check=True)
+        want = f"study plans {told}--hours 1.5 --data a|b --set a=1"
+        assert re.findall("<(.*?)>", shown.stdout) == [word.replace("|", " ") for word in want.split()]
+
+
 def test_every_dependency_is_pinned_and_torch_matches_torchvision() -> None:
     import tomllib
 

@@ -31,6 +31,22 @@ def test_chunks_round_trip(tmp_path_factory: pytest.TempPathFactory, chunks: lis
             assert out.tobytes() == chunk
 
 
+def test_adjacent_chunks_are_read_at_once_and_what_is_wrong_with_them_is_named(tmp_path: Path) -> None:
+    content = b"".join(encode_shard([b"aaa", b"bbb", None, b"ccc", b"dd"], 6))
+    (tmp_path / "0").write_bytes(content)
+    for kind in (LocalFile, MappedFile):
+        reader = ShardReader(tmp_path / "0", kind(tmp_path / "0"), 6)
+        out_NC = np.empty((2, 3), np.uint8)
+        reader.read(0, out_NC)
+        assert out_NC.tobytes() == b"aaabbb"
+        for first, lacking in ((1, 2), (2, 2), (3, 4), (4, 4), (5, 5)):
+            with pytest.raises(DamagedCache, match=f"0 lacks chunk {lacking};"):
+                reader.read(first, out_NC)
+    (tmp_path / "0").write_bytes(content.replace(b"bbb", b"bxb"))
+    with pytest.raises(DamagedCache, match="0 is altered in chunk 1;"):
+        ShardReader(tmp_path / "0", LocalFile(tmp_path / "0"), 6).read(0, out_NC)
+
+
 def test_size_is_chunks_and_index() -> None:
     assert len(b"".join(encode_shard([b"abc", None, b"de"], 4))) == (3 + 4) + (2 + 4) + 4 * 16 + 4
 

@@ -51,6 +51,28 @@ def test_the_output_has_the_shape_of_the_encoder_s_input(ratio: float) -> None:
     assert torch.equal(readout(tokens, True), readout.pixel_head(readout(tokens, False)))
 
 
+@pytest.mark.parametrize("kind", ["plain", "fused"])
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_skipping_what_nobody_reads_changes_neither_output_nor_gradients(kind: str, depth: int) -> None:
+    decoder = Decoder(4, 24, DecoderConfig(depth=depth, width=12, heads=3)).double()
+    use_attention(decoder, kind, "cpu", 16)
+    mask = random_mask(torch.rand(2, 16), 0.75)
+    ids = mask.ids_restore.argsort(1)[:, 7:11]
+    latent = torch.randn(2, 4, 24, dtype=torch.float64, requires_grad=True)
+    found = decoder(latent, mask, ids)
+    places = torch.cat([mask.ids_keep, ids], 1)
+    filler = decoder.mask_token.expand(2, 4, -1)
+    whole = decoder.blocks(torch.cat([decoder.embed(latent), filler], 1) + decoder.positions[places])
+    wanted = decoder.norm(whole[:, 4:])
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    inputs = [latent, *decoder.parameters()]
+    grads, expected = (
+        torch.autograd.grad((out**3).sum(), inputs, retain_graph=True, allow_unused=True) for out in (found, wanted)
+    )
+    for ours, theirs in zip(grads, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
 def test_every_token_stands_in_its_place_with_its_position() -> None:
     # Without blocks nothing mixes tokens, so each output can be computed by hand.
     decoder = Decoder(4, 24, DecoderConfig(depth=0, width=12, heads=3)).eval()

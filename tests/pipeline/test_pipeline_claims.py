@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.claims import PROBES, contrasts, headline, interval, standard_error
+from pipeline.sceptic import over_seeds
 
 Pair = tuple[float | None, float | None]
 """kNN and linear probe."""
@@ -18,28 +19,52 @@ def comparison(stopped: Pair, cached: Pair, ratio: float = 1.25) -> dict[str, An
     return {
         "speedup_total": ratio,
         "arms": {
-            "e2e": {"total_seconds": 50.0},
+            "e2e": {"total_seconds": 50.0, "knn_top1": 0.55, "linear_top1": 0.65},
             "cached": {"total_seconds": 40.0, "curve": [{"probe_images": 10_000}]} | end,
         },
         "early_stop": dict(zip(PROBES, stopped, strict=True)),
     }
 
 
+AT = "end to end stopped after the same 40.0 s"
+
+
 @pytest.mark.parametrize(
     ("stopped", "cached", "ends"),
     [
-        ((0.50, 0.60), (0.49, 0.58), " – but end to end stopped after the same 40.0 s scores as well or better"),
-        ((0.50, 0.60), (0.50, 0.60), " – but end to end stopped after the same 40.0 s scores as well or better"),
-        ((0.50, 0.60), (0.51, 0.60), " – but end to end stopped after the same 40.0 s scores as well, within error"),
-        ((0.50, 0.60), (0.48, 0.65), " – but end to end stopped after the same 40.0 s scores better in kNN"),
-        ((0.50, 0.60), (0.52, 0.60), ", and ahead of end to end stopped after the same 40.0 s in kNN"),
-        ((0.50, 0.60), (0.52, 0.63), ", and ahead of end to end stopped after the same 40.0 s in kNN and linear probe"),
+        ((0.50, 0.60), (0.49, 0.58), f" – but {AT} scores as well or better"),
+        ((0.50, 0.60), (0.50, 0.60), f" – but {AT} scores as well or better"),
+        ((0.50, 0.60), (0.51, 0.60), f" – but {AT} scores as well, within error"),
+        ((0.50, 0.60), (0.48, 0.65), f" – but {AT} scores better in kNN"),
+        ((0.50, 0.60), (0.53, 0.60), f", and ahead of {AT} in kNN"),
+        ((0.50, 0.60), (0.53, 0.63), f", and ahead of {AT} in kNN and linear probe"),
         ((None, None), (None, None), "; the images have no labels, so nobody knows which arm learned more"),
     ],
 )
 def test_the_first_line_tells_what_stopping_early_would_have_done(stopped: Pair, cached: Pair, ends: str) -> None:
-    found = comparison(stopped, cached)
-    assert headline(found) == "1.25× the speed of end to end, caches included" + ends
+    # three seeds whose differences spread by ±.005: half an interval is 4.303 * .005 / sqrt 3 = .0124
+    shifts = (0.0, 0.005, -0.005)
+    seeds = [
+        comparison(stopped, (None, None) if None in cached else (cached[0] + one, cached[1] + one))  # type: ignore[operator]
+        for one in shifts
+    ]
+    line = headline(seeds[0], seeds)
+    assert line == "1.25× the speed of end to end, caches included (mean of 3 seeds, 95 % interval 1.25 to 1.25)" + ends
+
+
+@pytest.mark.parametrize(
+    ("stopped", "cached", "ends"),
+    [
+        ((0.50, 0.60), (0.49, 0.58), f" – but {AT} scores as well or better, one seed"),
+        ((0.50, 0.60), (0.60, 0.70), f" – but beside {AT}, one seed: no difference is claimed"),
+        ((0.50, 0.60), (0.40, 0.70), f" – but beside {AT}, one seed: no difference is claimed"),
+    ],
+)
+def test_one_seed_claims_no_difference_however_large(stopped: Pair, cached: Pair, ends: str) -> None:
+    line = "1.25× the speed of end to end, caches included" + ends
+    assert headline(comparison(stopped, cached)) == line
+    two = [comparison(stopped, cached)] * 2
+    assert headline(two[0], two) == line.replace("one seed", "2 seeds")
 
 
 def test_a_loss_of_time_is_called_one() -> None:
@@ -47,15 +72,26 @@ def test_a_loss_of_time_is_called_one() -> None:
     found["arms"]["e2e"]["total_seconds"] = 32.0
     assert headline(found) == (
         "Slower: 0.80× the speed of end to end, caches included – but end to end, which was done before, scores as "
-        "well or better"
+        "well or better, one seed"
     )
 
 
-def test_the_error_of_a_difference() -> None:
+def test_slower_is_said_only_of_what_surely_is() -> None:
+    assert headline(comparison((0.5, 0.5), (0.5, 0.5), 0.98)).startswith("Slower: 0.98×")
+    # mean .95; half an interval is 4.303 * .05 / sqrt 3 = .124 or a tenth of it
+    for spread, starts in ((0.05, "0.95× the speed"), (0.005, "Slower: 0.95× the speed")):
+        seeds = [comparison((0.5, 0.5), (0.5, 0.5), 0.95 + by) for by in (-spread, 0.0, spread)]
+        assert headline(seeds[0], seeds).startswith(starts)
+
+
+def test_one_seed_has_the_standard_error_of_a_score() -> None:
     assert standard_error(0.5, 10_000) == 0.005
     (knn, _) = contrasts(comparison((0.5, 0.5), (0.52, 0.5)))
-    assert knn.error == pytest.approx(1.96 * (0.5 * 0.5 + 0.52 * 0.48) ** 0.5 / 100) and knn.sure
-    assert str(knn) == "kNN 50.0\N{NO-BREAK SPACE}% against 52.0\N{NO-BREAK SPACE}% (beyond error, ±1.4 points)"
+    assert knn.paired.error == pytest.approx((0.51 * 0.49) ** 0.5 / 100) and knn.paired.half is None and not knn.sure
+    assert str(knn) == (
+        "kNN 50.0\N{NO-BREAK SPACE}% against 52.0\N{NO-BREAK SPACE}%: +2.0 points; one seed: no difference is claimed "
+        "(one standard error of a score is ±0.5 points)"
+    )
 
 
 def test_with_seeds_the_interval_is_theirs() -> None:
@@ -66,4 +102,35 @@ def test_with_seeds_the_interval_is_theirs() -> None:
         "1.21× the speed of end to end, caches included (mean of 3 seeds, 95 % interval 1.20 to 1.21), and ahead of "
         "end to end stopped after the same 40.0 s in kNN"
     ), "0.7 points are within the error of one run and beyond that of three"
-    assert headline(seeds[0], seeds[:2]).endswith("scores as well, within error")
+    (knn, linear) = contrasts(seeds[0], seeds)
+    assert knn.paired.mean == pytest.approx(0.007) and knn.paired.half == pytest.approx(4.3027e-3 / 3**0.5, rel=1e-4)
+    assert (linear.paired.mean, linear.sure) == (0.0, False)
+    (knn, _) = contrasts(seeds[0], seeds, "e2e")
+    assert knn.paired.mean == pytest.approx(0.507 - 0.55) and knn.sure
+
+
+def test_the_controls_over_seeds_are_in_the_comparison_with_their_intervals() -> None:
+    found = {seed: comparison((0.50, 0.60), (0.50 + 0.01 * seed, 0.60)) for seed in (3, 1, 2)}
+    for seed, one in found.items():
+        point = {"seconds": 10.0 + seed, "epoch": 1, "knn_top1": 0.2, "linear_top1": 0.1 * seed}
+        curve = [point | {"probe_images": 10_000}]
+        one["arms"] = {arm: one["arms"][arm] | {"curve": curve} for arm in ("e2e", "cached")}
+    told = over_seeds(found)
+    assert told["seeds"] == [1, 2, 3] and told["early_stop"]["knn_top1"] == [0.5, 0.5, 0.5]
+    assert told["arms"]["cached"]["knn_top1"] == [0.51, 0.52, 0.53] and told["speedup_total"] == [1.25] * 3
+    assert "Student's t" in told["interval"]
+    knn, linear = (told["cached_less_early_stop"][key] for key in PROBES)
+    assert knn["differences"] == pytest.approx([0.01, 0.02, 0.03]) and knn["mean"] == pytest.approx(0.02)
+    # 4.303 * .01 / sqrt 3 = .0248 > .02
+    assert knn["half"] == pytest.approx(4.3027e-2 / 3**0.5, rel=1e-4) and not knn["claimed"] and knn["seeds"] == 3
+    assert linear["mean"] == 0 and not linear["claimed"]
+    assert told["cached_less_e2e"]["knn_top1"]["mean"] == pytest.approx(0.52 - 0.55)
+    assert told["cached_less_e2e"]["knn_top1"]["claimed"]
+    (point,) = told["arms"]["e2e"]["curve"]
+    assert point["seconds"] == 12.0 and point["knn_top1"] == pytest.approx(0.2) and point["knn_top1_half"] < 1e-12
+    assert point["linear_top1"] == pytest.approx(0.2)
+    assert point["linear_top1_half"] == pytest.approx(4.3027e-1 / 3**0.5, rel=1e-4)
+    one = over_seeds({7: found[3]})
+    assert one["cached_less_e2e"]["knn_top1"]["half"] is None
+    assert "one seed: no difference is claimed" in one["cached_less_e2e"]["knn_top1"]["said"]
+    assert one["arms"]["e2e"]["curve"][0]["knn_top1_half"] is None

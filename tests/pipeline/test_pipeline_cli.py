@@ -120,7 +120,6 @@ def test_status_and_explain_do_not_ask_torch(verbs: Verbs, monkeypatch: pytest.M
         ("finetune 4", ["finetune 4 is outside 0..3"]),
         ("finetune cached", ["'cached'", "e2e, freeze"]),
         ("export cached", ["'cached'", "e2e, freeze", "permafrost export [N|ARM]"]),
-        ("study NAME", ["not built yet in version 0.1.0; "]),
     ],
 )
 def test_wrong_request_is_one_line_and_exit_2(

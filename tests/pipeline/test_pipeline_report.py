@@ -21,6 +21,7 @@ from pipeline.claims import PROBES
 from pipeline.config import ConfigError
 from pipeline.layout import RunPaths
 from pipeline.report import render, write_report
+from pipeline.sceptic import refresh
 from pipeline.story import read_story, step_events
 from pipeline.tables import CURVE, PART_ROWS
 from tests.pipeline.toy import job, toy
@@ -199,6 +200,12 @@ def test_runs_that_differ_in_their_seed_only_count_as_seeds(copy: Path) -> None:
     assert len(read_story(RunPaths(copy)).seeds) == 3
     found = page(copy)
     assert "Over 3 seeds" in found.text and "mean of 3 seeds" in found.headline and "One seed" not in found.text
+    assert "kNN, cached less e2e stopped early" in found.text and "mean and 95 % interval of 3 seeds" in found.text
+    refresh(RunPaths(copy))
+    told = json.loads((copy / "speedup.json").read_text())["seeds"]
+    same = told["cached_less_early_stop"]["knn_top1"]  # copies of one run: a difference without spread
+    assert told["seeds"] == [0, 1, 2] and same["half"] == 0 and same["differences"] == [same["mean"]] * 3
+    assert told["arms"]["e2e"]["total_seconds"] == [told["arms"]["e2e"]["total_seconds"][0]] * 3
 
 
 # --- runs that are not whole ----------------------------------------------------------------------------------------

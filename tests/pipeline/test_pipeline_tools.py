@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cache.size import cache_bytes
-from pipeline import bench, bench_cache, bench_step, care, costs, runner, speedup, status
+from pipeline import bench, bench_others, bench_step, care, costs, runner, speedup, status
 from pipeline.config import ConfigError
 from pipeline.decide import Wanted, judge_all
 from pipeline.job import Interrupted, RunFailed
@@ -56,7 +56,7 @@ def test_bench_gives_rates_of_every_arm_at_every_cut(
     monkeypatch.setattr(bench, "ROUNDS", 2)
     monkeypatch.setattr(bench_step, "ROUNDS", 1)
     monkeypatch.setattr(bench_step, "compiler", lambda: None)
-    monkeypatch.setattr(bench_cache, "PEERS_PYTHON", copy / "none")
+    monkeypatch.setattr(bench_others, "PEERS_PYTHON", copy / "none")
     bench.run_bench(job(copy, toy(**{"bench.rows": 16, "bench.rounds": 1, "bench.shards": 1})))
     found = json.loads((copy / "bench.json").read_text())["arms"]
     assert [row["cut"] for row in found] == [1, 3]

@@ -1,0 +1,164 @@
+"""`permafrost study NAME`: a grid of variants and seeds as ordinary runs, which share finished stages and caches. A
+call goes on where the last one stopped, ends cleanly when its hours are up, and writes one table and one figure of what
+there is by then. The runs do everything that they do by themselves; this module only says which, in which order."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from cache.errors import CacheError
+from cache.manifest import atomic_write
+from cache.users import register
+from pipeline.decide import ARMS, Wanted, judge_cache
+from pipeline.desk import Desk, at_work
+from pipeline.grid import Request, Run
+from pipeline.job import Interrupted, Job, RunFailed
+from pipeline.layout import RunBusy
+from pipeline.pool import publish, take
+from pipeline.sharing import claim, remove_unused, used
+from pipeline.show import console
+from pipeline.speedup import current_comparison, kept_speed
+from pipeline.study_table import compares, finished, show_results, show_runs, show_studies, tuning_of, write_results
+
+
+class Deadline(threading.Event):
+    """A stop that is set by somebody, or by the clock."""
+
+    def __init__(self, stop: threading.Event, end: float, now: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self.stop, self.end, self.now = stop, end, now
+
+    def is_set(self) -> bool:
+        return self.stop.is_set() or self.now() >= self.end
+
+
+def run_study(request: Request) -> None:
+    """List the studies, tell how one stands, or run it. Raises Interrupted when it was asked to stop, RunFailed when
+    runs failed; tables and figure are written either way."""
+    if request.study is None:
+        show_studies(request.root)
+    elif request.flags.list:
+        show_runs(request)
+    else:
+        carry_out(request)
+
+
+def carry_out(request: Request, now: Callable[[], float] = time.monotonic) -> None:
+    """Run what is not done, then write what there is."""
+    assert request.study is not None
+    hours = request.flags.hours
+    stop = Deadline(request.stop, now() + 3600 * hours, now) if hours else request.stop
+    out = console()
+    failed: dict[str, str] = {}
+    assert Wanted(request.runs[0].config, request.runs[0].paths).data, "images that are not there are refused at once"
+    for number, run in enumerate(request.runs, 1):
+        if stop.is_set():
+            break
+        try:
+            if finished(run):
+                continue
+            out.print(f"study {request.flags.name}: run {number} of {len(request.runs)}: {run.label}", markup=False)
+            work(request, run, stop)
+        except Interrupted as error:
+            out.print(f"{run.label}: {error}", markup=False)
+            break
+        except RunBusy as error:
+            out.print(f"{run.label}: left to another process: {error}", markup=False)
+        except Exception as error:  # whatever it was, it is this run's, and the others go on
+            failed[run.label] = told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            out.print(f"{run.label}: failed: {told}", markup=False)
+            if request.flags.debug:
+                out.print_exception()
+        note_failure(run, failed.get(run.label, ""))
+    rows = write_results(request)
+    show_results(request, rows)
+    undone = [row for row in rows if row.state != "done"]
+    if request.stop.is_set():
+        raise Interrupted(f"interrupted: {len(rows) - len(undone)} of {len(rows)} rows are done; {GO_ON}")
+    if failed:
+        first = ": ".join(next(iter(failed.items())))
+        raise RunFailed(f"{len(failed)} of {len(request.runs)} runs failed, first {first}; the same command retries")
+    if undone and stop.is_set():
+        out.print(f"{hours:g} hours are up: {len(rows) - len(undone)} of {len(rows)} rows are done; {GO_ON}")
+
+
+GO_ON = "the same command goes on from there"
+
+
+def work(request: Request, run: Run, stop: threading.Event) -> None:
+    """Bring a run to its end: take what other runs have finished, train the rest, hand on what is new.
+
+    Afterwards its caches go, except those that runs of its seed which are still to come will read.
+    """
+    with at_work(Job(request.flags.name, run.config, run.paths, stop=stop, yes=True)) as desk:
+        take_parts(desk, request.pool)
+        try:
+            ensure(desk, run)
+        finally:
+            publish(desk.wanted, request.pool)
+    for other in request.runs:
+        if other.seed == run.seed and other != run and not finished(other):
+            with suppress(RunBusy), at_work(Job(request.flags.name, other.config, other.paths)) as desk:
+                take_parts(desk, request.pool)
+                claim(desk.wanted)
+    let_go(run)
+
+
+def take_parts(desk: Desk, pool: Path) -> None:
+    """Take what is there, and say so."""
+    for where in take(desk.wanted, pool):
+        desk.log.message(f"{where}: taken over, an equal run has trained it")
+
+
+def ensure(desk: Desk, run: Run) -> None:
+    """Train what variants measure of a run. One that has all three arms also gets its comparison and its report."""
+    from pipeline import runner
+
+    asked = set(run.measures.values())
+    runner.look_before(desk, desk.wanted.candidates - 1 if asked & {"cached", "finetune"} else 0)
+    if asked & {"cached", "finetune"}:
+        runner.ensure_stages(desk)
+    for arm in ARMS:
+        if arm in asked:
+            runner.ensure_arm(desk, arm)
+    if "finetune" in asked:
+        runner.ensure_finetuned(desk, tuning_of(desk.wanted))
+    if compares(asked):
+        ensure_caches_to_time(desk)
+        runner.ensure_compared(desk)
+
+
+def ensure_caches_to_time(desk: Desk) -> None:
+    """The comparison times steps on the caches; those of stages that were taken over may be gone."""
+    from pipeline import runner
+
+    wanted = desk.wanted
+    for stage in range(1, len(wanted.segments)) if not current_comparison(wanted) else ():
+        for need in wanted.needs(stage) if not kept_speed(wanted, stage) else ():
+            if not judge_cache(wanted, need).current:
+                runner.ensure_built(desk, need, wanted.needs(stage))
+
+
+def let_go(run: Run) -> None:
+    """Remove the caches of a finished run that no other run uses."""
+    wanted = Wanted(run.config, run.paths)
+    folders = used(wanted)
+    with suppress(CacheError):
+        register(run.paths.cache_root, run.paths.root, [])
+    for folder in folders:
+        remove_unused(wanted, folder)
+
+
+def note_failure(run: Run, why: str) -> None:
+    """Keep beside a run why it failed, for the table; a run that has not failed forgets it."""
+    file = run.paths.root / "failed.json"
+    if why:
+        run.paths.root.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, json.dumps({"why": why}).encode())
+    else:
+        file.unlink(missing_ok=True)

@@ -1,0 +1,311 @@
+"""Studies: the grid, what its runs share, stopping and going on, hours, failures, and the numbers that are written."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import study as engine
+from pipeline.__main__ import main
+from pipeline.claims import paired
+from pipeline.grid import Request, read_study
+from pipeline.job import Interrupted
+from pipeline.outcome import Row, claims, lines, table_md, with_control
+from pipeline.studies import STUDIES, Study, Variant, row, study
+from pipeline.study_figure import mean_curve
+from stages.schedule import plan_stages
+from tests.pipeline.toy import TOY, StopAfter, same, weights
+
+SMALL = TOY | {"eval.every": 1, "train.lr_schedule": "constant", "schedule.cuts": [0, 3], "schedule.epochs": [1, 2]}
+
+
+def tiny() -> Study:
+    """Two views against one, and end to end."""
+    return Study("Do views matter?", {"e2e": row("e2e"), "two": row(), "one": row(cache__views=1)}, "e2e", SMALL)
+
+
+@pytest.fixture
+def studies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STUDIES, "tiny", tiny)
+
+
+def ask(root: Path, *words: str) -> Request:
+    return read_study(["tiny", "--run", str(root), *words])
+
+
+def results(root: Path) -> list[dict[str, str]]:
+    with (root / "tiny" / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+# --- the grid -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_is_a_grid_of_runs_that_can_be_planned(name: str, tmp_path: Path) -> None:
+    asked, request = study(name), read_study([name, "--run", str(tmp_path)])
+    assert "Data:" in (STUDIES[name].__doc__ or "") and "ompared" in (STUDIES[name].__doc__ or "")
+    against = {variant.against or asked.control for variant in asked.variants.values()}
+    assert against <= set(asked.variants) and len(asked.seeds) in (1, 3)
+    assert [run.seed for run in request.runs] == sorted(run.seed for run in request.runs)
+    measured = [(variant, run.seed) for run in request.runs for variant in run.measures]
+    assert sorted(measured) == sorted((variant, seed) for variant in asked.variants for seed in asked.seeds)
+    for run in request.runs[: len(request.runs) // len(asked.seeds)]:
+        depth, warmup = 12, run.config.train.warmup_epochs
+        stages = plan_stages(run.config.schedule, depth, 140, warmup, None, ())
+        assert all(stage.epochs > 0 for stage in stages) and stages[-1].cut > 0
+
+
+def test_equal_settings_are_one_run_and_settings_go_from_study_to_set_to_variant(studies: None, tmp_path: Path) -> None:
+    request = ask(tmp_path, "--set", "train.lr=0.5", "--seeds", "4", "7")
+    assert [(run.name, run.seed, run.measures) for run in request.runs] == [
+        *(("e2e", 4, {"e2e": "e2e", "two": "cached"}), ("one", 4, {"one": "cached"})),
+        *(("e2e", 7, {"e2e": "e2e", "two": "cached"}), ("one", 7, {"one": "cached"})),
+    ]
+    assert [run.config.cache.views for run in request.runs] == [2, 1, 2, 1]
+    assert {run.config.train.lr for run in request.runs} == {0.5}
+    assert request.runs[3].paths.root == tmp_path / "tiny" / "one-seed-7"
+    assert {run.config.cache.root for run in request.runs} == {str(tmp_path / "caches")}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["tny"], "no study tny; did you mean tiny"),
+        (["tiny", "--set", "cache.views=4"], "study tiny sets cache.views itself"),
+        (["tiny", "--set", "seed=4"], "study tiny sets seed itself"),
+        (["tiny", "--set", "mask.ratio=2"], "study tiny, variant e2e: mask.ratio = 2.0 is outside"),
+        (["tiny", "--hours", "-1"], "--hours = -1 is outside [0, inf)"),
+        (["plans", "--data-val", "val.tar"], "study plans chooses settings, so it may not see DATA_VAL = val.tar"),
+    ],
+)
+def test_a_wrong_request_is_one_line(
+    studies: None, words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["study", *words]) == 2
+    out, err = capsys.readouterr()
+    assert told in err and err.count("\n") == 1 and not out
+
+
+# --- the runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is trained, in order: run and part."""
+    from pipeline import work
+
+    found: list[str] = []
+    plain: Callable[..., None] = work.train
+
+    def train(desk: Any, paths: Any, *args: Any, **more: Any) -> None:
+        found.append(f"{desk.job.paths.root.name}/{paths.root.name}")
+        plain(desk, paths, *args, **more)
+
+    monkeypatch.setattr(work, "train", train)
+    return found
+
+
+def test_runs_share_what_is_equal_stop_go_on_and_lose_nothing(
+    studies: None, trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(10**6))
+    request = ask(tmp_path, "--hours", str(5 / 3600), "--seeds", "0", "1")
+    engine.carry_out(request, now=lambda: next(clock))  # a second passes whenever the clock is read: at every step
+    out = capsys.readouterr().out
+    assert "hours are up: 0 of 6 rows are done; the same command goes on from there" in out
+    assert trained == ["e2e-seed-0/stage-0"]
+    assert [row["state"] for row in results(tmp_path)] == [*["unfinished", "missing"] * 2, "missing", "missing"]
+
+    trained.clear()
+    assert main(["study", "tiny", "--run", str(tmp_path), "--seeds", "0", "1"]) == 0
+    assert trained == [
+        *("e2e-seed-0/stage-0", "e2e-seed-0/stage-1", "e2e-seed-0/e2e", "one-seed-0/stage-1"),
+        *("e2e-seed-1/stage-0", "e2e-seed-1/stage-1", "e2e-seed-1/e2e", "one-seed-1/stage-1"),
+    ], "stage 0 is trained once a seed, and went on where it stopped"
+    assert "stage-0: taken over" in capsys.readouterr().out
+    numbers_are_those_of_the_records(tmp_path)
+    assert not list((tmp_path / "caches").glob("cut-*")), "the caches of finished runs are gone"
+    one, e2e = (tmp_path / "tiny" / f"{name}-seed-0" for name in ("one", "e2e"))
+    assert (one / "stage-0/model.safetensors").samefile(e2e / "stage-0/model.safetensors")
+    steps = [json.loads(line) for line in (one / "events.jsonl").read_text().splitlines()]
+    told = {event.get("stage", event.get("arm")) for event in steps if "loss" in event}
+    assert told == {0, 1, "e2e"}, "the log of what was taken came with it"
+
+    trained.clear()
+    whole = tmp_path / "whole"
+    assert main(["study", "tiny", "--run", str(whole), "--seeds", "0"]) == 0
+    assert same(weights(whole / "tiny" / "one-seed-0", "stage-1"), weights(one, "stage-1")), "stopping changed no bit"
+    trained.clear()
+    assert main(["study", "tiny", "--run", str(whole), "--seeds", "0"]) == 0 and trained == []
+    capsys.readouterr()
+    assert main(["study", "tiny", "--run", str(whole), "--seeds", "0", "--set", "eval.knn_k=5"]) == 2
+    assert "e2e-seed-0 was scored with eval.knn_k = 20, this call has 5" in capsys.readouterr().err
+
+
+def numbers_are_those_of_the_records(root: Path) -> None:
+    found = {(row["variant"], int(row["seed"])): row for row in results(root)}
+    assert {row["state"] for row in found.values()} == {"done"}
+    for seed in (0, 1):
+        parts = {
+            name: [json.loads((root / f"tiny/{run}-seed-{seed}/{part}/stage.json").read_text()) for part in files]
+            for name, run, files in (
+                ("e2e", "e2e", ("stage-0", "arms/e2e")),
+                ("two", "e2e", ("stage-0", "stage-1")),
+                ("one", "one", ("stage-0", "stage-1")),
+            )
+        }
+        for name, (first, last) in parts.items():
+            row = found[name, seed]
+            cache = last["cache_seconds"] + last.get("cache_seconds_elsewhere", 0.0)
+            assert float(row["total_seconds"]) == pytest.approx(first["train_seconds"] + last["train_seconds"] + cache)
+            assert float(row["knn_top1"]) == last["knn_top1"] and float(row["linear_top1"]) == last["linear_top1"]
+        assert found["e2e", seed]["knn_top1_e2e_stopped"] == "" != found["two", seed]["knn_top1_e2e_stopped"]
+        assert int(found["two", seed]["cache_bytes"]) > 1.9 * int(found["one", seed]["cache_bytes"]) > 0
+    with (root / "tiny" / "table.csv").open() as file:
+        table = {row["variant"]: row for row in csv.DictReader(file)}
+    gains = [float(found["one", seed]["knn_top1"]) - float(found["e2e", seed]["knn_top1"]) for seed in (0, 1)]
+    assert float(table["one"]["knn_top1_less_control"]) == pytest.approx(sum(gains) / 2)
+    # two values: t of one degree of freedom at 97.5 % is 12.706, their standard error half their distance
+    half = 12.706 * abs(gains[0] - gains[1]) / 2
+    assert float(table["one"]["knn_top1_less_control_half"]) == pytest.approx(half, rel=1e-4, abs=1e-12)
+    text = (root / "tiny" / "table.md").read_text()
+    assert "2 seeds: no difference is claimed" in text and "make study NAME=tiny" in text
+    assert (root / "tiny" / "study.png").stat().st_size > 10_000
+
+
+def test_a_run_that_fails_is_told_and_loses_no_other(
+    monkeypatch: pytest.MonkeyPatch, trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = {"bad": row(train__lr=1e30, train__warmup_epochs=0.0), "good": row(), "tuned": row("finetune")}
+    tuned = {"finetune.epochs": 1, "finetune.batch_size": 16, "finetune.freeze": 2, "finetune.views": 1}
+    monkeypatch.setitem(STUDIES, "tiny", lambda: Study("Which fails?", bad, "good", SMALL | tuned, seeds=(0,)))
+    assert main(["study", "tiny", "--run", str(tmp_path)]) == 1
+    _, err = capsys.readouterr()
+    assert "1 of 2 runs failed, first bad, seed 0: RunFailed" in err and "lower train.lr" in err
+    record = json.loads((tmp_path / "tiny/good-seed-0/finetune/stage.json").read_text())
+    (last,) = (row for row in results(tmp_path) if row["variant"] == "tuned")
+    assert (float(last["top1"]), last["knn_top1"]) == (record["top1"], "")
+    assert float(last["total_seconds"]) == pytest.approx(record["train_seconds"] + record["cache_seconds"])
+    states = {row["variant"]: (row["state"], row["why"]) for row in results(tmp_path)}
+    assert states["good"] == ("done", "") and states["bad"][0] == "failed" and "loss=nan" in states["bad"][1]
+    assert "- bad, seed 0: failed RunFailed" in (tmp_path / "tiny" / "table.md").read_text()
+
+
+def test_another_study_takes_what_is_there_and_a_run_of_three_arms_is_compared(
+    monkeypatch: pytest.MonkeyPatch, trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = {"e2e": row("e2e"), "cached": row()}
+    monkeypatch.setitem(STUDIES, "tiny", lambda: Study("Two arms?", arms, "e2e", SMALL, seeds=(0,)))
+    monkeypatch.setitem(STUDIES, "other", lambda: Study("Three?", arms | {"freeze": row("freeze")}, "e2e", SMALL))
+    assert main(["study", "tiny", "--run", str(tmp_path)]) == 0
+    assert not (tmp_path / "tiny/e2e-seed-0/speedup.json").exists()
+    trained.clear()
+    assert main(["study", "other", "--run", str(tmp_path), "--seeds", "0"]) == 0
+    run = tmp_path / "other/e2e-seed-0"
+    assert trained == ["e2e-seed-0/freeze"], "the rest is taken; caches are built again to be timed"
+    found = json.loads((run / "speedup.json").read_text())
+    record = json.loads((tmp_path / "tiny/e2e-seed-0/stage-1/stage.json").read_text())
+    assert found["arms"]["cached"]["cache_seconds"] == pytest.approx(record["cache_seconds"])
+    assert found["seeds"]["seeds"] == [0] and found["seeds"]["cached_less_e2e"]["knn_top1"]["claimed"] is False
+    html = (run / "report.html").read_text()
+    assert "one seed" in html and "no difference is claimed" in html
+    assert not list((tmp_path / "caches").glob("cut-*"))
+    capsys.readouterr()
+    assert main(["study", "other", "--run", str(tmp_path), "--seeds", "0", "--list"]) == 0
+    out = capsys.readouterr().out
+    assert "0 of 1 runs are still to do" in out and "e2e, cached, freeze" in out and "1+2" in out
+    assert main(["study", "--run", str(tmp_path)]) == 0
+    assert any(line.split()[:4] == ["other", "3", "3", "1"] for line in capsys.readouterr().out.splitlines())
+
+
+def test_ctrl_c_saves_writes_the_table_and_ends_with_130(studies: None, tmp_path: Path) -> None:
+    stop: Any = StopAfter(6)
+    flags = ask(tmp_path, "--seeds", "0")
+    with pytest.raises(Interrupted, match=r"0 of 3 rows are done"):
+        engine.carry_out(Request(flags.flags, flags.study, flags.runs, stop))
+    assert [row["state"] for row in results(tmp_path)] == ["unfinished", "unfinished", "missing"]
+
+
+# --- the numbers ----------------------------------------------------------------------------------------------------
+
+
+def done(variant: str, seed: int, knn: float, seconds: float, curve: tuple[tuple[float, float], ...] = ()) -> Row:
+    """A row that has kNN only, scored on 10,000 images, and a curve of (seconds, kNN)."""
+    points = tuple({"seconds": s, "epoch": s / 10, "knn_top1": k, "linear_top1": None} for s, k in curve)
+    values = {"knn_top1": knn, "total_seconds": seconds, "probe_images": 10_000}
+    return Row(variant, seed, "done", values, points)
+
+
+def three_seeds() -> tuple[Study, list[Row]]:
+    """End to end rises from .30 at 50 s to .50 at 100 s; a cached arm ends at 75 s, where e2e stands at .40."""
+    asked = Study("q", {"e2e": row("e2e"), "near": row(), "far": Variant(against="near")}, "e2e")
+    rows = [done("e2e", seed, 0.50, 100.0, ((50.0, 0.30), (100.0, 0.50))) for seed in (0, 1, 2)]
+    rows += [done("near", seed, knn, 75.0, ((75.0, knn),)) for seed, knn in enumerate((0.42, 0.43, 0.44))]
+    rows += [done("far", seed, knn, 75.0, ((75.0, knn),)) for seed, knn in enumerate((0.40, 0.44, 0.48))]
+    return asked, with_control(asked, rows)
+
+
+def test_means_and_paired_differences_are_those_worked_out_by_hand() -> None:
+    asked, rows = three_seeds()
+    e2e, near, far = lines(asked, rows)
+    # t of two degrees of freedom at 97.5 % is 4.3027; the standard error of .42, .43, .44 is .01 / sqrt 3
+    half = 4.3027 * 0.01 / 3**0.5
+    assert near.means["knn_top1"] == (pytest.approx(0.43), pytest.approx(half, rel=1e-4))
+    assert e2e.means["knn_top1"] == (0.5, 0.0) and not e2e.control and not e2e.stopped and e2e.against == ""
+    less_end, less_stopped = near.control["knn_top1"], near.stopped["knn_top1"]
+    assert (less_end.mean, less_end.half) == (pytest.approx(-0.07), pytest.approx(half, rel=1e-4)) and less_end.sure
+    assert (less_stopped.mean, less_stopped.half) == (pytest.approx(0.03), pytest.approx(half, rel=1e-4))
+    assert less_stopped.sure and less_stopped.said == (
+        "+3.0 points, 95 % interval +0.5 to +5.5 (3 seeds): higher"
+    )
+    # far less near, seed by seed: -.02, .01, .04; mean .01, standard error .03 / sqrt 3
+    assert far.against == "near" and far.control["knn_top1"].mean == pytest.approx(0.01)
+    assert far.control["knn_top1"].half == pytest.approx(4.3027 * 0.03 / 3**0.5, rel=1e-4)
+    assert not far.control["knn_top1"].sure
+    assert far.control["knn_top1"].said.endswith("(3 seeds): no difference within the interval")
+
+
+def test_one_or_two_seeds_claim_nothing_and_say_so() -> None:
+    asked, rows = three_seeds()
+    one = [row for row in rows if row.seed == 0]
+    text = claims(lines(asked, one))
+    # the mean of .42 and .50 is .46: sqrt(.46 * .54 / 10,000) = .498 points
+    assert text[0] == (
+        "near against e2e: kNN -8.0 points; one seed: no difference is claimed (one standard error of a score is "
+        "±0.5 points)."
+    )
+    assert all("one seed: no difference is claimed" in line for line in text) and len(text) == 4
+    two = claims(lines(asked, [row for row in rows if row.seed < 2]))
+    assert all("2 seeds: no difference is claimed" in line for line in two)
+    assert "**" not in table_md(asked, "q", [], lines(asked, one), one)
+    whole = table_md(asked, "q", [], lines(asked, rows), rows)
+    assert "| near | 3 | 75 ± 0 | 43.0 ± 2.5 | e2e | **-7.0 ± 2.5** | **+3.0 ± 2.5** |" in whole
+
+
+def test_only_seeds_that_both_have_finished_are_paired() -> None:
+    assert paired({0: 0.5, 1: 0.6}, {2: 0.5}, 100) is None
+    found = paired({0: 0.5, 1: 0.6, 3: 0.9}, {1: 0.5, 0: 0.5, 2: 0.1}, 100)
+    assert found is not None and (found.mean, found.seeds) == (pytest.approx(0.05), 2)
+    asked, rows = three_seeds()
+    broken = Row("near", 2, "failed", {"why": "it broke"})
+    unfinished = [broken if (one.variant, one.seed) == ("near", 2) else one for one in rows]
+    near = lines(asked, unfinished)[1]
+    assert near.seeds == (0, 1) and near.control["knn_top1"].seeds == 2
+    assert "- near, seed 2: failed it broke" in table_md(asked, "q", [], lines(asked, unfinished), unfinished)
+
+
+def test_the_curve_of_seeds_is_their_mean_point_by_point() -> None:
+    curves = [[{"seconds": s + seed, "k": 0.1 * s + 0.01 * seed} for s in (1, 2, 3)] for seed in (0, 1, 2)]
+    curves[0] = curves[0][:2]
+    half = 4.3027 * 0.01 / 3**0.5
+    assert mean_curve(curves, "k") == [
+        (2.0, pytest.approx(0.11), pytest.approx(half, rel=1e-4)),
+        (3.0, pytest.approx(0.21), pytest.approx(half, rel=1e-4)),
+    ]
+    assert mean_curve(curves[:1], "k") == [(1, 0.1, 0.0), (2, 0.2, 0.0)]
