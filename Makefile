@@ -45,7 +45,7 @@ stage-%: $(READY) FORCE ## run stage N, and first what before it is missing or s
 cache-%: $(READY) FORCE ## only build the cache that stage N reads
 	@$(PERMAFROST) cache $* $(FLAGS)
 
-plan: $(READY) ## what would run: time, disk, break-even, against e2e
+plan: $(READY) ## what would run: time, disk, break-even; ARGS="--images N --device-profile NAME" for elsewhere
 	@$(PERMAFROST) plan $(FLAGS)
 
 explain: $(READY) ## for every stage: current, stale and why, or missing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from models.config import SIZES, ModelConfig, model_name
@@ -9,6 +10,11 @@ from models.config import SIZES, ModelConfig, model_name
 
 def model_identity(config: ModelConfig) -> dict[str, str | int]:
     """What a model is: timm's name, width, depth, heads, prefix. Only a model without a short name is built to know."""
+    return dict(_identity(config))
+
+
+@lru_cache(maxsize=16)
+def _identity(config: ModelConfig) -> dict[str, str | int]:
     if config.name in SIZES:
         sizes, prefix = SIZES[config.name], config.class_token + config.registers
     else:

@@ -16,7 +16,7 @@ from timm.layers import DiffAttention
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
-from models.config import ModelConfig
+from models.config import PLAIN_TOKENS, ModelConfig
 from models.families import ModelError, build_vit
 from models.spec import derive_seed
 
@@ -125,11 +125,6 @@ class Encoder(nn.Module):
 
     def _frozen_parts(self) -> list[nn.Module]:
         return [self.vit.patch_embed, self.vit.norm_pre, *self.vit.blocks[: self.cut]] if self.cut else []
-
-
-PLAIN_TOKENS = 256
-"""Tokens up to which attention is written out on a CPU. Measured on two cores, widths 64-768, forward and backward: at
-16-196 tokens 1.6-5.9 times as fast as the fused kernel in bfloat16, 0.95-1.6 in float32; at 784 0.7-1.0 and 0.5-0.8."""
 
 
 def use_attention(blocks: nn.Module, kind: str, device: torch.device | str, tokens: int) -> None:

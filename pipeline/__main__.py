@@ -45,6 +45,8 @@ class Verb:
     """Whether Ctrl-C lets it save and stop by itself; otherwise it simply ends."""
     reads: str = ""
     """`module:function` that makes the request of the words after the verb, where it is not a Job."""
+    plans: bool = False
+    """Whether it takes the flags of plans for what is not here."""
     torch: bool = True
     """Whether it may take the seconds that asking torch about this machine costs."""
 
@@ -53,7 +55,7 @@ VERBS = {
     "all": Verb("pipeline.runner:run_all", "all stages, the arms, evaluation, a table, the report", saves=True),
     "stage": Verb("pipeline.runner:run_stage", "run stage N, and first what it needs", "N", saves=True),
     "cache": Verb("pipeline.runner:run_cache", "only build the cache that stage N reads", "N", saves=True),
-    "plan": Verb("pipeline.costs:show_plan", "what would run: time, disk, break-even, against e2e"),
+    "plan": Verb("pipeline.costs:show_plan", "what would run: time, disk, break-even, against e2e", plans=True),
     "explain": Verb("pipeline.explain:show_explain", "of every stage: current, stale and why, or missing", torch=False),
     "status": Verb("pipeline.status:show_status", "where the run stands", torch=False),
     "arm": Verb("pipeline.runner:run_arm", "run a baseline arm: e2e or freeze", "ARM", saves=True),
@@ -108,6 +110,17 @@ class Flags:
     """Add the traceback to an error."""
     yes: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Do not ask before anything is removed."""
+
+
+@dataclass(frozen=True)
+class PlanFlags(Flags):
+    """Flags of `plan` besides."""
+
+    images: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """Plan for so many training images, which need not be here; 0 takes those of the data."""
+    device_profile: Text = ""
+    """Plan for another device: the name of a profile that ships (a100-80gb, h100-sxm, rtx4090, two-cores) or a TOML or
+    JSON file of one; a plan.json holds that of the machine it was made on. Empty measures this machine."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -174,7 +187,7 @@ def overview() -> str:
 def read_job(name: str, args: list[str]) -> Job:
     """The job that the arguments after a verb ask for. Raises ConfigError; prints and exits for --help."""
     verb = VERBS[name]
-    flags, rest = run_tyro(Flags, args, return_unknown_args=True, add_help=False)
+    flags, rest = run_tyro(PlanFlags if verb.plans else Flags, args, return_unknown_args=True, add_help=False)
     overrides = [text for texts in flags.set for text in texts]
     recipe, config = read_config(flags.config, overrides, flags.data, flags.data_val)
     short = {
@@ -195,17 +208,21 @@ def read_job(name: str, args: list[str]) -> Job:
     config = resolve(config, previous, detect=verb.torch)
     stages = MANY if config.schedule.caches == "cost" else len(config.schedule.cuts)
     target = read_target(name, verb.target, words, stages)
-    return Job(recipe, config, paths, yes=flags.yes, target=target)
+    more = {"images": flags.images, "device_profile": flags.device_profile} if verb.plans else {}
+    if verb.plans and flags.images < 0:
+        raise ConfigError(f"--images {flags.images} must be at least 1; leave it out to take the images of the data")
+    return Job(recipe, config, paths, yes=flags.yes, target=target, **more)
 
 
 def request_type(verb: Verb) -> type[Any]:
     """What tyro reads for a verb: its flags, and every setting as a flag with its help and default."""
     target = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar=verb.target, help="")]
+    flags = PlanFlags if verb.plans else Flags
     return make_dataclass(
         "Request",
         [
             ("settings", Annotated[Settings, tyro.conf.arg(name="")]),
-            ("flags", Annotated[Flags, tyro.conf.arg(name="")], field(default_factory=Flags)),
+            ("flags", Annotated[flags, tyro.conf.arg(name="")], field(default_factory=flags)),
             ("target", target if verb.target else tyro.conf.Suppress[tuple[str, ...]], ()),
         ],
         namespace={"__doc__": verb.help},

@@ -17,9 +17,9 @@ from pipeline.bench_encode import bench_encode
 from pipeline.bench_step import bench_steps, profile_steps
 from pipeline.checks import check
 from pipeline.config import ConfigError
-from pipeline.costs import seconds_of, step_source
 from pipeline.decide import Wanted
 from pipeline.desk import Desk, at_work
+from pipeline.gauge import seconds_of, step_source
 from pipeline.job import Job
 from pipeline.rates import STEPS, WAITING, Rates, flop_bound, fresh_model, ratios, stage_rates
 from pipeline.reading import parse

@@ -14,9 +14,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from models.mim import MaskedModel
-from pipeline.costs import step_source
 from pipeline.decide import Wanted
 from pipeline.feeds import sampling
+from pipeline.gauge import step_source
 from pipeline.rates import fresh_model
 from pipeline.show import console, spread, table
 from stages.compiling import compile_learner, compiler

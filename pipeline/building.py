@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
+from cache.layout import Layout
 from cache.lock import CacheBusy, hold_cache
 from cache.place import place_of
 from cache.users import read_cost, write_cost
@@ -103,17 +104,27 @@ def held(desk: Desk, job: EncodeJob) -> Iterator[None]:
 
 def encode_job(wanted: Wanted, need: Need) -> EncodeJob:
     """What workers must know to make a cache. The stage that its weights come from, and its parent, are there."""
-    config, spec = wanted.config, wanted.spec(need)
+    spec = wanted.spec(need)
     parent = wanted.spec(need.parent) if need.parent else None
     assert spec is not None, "the stage that the weights come from is trained first"
+    folders = str(wanted.cache_folder(spec)), str(wanted.cache_folder(parent)) if parent else None
+    weights = str(wanted.paths.encoder(need.maker).model.absolute())
+    return job_of(wanted, need, replace(wanted.layout(need), spec=spec), weights, *folders)
+
+
+def job_of(
+    wanted: Wanted, need: Need, layout: Layout, weights: str, folder: str, parent: str | None
+) -> EncodeJob:
+    """The same of a cache of a layout in a folder, from weights in a file and a parent in its folder."""
+    config = wanted.config
     return EncodeJob(
-        folder=str(wanted.cache_folder(spec)),
-        layout=replace(wanted.layout(need), spec=spec),
-        weights=str(wanted.paths.encoder(need.maker).model.absolute()),
+        folder=folder,
+        layout=layout,
+        weights=weights,
         model=config.model,
         data=config.data,
         index_folder=str(wanted.paths.index.absolute()),
-        parent=str(wanted.cache_folder(parent)) if parent else None,
+        parent=parent,
         parent_cut=need.start,
         batch=config.cache.encode_batch,
         device=config.train.device,

@@ -16,7 +16,7 @@ from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster
 
 from pipeline.config import ClusterConfig, ConfigError
 from pipeline.jobs import job_cluster
-from pipeline.machine import cores
+from pipeline.machine import available_cores
 from pipeline.tasks import Crew, RunTasks
 from stages.config import TrainConfig
 
@@ -56,7 +56,7 @@ def local_processes(config: ClusterConfig, device: str) -> int:
     """Worker processes on this machine; 0 is one worker inside this process."""
     if config.workers or config.remote:
         return config.workers
-    return chosen(cores(), len(gpus()) if device == "cuda" else 0)
+    return chosen(available_cores(), len(gpus()) if device == "cuda" else 0)
 
 
 def torch_threads(config: ClusterConfig, train: TrainConfig) -> int:

@@ -1,96 +1,244 @@
-"""`permafrost plan`: what would run, how long it would take, what it would put on disk, and when the caches have paid
-for themselves. Step times are measured on this machine in a few seconds, on random data of the run's shapes."""
+"""`permafrost plan`: what would run, how long it would take, what it would put on disk and hold in memory, when the
+caches have paid for themselves, which of them deserve their disk, and which settings would be faster or smaller. Of
+a run that is here steps and caches are measured in a few seconds; with `--images` or `--device-profile` of one that
+is not, `predict` has a device profile to go by. Both come out of the same code."""
 
 from __future__ import annotations
 
 import json
-import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import torch
 
-from cache.buffers import FRESH, Buffers
 from cache.config import Codec
 from cache.errors import CacheError
 from cache.manifest import atomic_write
 from cache.size import cache_bytes
-from models.batch import MaskedBatch
 from models.config import IMAGE_TARGETS
-from models.mim import MaskedModel
-from models.vit import build_encoder
-from pipeline.budget import budget_lines
+from pipeline.budget import budget_lines, course_of_disk, sizes_of
+from pipeline.choice import LEAK, events_of, recommended, selection_lines, variants
+from pipeline.config import ConfigError, PipelineConfig
 from pipeline.decide import Wanted, judge_stage, new_needs
 from pipeline.disk import refuse_what_does_not_fit
-from pipeline.feeds import live_source, sampling, source_for
-from pipeline.freezing import show_adaptive, show_events
+from pipeline.feeds import sampling
+from pipeline.foretold import made_of
+from pipeline.freezing import event_costs, show_adaptive, show_events
 from pipeline.job import Job
 from pipeline.memory import refuse_too_little_memory
-from pipeline.needs import Need
-from pipeline.rates import fresh_model
+from pipeline.predict import ARMS, OnProfile, StageCost, money, on_paper, stage_costs, totals
+from pipeline.profile import DeviceProfile, read_profile
 from pipeline.show import console, table
-from pipeline.speedup import break_even
-from stages.config import TrainConfig
-from stages.device import autocast, synchronize
-from stages.segment import Segment, as_end_to_end
-from stages.sources import Inputs, Sampling, Source, mask_features
-from stages.train import train_step
 from stages.views import image_batch
 
 
-@dataclass(frozen=True)
-class StageCost:
-    """Predicted cost of a stage. Seconds of training by arm, of building its cache, and the cache's bytes."""
-
-    stage: int
-    cut: int
-    epochs: float
-    state: str
-    e2e_seconds: float
-    freeze_seconds: float
-    cached_seconds: float
-    cache_seconds: float
-    cache_bytes: int
-    live: bool = False
-    """Whether it runs its frozen blocks live for want of disk, which `cached_seconds` then counts."""
-
-
 def show_plan(job: Job) -> None:
-    """Measure, predict, print, and write plan.json."""
-    wanted = Wanted(job.config, job.paths)
+    """Measure or take a profile, predict, print, and write plan.json."""
+    if job.images or job.device_profile:
+        show_elsewhere(job)
+    else:
+        make_plan(Wanted(job.config, job.paths), show=True)
+
+
+def make_plan(wanted: Wanted, show: bool = False) -> dict[str, Any]:
+    """The plan of a run that is here, by what steps and caches take on this machine; writes and returns plan.json."""
+    from pipeline.gauge import disk_folder, measure_profile
+    from pipeline.rehearse import rehearse
+
     refuse_too_little_memory(wanted, wanted.candidates - 1)
     refuse_what_does_not_fit(wanted, wanted.candidates - 1)
-    costs = [stage_cost(wanted, stage) for stage in range(len(wanted.segments))]
-    rows = table("stage", "cut", "epochs", "state", "e2e s", "freeze s", "cached s", "cache s", "cache on disk")
+    folder = disk_folder(wanted)
+    prices = rehearse(wanted, measure_profile(wanted, folder, wanted.data.train))
+    states = [judge_stage(wanted, stage).state for stage in range(len(wanted.segments))]
+    costs = stage_costs(wanted, prices, states)
+    found = planned(wanted, prices.profile, costs)
+    found |= advice(wanted, prices.profile, costs, scales(wanted, prices.profile, costs))
+    found |= choices(wanted) if len(costs) > 1 else {}
+    found |= {"profile": prices.profile.to_dict(), "of": made_of(wanted)}
+    found["freeze_events"] = [asdict(event) for event in event_costs(wanted)]
+    if show:
+        show_costs(wanted, prices.profile, costs, found)
+        show_events(wanted)
+        show_adaptive(wanted)
+        show_advice(found)
+    atomic_write(wanted.paths.plan, (json.dumps(found, indent=2) + "\n").encode())
+    return found
+
+
+def show_elsewhere(job: Job) -> None:
+    """The plan of a run over images, or on a device, that are not here; writes <run>/plan-<device>-<images>.json."""
+    here = Wanted(job.config, job.paths)
+    images = job.images or len(here.data.train)
+    batch = job.config.train.batch_size
+    if images < batch:
+        raise ConfigError(f"--images {images} is less than a batch, train.batch_size = {batch}; lower it or raise that")
+    if job.device_profile:
+        profile = read_profile(job.device_profile)
+        wanted = on_paper(on_device(job.config, profile), images)
+    else:
+        from pipeline.gauge import disk_folder, measure_profile
+
+        wanted = on_paper(job.config, images)
+        profile = measure_profile(wanted, disk_folder(here), None)
+    costs = stage_costs(wanted, OnProfile(wanted, profile))
+    found = planned(wanted, profile, costs) | advice(wanted, profile, costs, (1.0, 1.0))
+    found |= {"codecs": codec_bytes(wanted)} if len(costs) > 1 else {}
+    found |= {"profile": profile.to_dict(), "images": images}
+    out = console()
+    out.print(f"{images:,} images on {profile.name}: {profile.device} ({profile.origin})", markup=False)
+    show_costs(wanted, profile, costs, found)
+    show_advice(found)
+    for line in profile.assumptions:
+        out.print(f"assumed: {line}", markup=False)
+    file = job.paths.root / f"plan-{Path(job.device_profile).stem or 'here'}-{images}.json"
+    job.paths.root.mkdir(parents=True, exist_ok=True)
+    atomic_write(file, (json.dumps(found, indent=2) + "\n").encode())
+    out.print(f"written: {file}", markup=False)
+
+
+def on_device(config: PipelineConfig, profile: DeviceProfile) -> PipelineConfig:
+    """The settings as they would be resolved on a profile's device: a GPU trains in bfloat16."""
+    if profile.busy_cores:
+        return replace(config, train=replace(config.train, device="cpu", threads=profile.busy_cores))
+    return replace(config, train=replace(config.train, device="cuda", precision="bfloat16"))
+
+
+def planned(wanted: Wanted, profile: DeviceProfile, costs: Sequence[StageCost]) -> dict[str, Any]:
+    """The stages, and the run as a whole, as plan.json holds them."""
+    found = {"stages": [cost.to_dict(profile) for cost in costs]} | totals(costs)
+    needs = [wanted.needs(stage) for stage in range(1, len(wanted.segments))]
+    most, _ = course_of_disk(needs, (), sizes_of(wanted), wanted.config.cache.keep == "all")
+    found["disk_peak_bytes"] = most
+    if profile.price_per_hour:
+        found["money"] = {"currency": profile.currency} | {
+            arm: sum(money(cost.seconds(arm), profile) for cost in costs) for arm in ARMS
+        }
+    return found
+
+
+def scales(wanted: Wanted, profile: DeviceProfile, costs: Sequence[StageCost]) -> tuple[float, float]:
+    """Measured over modelled seconds of cached training and of building, by which advice is corrected."""
+    modelled = stage_costs(wanted, OnProfile(wanted, profile))
+    pairs = []
+    for key in ("cached_seconds", "cache_seconds"):
+        model, measured = (sum(getattr(cost, key) for cost in some) for some in (modelled, costs))
+        pairs.append(measured / model if model and measured else 1.0)
+    return pairs[0], pairs[1]
+
+
+def advice(
+    wanted: Wanted, profile: DeviceProfile, costs: Sequence[StageCost], corrected: tuple[float, float]
+) -> dict[str, Any]:
+    """Which freeze events deserve a cache, and which settings would be faster or smaller; nothing of an adaptive run,
+    whose stages nobody knows before."""
+    if len(costs) < 2 or wanted.adaptive:
+        return {}
+    budget = disk_budget(wanted, profile)
+    events = events_of(wanted, profile, corrected)
+    selection = events.select(budget)
+    bar = totals(costs)["freeze_seconds"]
+    rows = recommended(variants(wanted, profile, corrected), budget, bar)
+    return {
+        "advice": {
+            "budget_bytes": budget,
+            "caches": [events.marks[event - 1].cut for event in selection.chosen],
+            "caches_told": list(selection_lines(wanted, events, selection, budget)),
+            "settings": [{"why": why} | asdict(one) for why, one in rows],
+        }
+    }
+
+
+def disk_budget(wanted: Wanted, profile: DeviceProfile) -> float:
+    """Bytes that caches may take: cache.budget_gb, else the disk of the profile, which measured here is what is free
+    and what the run's caches have of it already."""
+    if wanted.config.cache.budget_gb:
+        return wanted.config.cache.budget_gb * 1e9
+    return profile.disk_gb * 1e9
+
+
+# --- printing ---------------------------------------------------------------------------------------------------------
+
+
+def show_costs(
+    wanted: Wanted, profile: DeviceProfile, costs: Sequence[StageCost], found: dict[str, Any]
+) -> None:
+    """The table of stages, the totals, and what they take."""
+    heads = ["stage", "cut", "epochs", "state", "e2e s", "freeze s", "cached s", "cache s", "cache on disk"]
+    heads += ["e2e mem", "cached mem", "build mem"]
+    priced = bool(profile.price_per_hour)
+    heads += [f"e2e {profile.currency}", f"cached {profile.currency}"] if priced else []
+    rows = table(*heads)
     for cost in costs:
         rows.add_row(
             *(str(cost.stage), str(cost.cut), f"{cost.epochs:g}", cost.state),
-            *(f"{s:.0f}" for s in (cost.e2e_seconds, cost.freeze_seconds, cost.cached_seconds, cost.cache_seconds)),
+            *(f"{s:,.0f}" for s in (cost.e2e_seconds, cost.freeze_seconds, cost.cached_seconds, cost.cache_seconds)),
             f"{cost.cache_bytes / 1e6:,.0f} MB" if cost.cache_bytes else "live" if cost.live else "",
+            *(
+                f"{size / 1e9:.2f} GB" if size else ""
+                for size in (cost.e2e_memory_bytes, cost.cached_memory_bytes, cost.build_memory_bytes)
+            ),
+            *(f"{money(cost.seconds(arm), profile):,.2f}" for arm in ("e2e", "cached") if priced),
         )
-    found = totals(costs)
     out = console()
     out.print(rows)
+    out.print(plan_line(found))
+    waits = {arm: [str(cost.stage) for cost in costs if arm in cost.waits] for arm in ARMS}
+    if told := [f"{arm} at stage {', '.join(stages)}" for arm, stages in waits.items() if stages]:
+        threads = wanted.config.train.loader_threads
+        more = f"raise train.loader_threads, now {threads}" if threads < profile.cores else f"all {threads} cores load"
+        out.print(f"loading bounds {'; '.join(told)}; {more}")
+    if found["disk_peak_bytes"] > profile.disk_gb * 1e9:
+        needed = f"{found['disk_peak_bytes'] / 1e9:,.0f} GB"
+        out.print(f"caches take {needed} at once, the disk has {profile.disk_gb:,.0f} GB; see what would be smaller")
+    memory = max(found["memory_bytes"].values())
+    if memory > profile.memory_gb * 1e9:
+        out.print(
+            f"a step takes about {memory / 1e9:.1f} GB, the device has {profile.memory_gb:g} GB; raise train.accumulate"
+        )
+    if priced:
+        spent = ", ".join(f"{arm} {found['money'][arm]:,.2f}" for arm in ARMS)
+        out.print(f"money at {profile.price_per_hour:g} {profile.currency} an hour: {spent}")
+    if len(costs) > 1:
+        for line in budget_lines(wanted):
+            out.print(line)
+
+
+def plan_line(found: dict[str, Any]) -> str:
+    """The run as a whole in a line."""
     even = found["break_even_epoch"]
-    out.print(
-        f"total: e2e {found['e2e_seconds']:.0f} s, freeze {found['freeze_seconds']:.0f} s, "
-        f"cached {found['cached_seconds']:.0f} s with caches; speed-up {found['speedup_total']:.2f}; break-even "
+    return (
+        f"total: e2e {found['e2e_seconds']:,.0f} s, freeze {found['freeze_seconds']:,.0f} s, "
+        f"cached {found['cached_seconds']:,.0f} s with caches; speed-up {found['speedup_total']:.2f}; break-even "
         + ("not reached" if even is None else f"at epoch {even:.1f}")
-        + f"; disk {found['cache_bytes'] / 1e6:,.0f} MB"
+        + f"; disk {found['cache_bytes'] / 1e6:,.0f} MB, at once {found['disk_peak_bytes'] / 1e6:,.0f} MB"
     )
-    for line in budget_lines(wanted):
+
+
+def show_advice(found: dict[str, Any]) -> None:
+    """What would be fastest and smallest, which caches pay, what other choices cost."""
+    out, told = console(), found.get("advice")
+    if told:
+        for line in told["caches_told"]:
+            out.print(line, markup=False)
+        rows = table("what would be", "cached s", "caches at once", "groups", "codec", "views", "SET")
+        for row in told["settings"]:
+            rows.add_row(
+                *(row["why"], f"{row['seconds']:,.0f}", f"{row['bytes'] / 1e6:,.0f} MB"),
+                *(str(row["groups"]) + (" (leaks)" if row["groups"] == 1 else ""), row["codec"], str(row["views"])),
+                f'"{row["words"]}"' if row["words"] else "",
+            )
+        out.print(rows)
+        if any(row["groups"] == 1 for row in told["settings"]):
+            out.print(LEAK)
+    for line in price_lines(found):
         out.print(line)
-    events = show_events(wanted)
-    show_adaptive(wanted)
-    prices = choices(wanted) if len(costs) > 1 else {}
-    for line in price_lines(prices):
-        out.print(line)
-    plan = {"stages": [asdict(cost) for cost in costs]} | found | prices | {"freeze_events": events}
-    atomic_write(job.paths.plan, (json.dumps(plan, indent=2) + "\n").encode())
+
+
+# --- what single settings would cost ----------------------------------------------------------------------------------
 
 
 SHARES = (1.0, 0.5, 0.25)
@@ -102,6 +250,8 @@ def choices(wanted: Wanted) -> dict[str, Any]:
     `decoder_share`: seconds of a cached step by the share of hidden tokens decoded; empty where a head needs all.
     `pixels`: bytes of storing the pixels that image targets need, all caches, and seconds of cutting one image again.
     """
+    from pipeline.gauge import step_seconds
+
     config, last = wanted.config, len(wanted.segments) - 1
     found: dict[str, Any] = {"decoder_share": {}}
     if all(head.scale >= 1 for head in wanted.heads):
@@ -133,7 +283,7 @@ def codec_bytes(wanted: Wanted) -> dict[str, int]:
     for codec in get_args(Codec):
         other = replace(cache, codec=codec, later_codec="", filter="none", over_budget="refuse")
         with suppress(CacheError):
-            run = Wanted(replace(wanted.config, cache=other), wanted.paths)
+            run = replace(wanted, config=replace(wanted.config, cache=other))
             needs = [need for stage in range(1, len(run.segments)) for need in new_needs(run, stage)]
             found[codec] = sum(cache_bytes(run.layout(need)) for need in needs)
     return found
@@ -154,122 +304,3 @@ def price_lines(prices: dict[str, Any]) -> Iterator[str]:
             f"image targets: cache.pixels=stored adds {pixels['stored_bytes'] / 1e6:,.0f} MB; "
             f"recut adds none and {1e3 * pixels['recut_seconds']:.2f} ms of a loader thread an image and step"
         )
-
-
-def totals(costs: list[StageCost]) -> dict[str, Any]:
-    """The plan as a whole. Evaluation is left out, as it is from training time."""
-    slow, fast, epoch = [(0.0, 0.0)], [(0.0, 0.0)], 0.0
-    for cost in costs:
-        fast.append((epoch, fast[-1][1] + cost.cache_seconds))
-        epoch += cost.epochs
-        slow.append((epoch, slow[-1][1] + cost.e2e_seconds))
-        fast.append((epoch, fast[-1][1] + cost.cached_seconds))
-    return {
-        "e2e_seconds": slow[-1][1],
-        "freeze_seconds": sum(cost.freeze_seconds for cost in costs),
-        "cached_seconds": fast[-1][1],
-        "speedup_total": slow[-1][1] / fast[-1][1],
-        "break_even_epoch": break_even(slow, fast),
-        "cache_bytes": sum(cost.cache_bytes for cost in costs),
-    }
-
-
-def stage_cost(wanted: Wanted, stage: int) -> StageCost:
-    """Measure a stage's steps and its encoding on this machine, and scale them to the stage's length."""
-    segment, parts = wanted.segments[stage], wanted.parts(stage)
-    verdict = judge_stage(wanted, stage)
-    epochs = segment.steps / segment.steps_per_epoch
-    freeze = sum(step_seconds(wanted, stage, part, "freeze") * part.steps for part in parts)
-    if not stage:  # the same for all arms
-        return StageCost(stage, 0, epochs, verdict.state, freeze, freeze, freeze, 0.0, 0)
-    needs, images = new_needs(wanted, stage), wanted.data.train
-    views = wanted.config.cache.views + wanted.generation(parts[-1], stage)  # a ring encodes one more at every turn
-    return StageCost(
-        stage=stage,
-        cut=segment.cut,
-        epochs=epochs,
-        state=verdict.state,
-        e2e_seconds=step_seconds(wanted, stage, as_end_to_end([segment])[0], "e2e") * segment.steps,
-        freeze_seconds=freeze,
-        cached_seconds=sum(step_seconds(wanted, stage, part, "cached") * part.steps for part in parts),
-        cache_seconds=sum(encode_seconds(wanted, need) for need in needs) * views * len(images),
-        cache_bytes=sum(cache_bytes(wanted.layout(need)) for need in needs),
-        live=stage not in wanted.cached_stages,
-    )
-
-
-def step_seconds(wanted: Wanted, stage: int, segment: Segment, arm: str) -> float:
-    """Seconds of one training step of an arm in a segment of a stage, its inputs in memory."""
-    cached = arm == "cached" and stage in wanted.cached_stages
-    model, optimizer = fresh_model(wanted, stage, segment.cut, cached, segment.entry)
-    train = wanted.config.train
-    if arm == "cached" and not cached:
-        source = source_for(wanted, stage)
-    else:
-        source = step_source(wanted, stage if cached else 0, segment, model)
-    inputs = source.load(segment, 0)
-    return seconds_of(lambda: train_step(model, optimizer, source, inputs, train), train)
-
-
-def step_source(wanted: Wanted, stage: int, segment: Segment, model: MaskedModel) -> Source:
-    """What a step's inputs are made by where only its time counts: images for stage 0, imagined features for others."""
-    if not stage:
-        return live_source(wanted, segment)
-    encoder = model.encoder
-    return Imagined(sampling(wanted), encoder.width, encoder.num_prefix, wanted.teacher_blocks(stage))
-
-
-def encode_seconds(wanted: Wanted, need: Need) -> float:
-    """Seconds that the frozen blocks between a cache's parent and itself take for one view of one image."""
-    config, spec = wanted.config, need.draft
-    encoder = build_encoder(config.model, config.seed).to(config.train.device).eval()
-    encoder.set_attention(config.train.device)
-    tokens = torch.randn(config.cache.encode_batch, config.model.num_tokens, encoder.width).to(
-        config.train.device
-    )
-
-    prefix = encoder.prefix(len(tokens)).repeat(1, spec.groups, 1)
-
-    def encode() -> None:
-        with torch.inference_mode(), autocast(config.train.device, config.train.precision):
-            encoder.run_groups(tokens, prefix, spec.groups, need.start, spec.cut)
-
-    return seconds_of(encode, config.train) / config.cache.encode_batch
-
-
-def seconds_of(work: Callable[[], object], train: TrainConfig) -> float:
-    """The median of three runs after one to warm up."""
-    torch.set_num_threads(train.threads)
-    device, times = torch.device(train.device), []
-    for _ in range(4):
-        synchronize(device)
-        started = time.perf_counter()
-        work()
-        synchronize(device)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
-
-
-@dataclass(frozen=True)
-class Imagined:
-    """Random numbers in the shape of cached features, where no cache has been built yet."""
-
-    sampling: Sampling
-    width: int
-    prefix: int
-    teacher_blocks: tuple[int, ...]
-
-    def load(self, segment: Segment, step: int, into: Buffers = FRESH) -> Inputs:
-        how = self.sampling
-        size = how.model.num_tokens if how.reads_all(segment) else how.group_tokens
-        order = torch.rand(how.batch_size, how.model.num_tokens).argsort(1)
-        side = how.model.image_size
-        images = torch.randint(0, 256, (how.batch_size, 3, side, side), dtype=torch.uint8)
-        inputs = how.inputs(segment, step, torch.randn(how.batch_size, size, self.width), how.group_tokens)
-        prefix = torch.randn(how.batch_size, size // how.group_tokens * self.prefix, self.width)
-        whole = (how.batch_size, how.model.num_tokens, self.width)
-        teachers = {block: torch.randn(whole) for block in self.teacher_blocks}
-        return replace(inputs, ids_BL=order[:, :size], images=images, prefix_BSD=prefix, teachers=teachers)
-
-    def mask(self, model: MaskedModel, inputs: Inputs) -> MaskedBatch:
-        return mask_features(model, self.sampling, inputs)

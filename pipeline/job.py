@@ -32,3 +32,7 @@ class Job:
     """Do not ask before anything is removed."""
     target: str | int | None = None
     """The stage's number, the arm's name, or what else follows the verb."""
+    images: int = 0
+    """plan: so many training images, which need not be here; 0 takes those of the data."""
+    device_profile: str = ""
+    """plan: the name or file of a device profile; empty measures this machine."""

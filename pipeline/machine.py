@@ -30,7 +30,7 @@ def resolve(config: PipelineConfig, previous: PipelineConfig | None = None, dete
             train, **{name: value for name, value in kept.items() if getattr(train, name) in ("auto", 0)}
         )
     if not train.threads:
-        train = dataclasses.replace(train, threads=cores())
+        train = dataclasses.replace(train, threads=available_cores())
     if detect and "auto" in (train.device, train.precision):
         device = _device() if train.device == "auto" else train.device
         precision = _precision(device) if train.precision == "auto" else train.precision
@@ -57,7 +57,7 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def cores() -> int:
+def available_cores() -> int:
     """The cores that this process may use; a container often gives it fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

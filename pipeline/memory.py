@@ -1,12 +1,13 @@
-"""What a batch of a cached stage takes in memory, known before anything is trained: so `cache.memory_mb` is refused at
-once where two batches do not fit, and not when a stage begins. Free of torch."""
+"""What training and building caches take in memory, known before anything runs: the batches of a cached stage, so that
+`cache.memory_mb` is refused at once where two do not fit and not when a stage begins; and, for the plan, the peak of a
+training step. Free of torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 
-from models.config import IMAGE_TARGETS, learning_heads
+from models.config import IMAGE_TARGETS, PLAIN_TOKENS, learning_heads
 from models.spec import FeatureSpec
 from pipeline.config import ConfigError
 from pipeline.decide import Wanted, judge_stage
@@ -59,3 +60,48 @@ def _batches(wanted: Wanted, last: int, more: Sequence[Need]) -> Iterator[tuple[
     rows = wanted.config.finetune.batch_size
     for need in more:
         yield "fine-tuning", read_bytes(need.draft, rows, whole=True), "finetune.batch_size"
+
+
+# --- what the plan says of memory -------------------------------------------------------------------------------------
+
+KEPT = {"float32": 64, "bfloat16": 36}
+"""Bytes that a learning block keeps for its backward for every channel of a token, by precision: what autograd saves,
+counted, with attention whose softmax is not kept. In float32 16 values: two norms' inputs and outputs, queries, keys,
+values, what attention gives, and twice the four widths of the MLP."""
+UPDATED = 16
+"""Bytes of a parameter that learns: itself, its gradient and two moments, all float32."""
+
+
+def block_bytes(tokens: int, width: int, heads: int, precision: str, device: str, attention: str = "auto") -> int:
+    """Activations that a learning block keeps of one image. Written-out attention keeps its softmax as well."""
+    values = 2 if precision == "bfloat16" else 4
+    plain = attention == "plain" or (attention == "auto" and device == "cpu" and tokens <= PLAIN_TOKENS)
+    softmax = heads * tokens * tokens * values if plain else 0
+    return tokens * width * KEPT.get(precision, KEPT["float32"]) + softmax
+
+
+def peak_bytes(wanted: Wanted, stage: int, part: Segment, arm: str) -> int:
+    """About the most that a training step takes on the device: parameters, what backward needs of a micro-batch, the
+    batch itself, and on a CPU the batches ahead. What libraries hold besides, some hundred MB, is left out."""
+    config, work, identity = wanted.config, wanted.work, wanted.identity
+    train, model, prefix = config.train, config.model, identity["prefix"]
+    cached = arm == "cached" and stage in wanted.cached_stages
+    heads = len(learning_heads(wanted.heads_of(stage), part.cut, part.entry))
+    kind = (train.precision, train.device.partition(":")[0], model.attention)
+    block = block_bytes(work.visible + prefix, work.width, identity["heads"], *kind)
+    decoder = block_bytes(work.decoded, work.decoder_width, config.decoder.sizes(work.width)[1], *kind)
+    image = (work.depth - part.cut) * block + heads * work.decoder_depth * decoder
+    image += model.num_tokens * (model.patch_values + work.width) * FLOAT_BYTES  # targets, and tokens before the mask
+    rows = train.batch_size // train.accumulate
+    weights = work.depth * 12 * work.width**2
+    learning = (work.depth - part.cut) * 12 * work.width**2 + heads * work.decoder_depth * 12 * work.decoder_width**2
+    batch = batch_bytes(wanted, stage, part) if cached else train.batch_size * 3 * model.image_size**2
+    ahead = min(config.cache.memory, train.prefetch * batch) if kind[1] == "cpu" else 0
+    return weights * FLOAT_BYTES + learning * UPDATED + rows * image + batch + ahead
+
+
+def build_bytes(wanted: Wanted, need: Need) -> int:
+    """About the most that building a cache takes on the host: the features of two shards in float32, and pixels."""
+    spec = need.draft
+    rows = 2 * min(wanted.config.cache.shard_rows, len(wanted.data.train))
+    return read_bytes(spec, rows, whole=True)

@@ -181,6 +181,9 @@ def table_md(study: Study, name: str, facts: Sequence[str], found: Sequence[Line
         "",
         *(f"- {text}" for text in claims(found)),
     ]
+    if unknown := [row for row in rows if row.values.get("cache_cost_known") is False]:
+        names = ", ".join(f"{row.variant}, seed {row.seed}" for row in unknown)
+        out += ["", f"What found caches have cost is not known and counts as 0, so seconds are too small: {names}."]
     if bad := [row for row in rows if row.state != "done"]:
         out += ["", "## Not there", ""]
         out += [f"- {row.variant}, seed {row.seed}: {row.state} {row.values.get('why', '')}".rstrip() for row in bad]

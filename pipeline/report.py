@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from cache.manifest import atomic_write
 from pipeline import __version__
 from pipeline.claims import FEWEST_SEEDS, contrasts, headline, mean_seconds
+from pipeline.foretold import foretold_line
 from pipeline.job import Job
 from pipeline.layout import RunPaths
 from pipeline.story import Story, read_story
@@ -21,6 +22,7 @@ from pipeline.tables import (
     arms_table,
     caches_table,
     curve_table,
+    foretold_table,
     parts_table,
     probes_table,
     rates_table,
@@ -66,6 +68,8 @@ def render(story: Story) -> str:
         arms=arms_table(story),
         rates=rates_table(story),
         seeds=seeds_table(story),
+        foretold=foretold_table(story),
+        foretold_line=foretold_line((story.speedup or {}).get("predicted", {})),
         figures=drawings(story),
         points=curve_table(story),
         parts=parts_table(story),

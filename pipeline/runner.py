@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from pipeline.budget import budget_lines
 from pipeline.config import ConfigError
-from pipeline.decide import ARMS, Wanted, judge_arm, judge_cache, judge_finetune, judge_stage
+from pipeline.decide import ARMS, Wanted, judge_all, judge_arm, judge_cache, judge_finetune, judge_stage
 from pipeline.desk import Desk, at_work
 from pipeline.disk import refuse_what_does_not_fit, release
+from pipeline.foretold import read_plan, why_not
 from pipeline.job import Job
 from pipeline.kept import keep_last, kept_epochs
 from pipeline.layout import StagePaths
@@ -34,6 +35,7 @@ def run_all(job: Job) -> None:
 def _run_all(desk: Desk) -> None:
     wanted = desk.wanted
     look_before(desk, wanted.candidates - 1)
+    plan_first(desk)
     ensure_stages(desk)
     if len(wanted.segments) == 1:
         desk.log.message(f"{wanted.why_nothing_freezes}: there are no arms to compare")
@@ -63,6 +65,19 @@ def ensure_compared(desk: Desk) -> None:
         show(refresh(desk.wanted.paths))
     else:
         compare(desk)
+
+
+def plan_first(desk: Desk) -> None:
+    """Where something is still to be trained and plan.json is not of this run on this machine, measure and make it, so
+    that `speedup` can set what was foretold beside what came of it."""
+    wanted = desk.wanted
+    parts = [verdict for verdict in judge_all(wanted) if verdict.what.startswith(("stage", "arm"))]
+    if all(verdict.current for verdict in parts) or not why_not(wanted, read_plan(wanted)):
+        return
+    from pipeline.costs import make_plan, plan_line
+
+    desk.log.message("plan: measuring steps and caches for some seconds")
+    desk.log.message(plan_line(make_plan(wanted)))
 
 
 def run_stage(job: Job) -> None:

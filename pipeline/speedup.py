@@ -15,6 +15,7 @@ from pipeline.claims import PROBES
 from pipeline.config import ConfigError
 from pipeline.decide import ARMS, Wanted, judge_all
 from pipeline.desk import Desk, at_work
+from pipeline.foretold import foretold, foretold_line, with_totals
 from pipeline.job import Job
 from pipeline.layout import StagePaths
 from pipeline.machine import described
@@ -83,7 +84,7 @@ def summary(wanted: Wanted) -> dict[str, Any]:
         | {"ratio": statistics.median(ratios(one, "cached", "e2e")), "flop_bound": speed["flop_bound"]}
         for stage, speed, one in zip(stages[1:], speeds, rates, strict=True)
     ]
-    return {
+    found = {
         "arms": arms,
         "speedup_total": arms["e2e"]["total_seconds"] / arms["cached"]["total_seconds"],
         "speedup_by_stage": by_stage,
@@ -92,6 +93,7 @@ def summary(wanted: Wanted) -> dict[str, Any]:
         "break_even_epoch": break_even(timeline(parts["e2e"]), timeline(parts["cached"])),
         "early_stop": stopped_at(arms["e2e"]["curve"], arms["cached"]["total_seconds"]),
     } | described(wanted.config.train)
+    return found | {"predicted": with_totals(foretold(wanted, stages, {"e2e": e2e, "freeze": freeze}), found)}
 
 
 def stage_speed(wanted: Wanted, stage: int) -> dict[str, Any]:
@@ -243,6 +245,8 @@ def show(found: dict[str, Any]) -> None:
         f"cached step against features in memory: {found['loader_bound']:.2f}; break-even "
         + ("not reached" if even is None else f"at epoch {even:.1f}")
     )
+    if line := foretold_line(found.get("predicted", {})):
+        out.print(line, markup=False)
 
 
 def score(value: float | None) -> str:

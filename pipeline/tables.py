@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.claims import PROBES, contrasts, interval, percent, points, standard_error
 from pipeline.figures import STYLE
+from pipeline.foretold import rows_of
 from pipeline.speedup import cache_cost
 from pipeline.story import Record, Story
 
@@ -86,6 +87,21 @@ def rates_table(story: Story) -> Table | None:
     rows += [row("cached over end to end", "ratio", ".2f"), row("bound by FLOPs", "flop_bound", ".2f")]
     heads = [f"cut {stage['cut']}{', live' if stage.get('live') else ''}" for stage in stages]
     return Table("Speed of a step by stage, medians", heads, rows)
+
+
+def foretold_table(story: Story) -> Table | None:
+    """What the plan foretold before the run, beside what was measured."""
+    found = rows_of((story.speedup or {}).get("predicted", {}))
+    rows = []
+    for row in found:
+        form = ".2f" if row.path == "speedup_total" else ".1f"
+        where = f"speedup.json#predicted.{row.path}."
+        cells = [Cell(said(row.pair[key], form), where + key) for key in ("predicted", "measured")]
+        off = row.pair["difference"]
+        cells.append(Cell("–" if off is None else f"{100 * off:+.1f} %"))
+        rows.append((row.name, cells))
+    heads = ["predicted", "measured", "off by"]
+    return Table("Foretold by the plan, beside what was measured", heads, rows) if rows else None
 
 
 def seeds_table(story: Story) -> Table | None:

@@ -22,10 +22,13 @@ def compiles(train: TrainConfig, model: Learner, steps: int) -> bool:
 
     A step that skips blocks at random would be compiled again and again: `auto` leaves it alone.
     """
-    if train.compile != "auto":
-        return train.compile == "on"
-    drops = model.drop is not None and model.drop.active
-    return steps >= LONG and not drops and compiler() is not None
+    wanted = worth_compiling(train, steps, model.drop is not None and model.drop.active)
+    return wanted and (train.compile == "on" or compiler() is not None)
+
+
+def worth_compiling(train: TrainConfig, steps: int, drops: bool) -> bool:
+    """The same where there is a compiler; `drops`: whether blocks are skipped at random."""
+    return train.compile == "on" or (train.compile == "auto" and steps >= LONG and not drops)
 
 
 def compiler() -> str | None:

@@ -158,7 +158,7 @@ def test_a_straggler_is_tried_elsewhere_and_comes_too_late_to_write(
         (tmp_path / "go").touch()  # now it gives its files their names, were it not too late
         until((tmp_path / "gone").exists)
     assert files(Path(one.folder)) == straight
-    assert [line for line in told if line.endswith("a second worker tries it, too")] == told[-1:]
+    assert any(line.endswith("a second worker tries it, too") for line in told)
 
 
 @pytest.mark.slow

@@ -320,7 +320,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(machine_module, "_device", lambda: answer("device", "cuda"))
     monkeypatch.setattr(machine_module, "_precision", lambda device: answer(device, "bfloat16"))
-    monkeypatch.setattr(machine_module, "cores", lambda: 5)
+    monkeypatch.setattr(machine_module, "available_cores", lambda: 5)
     return asked
 
 

@@ -10,16 +10,20 @@ from typing import Any
 
 import pytest
 
+from pipeline import runner
 from pipeline import study as engine
 from pipeline.__main__ import main
 from pipeline.claims import paired
+from pipeline.decide import Wanted
 from pipeline.grid import Request, read_study
 from pipeline.job import Interrupted
+from pipeline.layout import RunPaths
 from pipeline.outcome import Row, claims, lines, table_md, with_control
+from pipeline.pool import part_key
 from pipeline.studies import STUDIES, Study, Variant, row, study
 from pipeline.study_figure import mean_curve
 from stages.schedule import plan_stages
-from tests.pipeline.toy import TOY, StopAfter, same, weights
+from tests.pipeline.toy import TOY, StopAfter, job, same, toy, weights
 
 SMALL = TOY | {"eval.every": 1, "train.lr_schedule": "constant", "schedule.cuts": [0, 3], "schedule.epochs": [1, 2]}
 
@@ -137,14 +141,12 @@ def test_runs_share_what_is_equal_stop_go_on_and_lose_nothing(
     told = {event.get("stage", event.get("arm")) for event in steps if "loss" in event}
     assert told == {0, 1, "e2e"}, "the log of what was taken came with it"
 
+    runner.run_stage(job(tmp_path / "whole", request.runs[1].config, target=1))
+    assert same(weights(tmp_path / "whole", "stage-1"), weights(one, "stage-1")), "stopping and sharing changed no bit"
     trained.clear()
-    whole = tmp_path / "whole"
-    assert main(["study", "tiny", "--run", str(whole), "--seeds", "0"]) == 0
-    assert same(weights(whole / "tiny" / "one-seed-0", "stage-1"), weights(one, "stage-1")), "stopping changed no bit"
-    trained.clear()
-    assert main(["study", "tiny", "--run", str(whole), "--seeds", "0"]) == 0 and trained == []
+    assert main(["study", "tiny", "--run", str(tmp_path), "--seeds", "0"]) == 0 and trained == []
     capsys.readouterr()
-    assert main(["study", "tiny", "--run", str(whole), "--seeds", "0", "--set", "eval.knn_k=5"]) == 2
+    assert main(["study", "tiny", "--run", str(tmp_path), "--seeds", "0", "--set", "eval.knn_k=5"]) == 2
     assert "e2e-seed-0 was scored with eval.knn_k = 20, this call has 5" in capsys.readouterr().err
 
 
@@ -222,6 +224,33 @@ def test_another_study_takes_what_is_there_and_a_run_of_three_arms_is_compared(
     assert "0 of 1 runs are still to do" in out and "e2e, cached, freeze" in out and "1+2" in out
     assert main(["study", "--run", str(tmp_path)]) == 0
     assert any(line.split()[:4] == ["other", "3", "3", "1"] for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("change", "first", "later"),
+    [
+        ({"cache.root": "elsewhere", "cache.keep": "needed", "finetune.epochs": 9}, True, True),
+        ({"cache.codec": "int8"}, True, False),
+        ({"cache.shard_rows": 20}, True, False),
+        ({"cluster.workers": 2}, True, False),
+        ({"mask.groups": 2}, True, False),
+        ({"train.lr": 0.5}, False, False),
+        ({"train.threads": 2}, False, False),
+        ({"train.loader_threads": 1}, False, False),
+        ({"eval.knn_k": 5}, False, False),
+        ({"data.val_source": "sample"}, False, False),
+        ({"seed": 1}, False, False),
+    ],
+)
+def test_a_part_is_shared_only_where_numbers_seconds_and_scores_would_be_equal(
+    finished: Path, change: dict[str, Any], first: bool, later: bool
+) -> None:
+    def keys(config: Any) -> list[str]:
+        wanted = Wanted(config, RunPaths(finished))
+        return [part_key(wanted, wanted.stage_inputs(stage), cached=stage > 0) for stage in (0, 2)]
+
+    same_keys = [one == other for one, other in zip(keys(toy()), keys(toy(**change)), strict=True)]
+    assert same_keys == [first, later]
 
 
 def test_ctrl_c_saves_writes_the_table_and_ends_with_130(studies: None, tmp_path: Path) -> None:
