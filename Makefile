@@ -7,10 +7,11 @@ RUN ?=
 SET ?=
 CACHE_ROOT ?=
 ARGS ?=
+RANKS ?=
 
 READY := .venv/.ready
 BIN := .venv/bin
-PERMAFROST = $(BIN)/python -m pipeline
+PERMAFROST = $(BIN)/$(if $(RANKS),torchrun --standalone --nproc-per-node $(RANKS) -m -- pipeline,python -m pipeline)
 FLAGS = --config "$(CONFIG)" $(MORE)
 MORE = $(if $(DATA),--data "$(DATA)") $(if $(DATA_VAL),--data-val "$(DATA_VAL)") \
 	$(if $(RUN),--run "$(RUN)") $(if $(CACHE_ROOT),--cache-root "$(CACHE_ROOT)") $(ARGS) $(if $(SET),--set $(SET))
@@ -24,7 +25,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / { sub("%", "N", $$1); printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo '  CONFIG=recipe or file.toml (sample)   DATA=images   DATA_VAL=images to evaluate on   RUN=folder (runs/<recipe>)'
-	@echo '  SET="key=value ..."   CACHE_ROOT=folder   ARGS="further flags such as --debug or --yes"   PYTHON=python3'
+	@echo '  SET="key=value ..."   CACHE_ROOT=folder   ARGS="further flags such as --debug or --yes"   RANKS=2   PYTHON=python3'
 
 setup: $(READY) ## .venv from pinned versions; does nothing when it is up to date
 

@@ -64,6 +64,8 @@ class EmaTeacher(Teacher):
     def follow(self, student: Encoder) -> None:
         """average <- momentum * average + (1 - momentum) * student, after an optimiser step."""
         theirs = [student.vit.get_parameter(name) for name in self.names]
+        # Weights that are spread over ranks are gathered: every rank keeps the whole average, which sees all tokens.
+        theirs = [gather() if (gather := getattr(one, "full_tensor", None)) else one for one in theirs]
         get_ema_multi_avg_fn(self.momentum)(list(self.state_dict().values()), theirs, None)
 
     def restart(self, student: Encoder) -> None:

@@ -19,12 +19,14 @@ from typing import Annotated, Any
 
 import tyro
 
+from cache.rank import ALONE, Rank
 from pipeline import __version__
 from pipeline.checks import check
 from pipeline.config import ConfigError
 from pipeline.job import Interrupted, Job, RunFailed
 from pipeline.layout import run_paths
 from pipeline.machine import resolve
+from pipeline.ranks import TRAINING, rank_here
 from pipeline.reading import Settings, parse, read_config, read_toml, run_tyro
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
@@ -131,15 +133,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _call(args)
     except SystemExit as stop:  # tyro has printed its help
         return int(stop.code or DONE)
-    except KeyboardInterrupt:
-        return _report(INTERRUPTED, "interrupted; what was saved is kept, the same command goes on from there")
+    except KeyboardInterrupt as error:
+        text = "interrupted; what was saved is kept, the same command goes on from there"
+        return _end(args, error, INTERRUPTED, text)
     except Interrupted as error:
-        return _report(INTERRUPTED, error)
+        return _end(args, error, INTERRUPTED, str(error))
     except Exception as error:
-        status = exit_status(error)
-        if status is None or "--debug" in args:
-            traceback.print_exc()
-        return FAILED if status is None else _report(status, error)
+        return _end(args, error, exit_status(error), str(error))
 
 
 def _call(args: list[str]) -> int:
@@ -156,8 +156,16 @@ def _call(args: list[str]) -> int:
         raise ConfigError(f"no verb {name}; {hint}")
     verb = VERBS[name]
     request = named(verb.reads)(rest) if verb.reads else read_job(name, rest)
-    with stop_on_signal(request.stop) if verb.saves else contextlib.nullcontext():
-        named(verb.function)(request)
+    rank = rank_here()
+    if rank.rank and name not in TRAINING:
+        return DONE  # the first rank does it
+    with stop_on_signal(request.stop, rank) if verb.saves else contextlib.nullcontext():
+        function = named(verb.function)
+        if rank.ranks > 1 and name in TRAINING:
+            from pipeline.crew import work_together
+
+            return work_together(request, name, function, rank)
+        function(request)
     return DONE
 
 
@@ -177,6 +185,7 @@ def overview() -> str:
             *lines,
             "",
             "`permafrost VERB --help` lists every flag and setting with its default.",
+            "torchrun --nproc-per-node N -m -- pipeline VERB trains on N ranks; see docs/DISTRIBUTED.md.",
         )
     )
 
@@ -254,20 +263,27 @@ def read_target(name: str, wanted: str, words: list[str], stages: int) -> str | 
 
 
 @contextlib.contextmanager
-def stop_on_signal(stop: threading.Event) -> Iterator[None]:
-    """The first SIGINT or SIGTERM sets stop, so that the work can save; the next one interrupts it where it is."""
+def stop_on_signal(stop: threading.Event, rank: Rank = ALONE) -> Iterator[None]:
+    """The first SIGINT or SIGTERM sets stop, so that the work can save; the next one interrupts it where it is.
+
+    Of several ranks none may leave the others: they stop together, and torchrun ends those that take longer than 30 s.
+    """
 
     def handle(*_: Any) -> None:
-        if stop.is_set():
+        if stop.is_set() and rank.ranks == 1:
             raise KeyboardInterrupt
+        told = stop.is_set() or rank.rank > 0
         stop.set()
-        os.write(2, b"stopping: the state is being saved; once more stops at once\n")  # print may not be re-entered
+        if not told:  # print may not be re-entered
+            more = "" if rank.ranks > 1 else "; once more stops at once"
+            os.write(2, f"stopping: the state is being saved{more}\n".encode())
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        # A rank that is about to say why it ends is sent SIGTERM by torchrun, because another has ended already.
+        for number, handler in before.items() if rank.ranks == 1 else ():
             signal.signal(number, handler)
 
 
@@ -288,9 +304,17 @@ def exit_status(error: Exception) -> int | None:
     return None
 
 
-def _report(status: int, error: object) -> int:
-    print("permafrost: " + " ".join(str(error).split()), file=sys.stderr)
-    return status
+def _end(args: list[str], error: BaseException, status: int | None, text: str) -> int:
+    """Say how it ended, in one line, or with a traceback where the fault is ours; of several ranks only one does."""
+    if rank_here().ranks > 1:
+        from pipeline.crew import ending
+
+        status, text = ending(error, status, text)
+    if status is None or "--debug" in args:
+        traceback.print_exception(error)
+    if status is not None and text:
+        print("permafrost: " + " ".join(text.split()), file=sys.stderr)
+    return FAILED if status is None else status
 
 
 if __name__ == "__main__":

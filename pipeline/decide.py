@@ -35,7 +35,7 @@ ARMS = ("e2e", "freeze")
 NO_INFLUENCE = frozenset(
     {
         *("train.device", "train.threads", "train.loader_threads", "train.prefetch", "train.save_every"),
-        *("train.compile", "train.max_steps", "train.save_epochs"),
+        *("train.compile", "train.parallel", "train.max_steps", "train.save_epochs"),
     }
 )
 """Settings of `train` that change how fast a stage is, act through its number of steps, or only keep what passes by."""

@@ -39,27 +39,9 @@ from stages.sources import Source
 
 def finetune(desk: Desk, tuning: Tuning) -> None:
     """Fine-tune to the end and write record, model and final state. Raises Interrupted with the state saved."""
-    wanted, config, inputs = tuning.wanted, tuning.wanted.config, tuning.inputs()
-    paths, segment = wanted.paths.finetune, tuning.segment
-    settings = loop_settings(config.finetune, config.train)
-    start = checked_start(tuning)
-    arm = Arm(
-        tag={"arm": "finetune"},
-        segments=(segment,),
-        make=lambda segment: make_classifier(tuning, start),
-        optimizer=lambda model: optimizer_of(tuning, model),
-        train=settings,
-        rates=FinetuneRates(config.finetune, segment.steps, segment.steps_per_epoch),
-        source=lambda segment: source_of(tuning),
-        state=state_file(paths),
-        start=None,
-        inputs=inputs_digest(inputs),
-        section="finetune",
-        memory=config.cache.memory,
-        eval_every=config.eval.every,
-    )
+    wanted, paths, arm = tuning.wanted, tuning.wanted.paths.finetune, finetune_arm(tuning)
     spec = wanted.spec(tuning.need) if tuning.need else None
-    facts: dict[str, Any] = {"from": tuning.encoder, "cut": segment.cut, "inputs": inputs}
+    facts: dict[str, Any] = {"from": tuning.encoder, "cut": tuning.segment.cut, "inputs": tuning.inputs()}
     facts |= {"parent": (tuning.record or {}).get("fingerprint"), "cache": spec.fingerprint if spec else None}
     facts |= {"cache_seconds": read_seconds(paths, spec.fingerprint) if spec else 0.0}
     found: list[FinetuneResult] = []
@@ -72,6 +54,27 @@ def finetune(desk: Desk, tuning: Tuning) -> None:
     assert isinstance(done.model, Classifier)
     result = found[-1] if found else scored(tuning, done.model)  # stopped between its last evaluation and its end
     finish_record(paths, done, done.model.timm_state(), scores_of(result))
+
+
+def finetune_arm(tuning: Tuning) -> Arm:
+    """What fine-tuning trains; its encoder and its cache are there."""
+    config, segment, start = tuning.wanted.config, tuning.segment, checked_start(tuning)
+    settings = loop_settings(config.finetune, config.train)
+    return Arm(
+        tag={"arm": "finetune"},
+        segments=(segment,),
+        make=lambda segment: make_classifier(tuning, start),
+        optimizer=lambda model: optimizer_of(tuning, model),
+        train=settings,
+        rates=FinetuneRates(config.finetune, segment.steps, segment.steps_per_epoch),
+        source=lambda segment: source_of(tuning),
+        state=state_file(tuning.wanted.paths.finetune),
+        start=None,
+        inputs=inputs_digest(tuning.inputs()),
+        section="finetune",
+        memory=config.cache.memory,
+        eval_every=config.eval.every,
+    )
 
 
 def scores_of(result: FinetuneResult) -> dict[str, Any]:

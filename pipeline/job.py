@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from pipeline.config import PipelineConfig
 from pipeline.layout import RunPaths
+from stages.team import SOLO, Team
 
 
 class Interrupted(Exception):
@@ -30,6 +31,8 @@ class Job:
     """Set by Ctrl-C or SIGTERM: save and raise Interrupted."""
     yes: bool = False
     """Do not ask before anything is removed."""
+    team: Team = SOLO
+    """Who trains: this process, or all ranks of torchrun."""
     target: str | int | None = None
     """The stage's number, the arm's name, or what else follows the verb."""
     images: int = 0

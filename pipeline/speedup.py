@@ -144,6 +144,7 @@ def arm_summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "evaluate_seconds": sum(part["evaluate_seconds"] for part in parts),
         "epochs": sum(part["epochs"] for part in parts),
         "images": sum(part["images"] for part in parts),
+        "ranks": sorted({part.get("machine", {}).get("ranks", 1) for part in parts}),
         "knn_top1": parts[-1]["knn_top1"],
         "linear_top1": parts[-1]["linear_top1"],
         "curve": curve,
@@ -232,6 +233,8 @@ def show(found: dict[str, Any]) -> None:
     for control, told in (("stopped then", "cached_less_early_stop"), ("at its end", "cached_less_e2e")):
         for key, pair in found.get("seeds", {}).get(told, {}).items():
             out.print(f"cached less e2e {control}: {PROBES[key]} {pair['said']}")
+    if len(ranks := {tuple(arm.get("ranks", ())) for arm in found["arms"].values()}) > 1:
+        out.print(f"arms were trained on different numbers of ranks, {sorted(ranks)}: their seconds do not compare")
     if shared := cached["cache_seconds_elsewhere"]:
         out.print(f"of the cache seconds, {shared:.1f} were spent by other runs that share the caches")
     if not cached["cache_cost_known"]:

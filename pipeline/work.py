@@ -7,7 +7,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from models.vit import Encoder, frozen_hash
 from pipeline.config import PipelineConfig
 from pipeline.decide import Wanted, inputs_digest
 from pipeline.desk import Desk
-from pipeline.feeds import live_source, sampling, stage_source
+from pipeline.feeds import live_source, sampling, source_for, stage_source
 from pipeline.job import Interrupted, RunFailed
 from pipeline.kept import forget_epochs, kept_epochs
 from pipeline.layout import StagePaths
@@ -52,9 +52,8 @@ from stages.weights import load_weights
 def train_stage(desk: Desk, stage: int) -> None:
     """Stage 0 trains everything from images; a later one the blocks behind its cut, from the cache where it has one."""
     wanted = desk.wanted
-    cached = stage in wanted.cached_stages
-    spec = wanted.spec(wanted.features(stage, 0)) if cached else None
-    if stage and not cached:
+    spec = wanted.spec(wanted.features(stage, 0)) if stage in wanted.cached_stages else None
+    if stage and not spec:
         desk.log.message(f"stage {stage}: its frozen blocks run live, for want of cache.budget_gb; see `make explain`")
     before = 0
     for part in wanted.asked(stage):
@@ -67,14 +66,9 @@ def train_stage(desk: Desk, stage: int) -> None:
         desk.log.message(f"stage {stage}: {names}: block {cut} of the average in place of frozen ones")
     train(
         desk,
-        paths=wanted.paths.stage(stage),
-        tag={"stage": stage},
-        segments=wanted.asked(stage),
-        build=masked_build(wanted, stage, cached),
-        source=lambda segment: stage_source(desk, stage, segment),
-        start=state_file(wanted.paths.stage(stage - 1)) if stage else None,
+        wanted.paths.stage(stage),
+        replace(stage_arm(wanted, stage, desk.log.message), source=lambda part: stage_source(desk, stage, part)),
         inputs=wanted.stage_inputs(stage),
-        settling=settling(wanted, stage),
         facts={"cut": wanted.cut(stage), "cache": spec.fingerprint if spec else None},
         costs=lambda: cache_costs(wanted, stage),
     )
@@ -84,23 +78,44 @@ def train_baseline(desk: Desk, arm: str) -> None:
     """Both baselines go on from the end of stage 0 through all later epochs: e2e freezes nothing; freeze freezes as the
     stages do and runs the frozen blocks forward on every step."""
     wanted = desk.wanted
-    segments = wanted.arm_segments(arm)
-    train(
-        desk,
-        paths=wanted.paths.arm(arm),
+    facts = {"cut": wanted.arm_segments(arm)[-1].cut, "cache": None}
+    train(desk, wanted.paths.arm(arm), baseline_arm(wanted, arm, desk.log.message), wanted.arm_inputs(arm), facts)
+
+
+def stage_arm(wanted: Wanted, stage: int, tell: Callable[[str], None]) -> Arm:
+    """What a stage trains; its caches are there, and a ring of views has turned."""
+    return _arm(
+        wanted,
+        wanted.paths.stage(stage),
+        tag={"stage": stage},
+        segments=wanted.asked(stage),
+        build=masked_build(wanted, stage, stage in wanted.cached_stages),
+        source=lambda segment: source_for(wanted, stage),
+        start=state_file(wanted.paths.stage(stage - 1)) if stage else None,
+        inputs=wanted.stage_inputs(stage),
+        tell=tell,
+        settling=settling(wanted, stage),
+    )
+
+
+def baseline_arm(wanted: Wanted, arm: str, tell: Callable[[str], None]) -> Arm:
+    """What a baseline arm trains."""
+    return _arm(
+        wanted,
+        wanted.paths.arm(arm),
         tag={"arm": arm},
-        segments=segments,
+        segments=wanted.arm_segments(arm),
         build=masked_build(wanted, 1, cached=False),
         source=lambda segment: live_source(wanted, segment),
         start=state_file(wanted.paths.stage(0)),
         inputs=wanted.arm_inputs(arm),
-        facts={"cut": segments[-1].cut, "cache": None},
+        tell=tell,
         freezes=arm != "e2e",
     )
 
 
-def train(
-    desk: Desk,
+def _arm(
+    wanted: Wanted,
     paths: StagePaths,
     tag: dict[str, Any],
     segments: tuple[Segment, ...],
@@ -108,17 +123,13 @@ def train(
     source: Callable[[Segment], Source],
     start: Path | None,
     inputs: dict[str, Any],
-    facts: dict[str, Any],
+    tell: Callable[[str], None],
     settling: Settling | None = None,
     freezes: bool = True,
-    costs: Callable[[], dict[str, float | None]] = lambda: {"cache_seconds": 0.0},
-) -> None:
-    """Train an arm to its end and write its record, model and final state. Raises Interrupted with the state saved.
-
-    costs: what its caches have cost by now; a ring of views goes on costing while it trains.
-    """
-    wanted, config = desk.wanted, desk.wanted.config
-    arm = Arm(
+) -> Arm:
+    """tell: hears what a checkpoint file that training starts from was found to hold."""
+    config = wanted.config
+    return Arm(
         tag=tag,
         segments=segments,
         memory=config.cache.memory,
@@ -133,11 +144,26 @@ def train(
         eval_every=config.eval.every,
         keep={epoch: paths.epoch(epoch) for epoch in kept_epochs(config.train.save_epochs, segments)},
         settling=settling,
-        begin=lambda model: begin_from_file(desk, model),
+        begin=lambda model: begin_from_file(wanted, model, tell),
     )
+
+
+def train(
+    desk: Desk,
+    paths: StagePaths,
+    arm: Arm,
+    inputs: dict[str, Any],
+    facts: dict[str, Any],
+    costs: Callable[[], dict[str, float | None]] = lambda: {"cache_seconds": 0.0},
+) -> None:
+    """Train an arm to its end and write its record, model and final state. Raises Interrupted with the state saved.
+
+    costs: what its caches have cost by now; a ring of views goes on costing while it trains.
+    """
+    wanted = desk.wanted
     if (wanted.record(paths) or {}).get("fingerprint") != arm.inputs:
         forget_epochs(paths)
-    record = facts | costs() | {"parent": parent_of(wanted, start), "inputs": inputs}
+    record = facts | costs() | {"parent": parent_of(wanted, arm.start), "inputs": inputs}
     done = carry_out(desk, paths, arm, record, lambda model: evaluate_encoder(wanted, model.encoder))
     done.record.update(costs())
     last = done.progress.curve[-1]
@@ -162,9 +188,10 @@ def carry_out(
     desk: Desk, paths: StagePaths, arm: Arm, facts: dict[str, Any], evaluate: Callable[[Any], Result]
 ) -> Done:
     """Train an arm, its record saying so from the start. Raises Interrupted with the state saved, or RunFailed."""
-    segments = arm.segments
+    segments, team = arm.segments, desk.job.team
     record = arm.tag | facts | {"status": "running", "fingerprint": arm.inputs}
-    record |= {"epochs": sum(segment.epochs for segment in segments), "machine": described(desk.wanted.config.train)}
+    machine = described(desk.wanted.config.train) | ({"ranks": team.rank.ranks} if team.rank.ranks > 1 else {})
+    record |= {"epochs": sum(segment.epochs for segment in segments), "machine": machine}
     write_record(paths, record)
     hooks = Hooks(
         log=desk.log,
@@ -173,7 +200,8 @@ def carry_out(
         keep=lambda path, model: write_weights(path, model.encoder.vit.state_dict()),
     )
     try:
-        progress, model = train_arm(arm, hooks)
+        with team.assembled({"tag": arm.tag, "from": facts.get("from"), "inputs": facts["inputs"]}):
+            progress, model = train_arm(arm, hooks, team)
     except Diverged as error:
         write_record(paths, record | {"status": "failed"})
         raise RunFailed(str(error)) from error
@@ -201,13 +229,13 @@ def show_reconstructions(desk: Desk, model: MaskedModel, paths: StagePaths, labe
         desk.log.picture(place, np.concatenate(np.concatenate(rows, axis=2), axis=0), step)
 
 
-def begin_from_file(desk: Desk, model: Learner) -> None:
+def begin_from_file(wanted: Wanted, model: Learner, tell: Callable[[str], None]) -> None:
     """Load the checkpoint file that the settings name, if any, and tell what of it was left out or changed."""
-    if path := desk.wanted.config.model.weights:
+    if path := wanted.config.model.weights:
         notes = load_weights(model.encoder, path)
         if isinstance(model, MaskedModel) and isinstance(model.teacher, EmaTeacher):
             model.teacher.restart(model.encoder)  # it was made before the file was read
-        desk.log.message(f"weights {path} ({desk.wanted.weights[:8]}): " + ("; ".join(notes) or "taken as they are"))
+        tell(f"weights {path} ({wanted.weights[:8]}): " + ("; ".join(notes) or "taken as they are"))
 
 
 def finish_record(paths: StagePaths, done: Done, state: dict[str, Tensor], scores: dict[str, Any]) -> None:

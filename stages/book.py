@@ -16,6 +16,7 @@ from stages.arm import Arm, Hooks
 from stages.checkpoint import Progress
 from stages.endings import Watch
 from stages.segment import Segment
+from stages.team import SOLO, Team
 
 
 class Diverged(RuntimeError):
@@ -37,9 +38,11 @@ class Stopwatch:
 class Book:
     """Keeps the accounts of a segment: losses, seconds by part, events, the probe curve."""
 
-    def __init__(self, arm: Arm, segment: Segment, progress: Progress, hooks: Hooks, model: Learner) -> None:
+    def __init__(
+        self, arm: Arm, segment: Segment, progress: Progress, hooks: Hooks, model: Learner, team: Team = SOLO
+    ) -> None:
         self.arm, self.segment, self.progress, self.hooks = arm, segment, progress, hooks
-        self.model = model
+        self.model, self.team = model, team
         self.totals = progress.totals[progress.segment]
         self.watch = Stopwatch(hooks.now)
         self.pending: list[Tensor] = []
@@ -61,7 +64,7 @@ class Book:
 
     def settle(self) -> None:
         """Fetch the pending losses from the device, which waits for its work to be done."""
-        losses = torch.stack(self.pending).tolist() if self.pending else []
+        losses = self.team.mean(torch.stack(self.pending)).tolist() if self.pending else []
         self.pending.clear()
         if losses and self.totals.first_loss is None:
             self.totals.first_loss = losses[0][0]

@@ -3,10 +3,11 @@ written atomically while a stage trains; the final one is where the next stage, 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -70,10 +71,14 @@ class Progress:
         return cls(**plain)
 
 
-def model_tensors(model: Learner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def model_tensors(model: Learner, optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, Tensor]:
     """Weights under `<part>/`, such as `encoder/` and `decoder/`, moments under `optim/<parameter>/<moment>`, and what
-    a schedule-free group remembers under `optim/<parameter>/scalars`, float64, for each of its parameters."""
-    tensors = {
+    a schedule-free group remembers under `optim/<parameter>/scalars`, float64, for each of its parameters.
+
+    All are whole, whatever the number of ranks: of a model that is spread over ranks every rank must call this, and
+    those that do not `keep` get nothing.
+    """
+    tensors: dict[str, Tensor] = {
         f"{part}/{name}": value for part, module in model.parts.items() for name, value in module.state_dict().items()
     }
     for name, parameter in model.named_parameters():
@@ -83,7 +88,29 @@ def model_tensors(model: Learner, optimizer: torch.optim.Optimizer) -> dict[str,
         names = {parameter: name for name, parameter in model.named_parameters()}
         for parameter, values in optimizer.scalars().items():
             tensors[f"optim/{names[parameter]}/scalars"] = torch.tensor(values, dtype=torch.float64)
-    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    found = {}
+    for name, value in tensors.items():
+        whole = whole_tensor(value)
+        if keep:
+            found[name] = whole.detach().cpu().contiguous()
+    return found
+
+
+def whole_tensor(value: Tensor) -> Tensor:
+    """A tensor, gathered where each rank holds a part of it, which all of them must then ask for."""
+    gather = getattr(value, "full_tensor", None)  # looked up so, since importing DTensor takes a second
+    return value if gather is None else cast(Tensor, gather())
+
+
+def spread_like(value: Tensor, target: Tensor) -> Tensor:
+    """A whole tensor, the same on all ranks, as `target` lies: this rank's part of it where that is spread."""
+    if getattr(target, "full_tensor", None) is None or not value.ndim:
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(target, DTensor)
+    moved = value.to(target.device)
+    return distribute_tensor(moved, target.device_mesh, target.placements, src_data_rank=None)
 
 
 def apply_tensors(model: Learner, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -101,7 +128,8 @@ def apply_tensors(model: Learner, optimizer: torch.optim.Optimizer, tensors: dic
         known = {name.partition(".")[0] for name in held}
         absent = {name for name in wanted if part == "decoder" and name.partition(".")[0] not in known}
         fresh = {name: wanted[name] for name in absent}
-        module.load_state_dict(fresh | {name: value for name, value in held.items() if name in wanted})
+        known_now = {name: spread_like(value, wanted[name]) for name, value in held.items() if name in wanted}
+        module.load_state_dict(fresh | known_now)
     learning = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     scalars: dict[torch.nn.Parameter, tuple[float, ...]] = {}
     for name, parameter in model.named_parameters():
@@ -110,10 +138,20 @@ def apply_tensors(model: Learner, optimizer: torch.optim.Optimizer, tensors: dic
                 scalars[parameter] = tuple(moments.pop("scalars").tolist())
             if moments:
                 optimizer.state[parameter] = {
-                    moment: value.to(parameter.device, copy=True) for moment, value in moments.items()
+                    moment: spread_like(value.to(parameter.device, copy=True), parameter)
+                    for moment, value in moments.items()
                 }
     if isinstance(optimizer, ScheduleFree):
         optimizer.take_up(scalars)
+
+
+def state_digest(progress: Progress, tensors: dict[str, Tensor]) -> str:
+    """sha256 of all that training starts from, by which ranks find out whether they start alike."""
+    sha = hashlib.sha256(progress.to_json().encode())
+    for name in sorted(tensors):
+        sha.update(name.encode())
+        sha.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 def save_state(path: Path, inputs: str, progress: Progress, tensors: dict[str, Tensor]) -> None:

@@ -107,6 +107,9 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the step with torch.compile: seconds of start-up, some per cent of every step. auto: for stages of 5,000
     steps or more, where there is a C++ compiler."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: ddp, every rank holds the whole model; fsdp, weights and moments are spread over the ranks, for
+    models that do not fit. Saved states are whole in both."""
     device: str = "auto"
     """cpu, cuda, or auto."""
     threads: int = 0

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from cache.buffers import FRESH, Buffers
-from cache.order import ALONE, Blocks, Rank, batch_rows
+from cache.order import Blocks, batch_rows
+from cache.rank import ALONE, Rank
 from cache.store import CacheReader
 from models.classifier import Classifier, Head, LabelledBatch
 from models.targets import normalize_images

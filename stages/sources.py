@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from cache.buffers import FRESH, Buffers
-from cache.order import ALONE, Blocks, Rank, batch_rows, view_and_group
+from cache.order import Blocks, batch_rows, view_and_group
+from cache.rank import ALONE, Rank
 from cache.store import CacheReader, FeatureBatch
 from models.batch import MaskedBatch, TargetKey, decode_ids
 from models.config import IMAGE_TARGETS, HeadSpec, MaskConfig, ModelConfig, learning_heads

@@ -29,6 +29,7 @@ from stages.checkpoint import (
     model_tensors,
     read_state,
     save_state,
+    state_digest,
 )
 from stages.compiling import compile_learner, compiles
 from stages.config import TrainConfig
@@ -37,6 +38,7 @@ from stages.endings import PROBE, Watch, stopped_early
 from stages.optim import averaged, to_average, to_training
 from stages.segment import Segment
 from stages.sources import Source, StepInputs
+from stages.team import SOLO, Team
 
 LOG_EVERY = 10
 """Optimiser steps between two logged events; the loss is fetched from the device no more often."""
@@ -77,23 +79,30 @@ def build_model(build: Build, cut: int, device: str, entry: int | None = None) -
 
 
 def train_step(
-    model: Learner, optimizer: torch.optim.Optimizer, source: Source, inputs: StepInputs, train: TrainConfig
+    model: Learner,
+    optimizer: torch.optim.Optimizer,
+    source: Source,
+    inputs: StepInputs,
+    train: TrainConfig,
+    team: Team = SOLO,
 ) -> Tensor:
     """One optimiser step; returns (1 + H + W,): the weighted sum that is learned from, every loss, what is watched.
 
-    Micro-batches are equal: the mean of their losses is the batch's loss.
+    Micro-batches are equal: the mean of their losses is the batch's loss. So are the shares of ranks; what is returned
+    is of this rank's.
     """
     device = next(model.parameters()).device
     optimizer.zero_grad(set_to_none=True)
     weights = constant(model.loss_weights(inputs.progress), device)
     total = torch.zeros(1 + len(weights) + len(model.watch_names), device=device)
     with model.dropping(inputs.step):
-        for micro in inputs.to(device).split(train.accumulate):
-            with autocast(device, train.precision):
-                batch = source.mask(model, micro)
-                losses = model(batch) / train.accumulate
-                loss = (losses * weights).sum()
-            loss.backward()
+        for part, micro in enumerate(inputs.to(device).split(train.accumulate), 1):
+            with team.summing(last=part == train.accumulate):
+                with autocast(device, train.precision):
+                    batch, losses = team.forward(model, source, micro)
+                    losses = losses / train.accumulate
+                    loss = (losses * weights).sum()
+                loss.backward()
             watched = model.watch(batch).to(device) / train.accumulate
             total += torch.cat([loss.detach().reshape(1), losses.detach(), watched])
     if train.clip:
@@ -103,34 +112,42 @@ def train_step(
     return total
 
 
-def train_arm(arm: Arm, hooks: Hooks) -> tuple[Progress, Learner]:
+def train_arm(arm: Arm, hooks: Hooks, team: Team = SOLO) -> tuple[Progress, Learner]:
     """Train what is left of the arm's segments. When `hooks.stop` asks, the state is saved and progress is unfinished.
 
-    Raises CheckpointError when the state to start from, or to go on from, cannot be used.
+    Of several ranks all train; the leader alone evaluates, decides when the arm ends, and writes.
+    Raises CheckpointError when the state to start from, or to go on from, cannot be used, RanksDiffer when the ranks
+    read different ones.
     """
-    torch.set_num_threads(arm.train.threads)
+    torch.set_num_threads(team.threads(arm.train.threads))
     progress, tensors = starting_point(arm)
+    if team.rank.ranks > 1:
+        team.same("state to start from", state_digest(progress, tensors or {}))
     seen = (tensors or {}).get(PROBE)
     while True:
         segment = arm.segments[min(progress.segment, len(arm.segments) - 1)]
         model = arm.make(segment)
-        if compiles(arm.train, model, segment.steps):
-            compile_learner(model)
-        optimizer = arm.optimizer(model)
         if tensors is None:
             arm.begin(model)
-        else:
+        done = progress.segment == len(arm.segments)
+        if not done:
+            team.take(model, arm.train)
+        if not team.sharded and compiles(arm.train, model, segment.steps):
+            compile_learner(model)
+        optimizer = arm.optimizer(model)
+        if tensors is not None:
             apply_tensors(model, optimizer, tensors)
-        if progress.segment == len(arm.segments):
+        if done:
             return progress, model
         to_training(optimizer)
-        train_segment(arm, segment, model, optimizer, progress, hooks, seen)
+        train_segment(arm, segment, model, optimizer, progress, hooks, seen, team)
         if progress.step < segment.steps and not progress.ended:
             return progress, model
         to_average(optimizer)
         progress.segment, progress.step = (len(arm.segments) if progress.ended else progress.segment + 1), 0
         tensors = model_tensors(model, optimizer)
-        save_state(arm.state, arm.inputs, progress, tensors)
+        if team.leads:
+            save_state(arm.state, arm.inputs, progress, tensors)
 
 
 def starting_point(arm: Arm) -> tuple[Progress, dict[str, Tensor] | None]:
@@ -164,33 +181,38 @@ def train_segment(
     progress: Progress,
     hooks: Hooks,
     seen: Tensor | None = None,
+    team: Team = SOLO,
 ) -> None:
     """Train a segment from `progress.step` on, until its end or until told to stop, with its time split into parts."""
     if len(progress.totals) == progress.segment:
         progress.totals.append(SegmentTotals())
-    source = arm.source(segment)
-    book = Book(arm, segment, progress, hooks, model)
+    source = team.source(lambda: arm.source(segment), arm.train.accumulate)
+    book = Book(arm, segment, progress, hooks, model, team)
     watch = Watch(arm.settling, arm.train, seen) if arm.settling else None
-    if watch:
-        watch.look(model.encoder)
+    whole = team.whole(model, lambda: arm.make(segment)) if watch or not segment.steps else None
+    if watch and whole:
+        watch.look(whole.encoder)
     if not segment.steps:  # a checkpoint taken as it is
-        book.evaluate(model)
+        if whole:
+            book.evaluate(whole)
         return
     steps = range(progress.step, segment.steps)
     with loader(source, segment, steps, arm.train, arm.memory) as batches:
         for step, inputs in zip(steps, batches, strict=True):
             rate = arm.rates.apply(optimizer, segment.first_step + step)
-            book.step(train_step(model, optimizer, source, inputs, arm.train), rate)
+            book.step(train_step(model, optimizer, source, inputs, arm.train, team), rate)
             if due(step + 1, LOG_EVERY) or step + 1 == segment.steps:
                 book.flush(batches.spent)
             take_stock(arm, segment, model, optimizer, book, watch, batches.spent)
             if progress.ended:
                 return
-            stop = hooks.stop()
-            if stop or book.save_due():
+            stop, save = team.agreed(hooks.stop(), book.save_due())
+            if stop or save:
                 book.flush(batches.spent)
-                tensors = model_tensors(model, optimizer) | (watch.tensors if watch else {})
-                save_state(arm.state, arm.inputs, progress, tensors)
+                team.same_weights(f"model after step {progress.step}", model)
+                tensors = model_tensors(model, optimizer, keep=team.leads) | (watch.tensors if watch else {})
+                if team.leads:
+                    save_state(arm.state, arm.inputs, progress, tensors)
             if stop:
                 return
 
@@ -230,16 +252,19 @@ def take_stock(
     last = step == segment.steps and segment == arm.segments[-1]
     book.flush(spent)
     with averaged(optimizer):
-        if watch and check:
-            book.check(watch, model)
+        looked_at = watch is not None or keep is not None or evaluate
+        whole = book.team.whole(model, lambda: arm.make(segment)) if looked_at else None
+        if watch and check and whole:
+            book.check(watch, whole)
         if watch and not rest and not last:
             book.end(watch.settling.why_settled(progress.checks))
-        if keep:
-            book.hooks.keep(keep, model)
-        if evaluate or progress.ended:
-            book.evaluate(model)
+        if keep and whole:
+            book.hooks.keep(keep, whole)
+        if (evaluate or progress.ended) and whole:
+            book.evaluate(whole)
     if evaluate and not last:
         book.end(stopped_early(progress.curve, arm.train.early_stop))
+    progress.ended = book.team.told(progress.ended)
 
 
 def due(step: int, every: int) -> bool:

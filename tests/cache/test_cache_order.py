@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache.errors import CacheError
-from cache.order import Blocks, Rank, batch_rows, epoch_order, steps_per_epoch, view_and_group
+from cache.order import Blocks, batch_rows, epoch_order, steps_per_epoch, view_and_group
+from cache.rank import Rank
 
 
 @given(seed=st.integers(0, 2**40), epoch=st.integers(0, 1000), num_samples=st.integers(1, 500))

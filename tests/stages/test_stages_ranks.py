@@ -16,7 +16,8 @@ from torch import Tensor
 from cache import open_cache
 from cache.errors import CacheError
 from cache.loader import prefetch
-from cache.order import Blocks, Rank
+from cache.order import Blocks
+from cache.rank import Rank
 from models.config import DecoderConfig, HeadSpec, MaskConfig
 from models.drop import DepthDrop
 from models.learner import Learner

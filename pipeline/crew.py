@@ -1,0 +1,185 @@
+"""Several ranks of one call, under torchrun: rank 0 is the leader and runs the verb as one process would, with its
+lock, records, caches, evaluations and words; the others wait, and train what it trains when it says so, after they have
+seen that they would train the very same. However a rank ends, the others end too, and what went wrong is said once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from cache.rank import Rank
+from pipeline.config import ConfigError
+from pipeline.decide import Wanted, difference
+from pipeline.job import Job, RunFailed
+from pipeline.ranks import local_rank, on_own_device, refuse_what_ranks_cannot
+from pipeline.tuned import Tuning
+from pipeline.work import baseline_arm, parent_of, stage_arm
+from stages.arm import Arm, Hooks
+from stages.book import Diverged
+from stages.ranks import Ranks
+from stages.team import RanksDiffer
+from stages.train import train_arm
+
+STEP_PATIENCE = timedelta(minutes=30)
+"""How long ranks wait for each other within a step. What takes longer, the leader's own work, waits elsewhere."""
+
+WORD = "last word"
+"""Where in the ranks' store the first rank that fails says why."""
+
+_store: list[dist.Store] = []
+_team: list[Ranks] = []
+
+
+def work_together(job: Job, verb: str, function: Callable[[Job], Any], rank: Rank) -> int:
+    """Run a verb on all ranks. Returns the leader's exit status on every rank; its exceptions are the leader's own."""
+    refuse_what_ranks_cannot(job.config, verb, rank.ranks)
+    team = join(job, rank)
+    if team.leads:
+        function(replace(job, team=team))
+        team.told({"end": 0})
+        status = 0
+    else:
+        number, _ = local_rank()
+        status = follow(replace(job, team=team, config=on_own_device(job.config, number)))
+    dist.destroy_process_group()
+    return status
+
+
+def join(job: Job, rank: Rank) -> Ranks:
+    """Meet the other ranks: over gloo on CPUs, over NCCL on GPUs, one for each rank of a machine."""
+    number, local = local_rank()
+    cuda = job.config.train.device.startswith("cuda")
+    if cuda:
+        if number >= torch.cuda.device_count():
+            raise ConfigError(
+                f"rank {rank.rank} has no GPU: {local} ranks on a machine with {torch.cuda.device_count()}; use "
+                f"--nproc-per-node {max(1, torch.cuda.device_count())}"
+            )
+        torch.cuda.set_device(number)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    store = dist.PrefixStore("ranks", store_of())
+    dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.ranks, timeout=STEP_PATIENCE)
+    _team[:] = [Ranks(rank, local)]
+    return _team[0]
+
+
+def store_of() -> dist.Store:
+    """The ranks' store: that of torchrun, which outlives all of them, or one that rank 0 keeps."""
+    if not _store:
+        found, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=60))))
+        _store.append(found)
+    return _store[0]
+
+
+# --- those who follow -------------------------------------------------------------------------------------------------
+
+
+def follow(job: Job) -> int:
+    """Train what the leader orders until it ends; returns its exit status."""
+    while True:
+        order: dict[str, Any] = job.team.told({})
+        if "end" in order:
+            return int(order["end"])
+        wanted = Wanted(job.config, job.paths)  # anew: what is on disk has changed
+        arm, inputs = ordered(wanted, order)
+        theirs, own = (json.loads(json.dumps(found)) for found in (order["inputs"], inputs))
+        if changed := difference(theirs, own):
+            raise RanksDiffer(
+                f"rank {job.team.rank.rank} would train another {arm.label} than rank 0 ({changed}); start all ranks "
+                "with the same settings on the same files"
+            )
+        parent_of(wanted, arm.start)
+        with job.team.assembled(order):
+            try:
+                train_arm(arm, Hooks(log=lambda event: None, evaluate=_never, stop=job.stop.is_set), job.team)
+            except Diverged as error:
+                raise RunFailed(str(error)) from error
+
+
+def ordered(wanted: Wanted, order: dict[str, Any]) -> tuple[Arm, dict[str, Any]]:
+    """The arm that the leader trains, as this rank sees it, and all that can change its outcome."""
+    tag = order["tag"]
+    if "stage" in tag:
+        return stage_arm(wanted, tag["stage"], _unheard), wanted.stage_inputs(tag["stage"])
+    if tag["arm"] != "finetune":
+        return baseline_arm(wanted, tag["arm"], _unheard), wanted.arm_inputs(tag["arm"])
+    from pipeline.finetuning import finetune_arm
+
+    kind, _, which = str(order["from"]).partition(" ")
+    tuning = Tuning(wanted, int(which) if kind == "stage" else which)
+    return finetune_arm(tuning), tuning.inputs()
+
+
+def _unheard(text: str) -> None:
+    """The leader says it."""
+
+
+def _never(model: Any) -> NoReturn:
+    raise AssertionError("the leader evaluates")
+
+
+# --- how ranks end ----------------------------------------------------------------------------------------------------
+
+
+def ending(error: BaseException, status: int | None, text: str) -> tuple[int | None, str]:
+    """How this rank ends after an error: its exit status, None for a fault of this program, and what it says, which is
+    nothing where another rank has said it.
+
+    A rank that finds a connection broken looks for the last word of the one that broke it; where there is none, that
+    one was killed.
+    """
+    word = _read_word()
+    if _team and lost(error):
+        if word:
+            return int(word["status"]), ""
+        text = (
+            "a rank has died without a word, killed or out of memory; what was saved is kept, the same command goes on "
+            "from there"
+        )
+        return 1, _once(text)
+    if word is None:
+        _write_word(1 if status is None else status)
+    if _team and _team[0].leads and not _team[0].busy:
+        with suppress(Exception):  # who has died already cannot be told
+            _team[0].told({"end": 1 if status is None else status})
+    return status, text if status is None else _once(text)
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error says that another rank is gone."""
+    if isinstance(error, dist.DistError):
+        return True
+    broken = ("gloo", "NCCL", "Connection closed by peer")
+    return isinstance(error, RuntimeError) and any(name in str(error) for name in broken)
+
+
+def _once(text: str) -> str:
+    """The text for the first rank that comes with it, nothing for the others; for all where they cannot meet."""
+    try:
+        first = store_of().add("said " + hashlib.sha256(text.encode()).hexdigest(), 1) == 1
+    except (RuntimeError, OSError):
+        return text
+    return text if first else ""
+
+
+def _read_word() -> dict[str, Any] | None:
+    try:
+        if not store_of().check([WORD]):
+            return None
+        found: dict[str, Any] = json.loads(store_of().get(WORD))
+    except (RuntimeError, OSError):
+        return None
+    return found
+
+
+def _write_word(status: int) -> None:
+    with suppress(RuntimeError, OSError):
+        store_of().set(WORD, json.dumps({"status": status}))
