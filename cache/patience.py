@@ -51,8 +51,7 @@ class CutShort(OSError):
     """A store gave or took another number of bytes than it was asked for: what broke is the connection."""
 
 
-DEFAULT_STORE = StoreConfig()
-_settings = DEFAULT_STORE
+_settings = StoreConfig()
 _repeated: Counter[str] = Counter()
 _counting = Lock()
 

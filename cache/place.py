@@ -66,6 +66,11 @@ def place_of(place: str | os.PathLike[str]) -> Path:
     return cast(Path, found)
 
 
+def path_or_url(text: str) -> str:
+    """The same name; but a URL of the local disk is the path there. CacheError for a protocol that is unknown."""
+    return text if "://" not in text or is_remote(place := place_of(text)) else str(place)
+
+
 def is_remote(place: object) -> bool:
     """Whether a path is one of an object store."""
     return hasattr(place, "fs") and not isinstance(place, Path)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from cache.manifest import atomic_write
-from cache.patience import repeated
+from cache.patience import repeated, use_store
 from pipeline.decide import Verdict, Wanted
 from pipeline.events import EventLog
 from pipeline.job import Job
@@ -37,6 +37,7 @@ def at_work(job: Job) -> Iterator[Desk]:
         if not job.paths.config.exists() or job.paths.config.read_text() != text:
             atomic_write(job.paths.config, text.encode())
         with EventLog(job.paths.events, job.paths.tensorboard, show=True) as log:
+            use_store(job.config.store)  # of a study, every run's own
             before = Counter(repeated())
             try:
                 yield Desk(job, Wanted(job.config, job.paths), log)

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from cache.errors import CacheError
+from cache.place import path_or_url
 from models.spec import digest
 from stages import remote
 from stages.config import DataConfig
@@ -141,7 +142,7 @@ def open_images(
     if source in ("sample", "sample:val"):
         source = str(SAMPLE / ("val-*.tar" if source.endswith(":val") else "train-*.tar"))
     read: Callable[[Entry], bytes | Image.Image]
-    source = source.removeprefix("file://")
+    source = path_or_url(source)
     if "://" in source:
         copies = Copies(index_file.parent / "copies", int(cache_gb * 1e9)) if index_file and cache_gb else None
         index, read = remote.indexed(source, on_bad, index_file, copies)

