@@ -19,7 +19,7 @@ from beartype import beartype
 from jaxtyping import Shaped, jaxtyped
 
 from cache.patience import use_store
-from tests.faulty import FaultyStore
+from tests.faulty import THROUGH_PROXY, FaultyStore
 from tests.object_store import IMPATIENT, ObjectStore
 
 SUFFIX = re.compile(r"[a-z0-9]_([A-Z]+)$")
@@ -85,16 +85,19 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectSto
         store.stop()
 
 
-@pytest.fixture
-def faulty(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyStore]:
-    """A proxy in front of the object store, which the environment names instead; clients are made anew for it."""
-    from s3fs import S3FileSystem
-
+@pytest.fixture(scope="session")
+def proxy(object_store: ObjectStore) -> Iterator[FaultyStore]:
+    """A proxy in front of the object store."""
     proxy = FaultyStore(object_store)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-    S3FileSystem.clear_instance_cache()
-    use_store(IMPATIENT)
     yield proxy
     proxy.stop()
+
+
+@pytest.fixture
+def faulty(proxy: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyStore]:
+    """The proxy, without a fault, which the environment names instead of the store."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    proxy.faults, _ = [], proxy.seen.clear()
+    use_store(THROUGH_PROXY)
+    yield proxy
     use_store(IMPATIENT)
-    S3FileSystem.clear_instance_cache()

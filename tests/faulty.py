@@ -6,12 +6,14 @@ from __future__ import annotations
 import http.client
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 
-from tests.object_store import ObjectStore
+from tests.object_store import IMPATIENT, ObjectStore
 
+THROUGH_PROXY = replace(IMPATIENT, timeout=19.0)
+"""Another limit than the store's own, since clients are kept by their settings and each has its endpoint."""
 ERROR = '<?xml version="1.0" encoding="UTF-8"?><Error><Code>{}</Code><Message>{}</Message></Error>'
 
 

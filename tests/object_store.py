@@ -17,7 +17,7 @@ from cache.patience import StoreConfig
 from cache.place import place_of
 
 KEY, SECRET = "permafrost", "not-a-secret"
-IMPATIENT = StoreConfig(retries=2, wait=0.01, timeout=20.0)
+IMPATIENT = StoreConfig(retries=1, wait=0.01, timeout=20.0)
 """What a store fails to answer is asked again, but tests do not wait for it."""
 
 

@@ -16,8 +16,8 @@ from cache.manifest import atomic_write, find_damage
 from cache.patience import CutShort, StoreConfig, patiently, repeated, use_store
 from cache.place import StoreUnreachable, holds_secret, is_there, place_of, read_bytes, read_range, remove_tree
 from cache.verify import verify_cache
-from tests.faulty import Fault, FaultyStore
-from tests.object_store import IMPATIENT, KEY, SECRET
+from tests.faulty import THROUGH_PROXY, Fault, FaultyStore
+from tests.object_store import KEY, SECRET
 
 
 def counted(before: dict[str, int]) -> dict[str, int]:
@@ -70,14 +70,14 @@ def test_faults_of_a_read_that_go_away_are_counted_and_those_that_stay_are_one_l
     reader = open_cache(place)
     for fault in READS:
         before = repeated()
-        faulty.faults = [replace(fault, times=2, inside="features/c/0")]
+        faulty.faults = [replace(fault, times=1, inside="features/c/0")]
         np.testing.assert_array_equal(reader.read([0]).features_BLD, wanted.stored_VNLD[0, [0]])
-        assert sum(counted(before).values()) == 2
+        assert sum(counted(before).values()) == 1
         faulty.faults = [replace(fault, inside="features/c/0")]
         asked = faulty.count("GET", "features/c/0")
         with pytest.raises(StoreUnreachable, match=r"^s3://.* cannot be reached \(.*\); nothing is lost, run") as told:
             reader.read([0])
-        assert "\n" not in str(told.value) and faulty.count("GET", "features/c/0") == asked + 3
+        assert "\n" not in str(told.value) and faulty.count("GET", "features/c/0") == asked + 2
     faulty.faults = []
     np.testing.assert_array_equal(reader.read([0]).features_BLD, wanted.stored_VNLD[0, [0]])
 
@@ -99,7 +99,7 @@ def test_a_slow_answer_is_waited_for_as_long_as_the_setting_says(
     """Slow: nothing comes. Drip: a byte comes now and then, which a client's own limit never ends."""
     place = faulty.store.at(tmp_path / "slow" / "object")
     atomic_write(place, b"x" * 200)
-    use_store(replace(IMPATIENT, retries=1, timeout=1.0))
+    use_store(replace(THROUGH_PROXY, retries=1, timeout=1.0))
     place = faulty.store.at(tmp_path / "slow" / "object")
     assert is_there(place), "a client of this limit is made and connected"
     before, seconds = repeated(), 1.5 if kind == "slow" else 0.02
@@ -115,7 +115,7 @@ def test_a_slow_answer_is_waited_for_as_long_as_the_setting_says(
 def test_requests_that_write_list_ask_and_remove_are_made_again_too(faulty: FaultyStore, tmp_path: Path) -> None:
     place = faulty.store.at(tmp_path / "many" / "object")
     before = repeated()
-    for fault in (Fault("status", 2, method="PUT"), Fault("status", 2, method="HEAD")):
+    for fault in (Fault("status", 1, method="PUT"), Fault("status", 1, method="HEAD")):
         faulty.faults = [fault]
         atomic_write(place, b"content")
         assert fault.times == 0
@@ -123,7 +123,7 @@ def test_requests_that_write_list_ask_and_remove_are_made_again_too(faulty: Faul
     assert is_there(place) and read_bytes(place) == b"content"
     faulty.faults = [Fault("status", 1, method="POST")]
     remove_tree(place.parent)
-    assert not is_there(place) and sum(counted(before).values()) == 6
+    assert not is_there(place) and sum(counted(before).values()) == 4
     faulty.faults = [Fault("status", method="PUT")]
     with pytest.raises(StoreUnreachable, match="cannot be reached"):
         atomic_write(place, b"content")
@@ -156,7 +156,7 @@ def test_keys_that_are_refused_are_told_once_and_not_repeated_in_words(
 
 
 def test_a_large_file_goes_in_parts_and_a_part_that_fails_is_sent_again(faulty: FaultyStore, tmp_path: Path) -> None:
-    use_store(replace(IMPATIENT, part_mb=1 / 64))  # 16 KiB
+    use_store(replace(THROUGH_PROXY, part_mb=1 / 64))  # 16 KiB
     content = np.random.default_rng(0).bytes(50_000)
     place = faulty.store.at(tmp_path / "parts" / "object")
     faulty.faults = [Fault("status", times=1, method="PUT", inside="partNumber=2")]

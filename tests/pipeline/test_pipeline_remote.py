@@ -41,7 +41,8 @@ def words(where: str, run: Path, caches: str, **more: object) -> list[str]:
     """The arguments behind a verb."""
     sources = {"data.source": f"{where}/train-*.tar", "model.weights": f"{where}/start.safetensors"}
     plain = {"data.limit": 0, "cache.root": caches, "schedule.cuts": [0, 2], "schedule.epochs": [1, 1]}
-    quick = {"store.retries": 2, "store.wait": 0.01, "store.timeout": 20}
+    # A limit of its own, so that a client of its own is made, with the token.
+    quick = {"store.retries": 2, "store.wait": 0.01, "store.timeout": 18}
     settings = TOY | sources | plain | quick | more
     told = [f"{key}={json.dumps(value) if isinstance(value, list) else value}" for key, value in settings.items()]
     return ["--run", str(run), "--set", *told]
