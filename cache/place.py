@@ -99,8 +99,8 @@ def holds_secret(url: str) -> bool:
     except ValueError:
         return False
     words = ("signature", "sig", "token", "secret", "password", "credential")
-    asked = [name.lower() for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
-    return ":" in parts.netloc.rpartition("@")[0] or any(word in name for name in asked for word in words)
+    told = [name.lower() for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
+    return ":" in parts.netloc.rpartition("@")[0] or any(word in name for name in told for word in words)
 
 
 @contextmanager

@@ -45,7 +45,8 @@ class Copies:
         try:
             content = path.read_bytes()
             if hashlib.sha256(content).hexdigest() == sha256:
-                os.utime(path)
+                with suppress(OSError):  # a disk that is read-only by now
+                    os.utime(path)
                 return content
             path.unlink()
         except OSError:

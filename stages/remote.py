@@ -38,6 +38,7 @@ AT_A_TIME = 16
 DOWNLOADS = 4
 """Blocks of a tar that are on their way at a time, and in memory."""
 
+
 @dataclass(frozen=True)
 class Remote:
     """A file behind a URL, as its store describes it."""
@@ -187,7 +188,8 @@ def remote_files(source: str) -> list[Remote]:
         found = asked(place, lambda: place.fs.find(place.path, detail=True))
     except FileNotFoundError:
         found = {}
-    names = {name[len(root) :].lstrip("/"): info for name, info in found.items() if len(name) > len(root)}
+    inside = {name: info for name, info in found.items() if name.startswith(f"{root}/")}
+    names = {name[len(root) :].lstrip("/"): info for name, info in inside.items()}
     wanted = [name for name, info in names.items() if _is_file(name, info)]
     if not wanted:
         raise DataError(f"{source} is no folder with images or tars; correct the URL, or put some there")

@@ -59,6 +59,7 @@ def test_a_folder_of_images_at_a_url_is_the_folder_on_disk(
 ) -> None:
     names = ("cat/1.png", "cat.b/2.png", "ant/x/3.png", "top.png", ".hidden/4.png", "cat/.5.png")
     folder = fill(tmp_path / "images", {name: picture(number) for number, name in enumerate(names)})
+    fill(tmp_path / "images2", {"other.png": picture(9)})  # begins alike, and is none of it
     local, there = open_images(str(folder)), open_images(object_store.url(folder) + "/")
     assert alike(local, there) and local.labels.tolist() == there.labels.tolist()
     assert there.classes == ("ant", "cat", "cat.b") and len(there) == 4
