@@ -9,7 +9,7 @@ import secrets
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +77,16 @@ class Donor:
     memory: int = MEMORY
     """Bytes of it that may be mapped."""
 
+    @cached_property
+    def layout(self) -> Layout:
+        """What lies where in it."""
+        return self.reader.manifest.layout
+
+    @cached_property
+    def entries(self) -> dict[str, ShardEntry]:
+        """Its files, by name."""
+        return {entry.name: entry for entry in self.reader.manifest.shards}
+
     def taken(self, layout: Layout, shard: Shard) -> Taken | None:
         """What it has of a shard; None where that is nothing."""
         view = self.reader.manifest.spec.slot_of(layout.spec.view_at(shard.view))
@@ -88,7 +98,7 @@ class Donor:
     def link(self, folder: Path, layout: Layout, shard: Shard) -> bool:
         """Take a shard over whole, where one of the donor's has the same rows in the same places and is sound: its
         files are linked, or copied where they cannot be, and get a receipt like those of a shard that was written."""
-        taken, theirs = self.taken(layout, shard), self.reader.manifest.layout
+        taken, theirs = self.taken(layout, shard), self.layout
         if taken is None:
             return False
         first, own = taken.rows[0], slice(shard.first_row, shard.first_row + shard.rows)
@@ -96,15 +106,14 @@ class Donor:
         alike = (layout.shard_rows, layout.backend, layout.compression, [a.name for a in layout.arrays])
         if (
             taken.rows != tuple(range(first, first + shard.rows))
-            or twin not in theirs.shards
+            or not theirs.holds(twin)
             or alike != (theirs.shard_rows, theirs.backend, theirs.compression, [a.name for a in theirs.arrays])
             or (layout.backend == "webdataset" and not self.same_labels_N[own].all())  # tars hold labels
         ):
             return False
-        entries = {entry.name: entry for entry in self.reader.manifest.shards}
         mine: list[ShardEntry] = []
         for source, name in zip(theirs.files(twin), layout.files(shard), strict=True):
-            entry = replace(entries[source], name=name, first_row=shard.first_row)
+            entry = replace(self.entries[source], name=name, first_row=shard.first_row)
             try:
                 link_file(self.folder / source, folder / name)
             except (CacheError, FileNotFoundError):

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -125,6 +125,20 @@ class Layout:
             for view in range(self.spec.views)
             for first in range(0, self.num_samples, self.shard_rows)
         )
+
+    def holds(self, shard: Shard) -> bool:
+        """Whether it is one of the shards."""
+        rows = min(self.shard_rows, self.num_samples - shard.first_row)
+        return (
+            0 <= shard.view < self.spec.views
+            and 0 <= shard.first_row < self.num_samples
+            and shard.first_row % self.shard_rows == 0
+            and shard.rows == rows
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # It travels with every task of a build: the list of all shards must not.
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def file(self, array: RowArray, view: int, row: int) -> str:
         """Name, relative to the cache's folder, of the file that holds a row of an array of a Zarr cache."""

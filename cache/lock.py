@@ -14,6 +14,7 @@ import json
 import os
 import socket
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -82,6 +83,29 @@ def _held(path: Path, what: str, tell: Callable[[str], None] | None, stop: Calla
     try:
         with suppress(OSError):  # only words for others: a full disk must not stop what needs no disk
             path.with_suffix(".json").write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
+        yield
+    finally:
+        lock.release()
+
+
+SHARD_LOCKS = 16
+
+
+@contextmanager
+def hold_shard(folder: Path, name: str) -> Iterator[None]:
+    """Holds a shard, by its name, for the moment in which its files get theirs: of two attempts at it the second finds
+    it done. Some shards share a lock. Where nothing can be locked, see above."""
+    if is_remote(folder):
+        yield
+        return
+    path = aside(folder, "locks", f"-{zlib.crc32(name.encode()) % SHARD_LOCKS:02d}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, thread_local=False)
+        lock.acquire(poll_interval=0.01)
+    except OSError as error:
+        raise CacheError(f"cannot write {path}: {error.strerror}; make it writable for all workers") from error
+    try:
         yield
     finally:
         lock.release()

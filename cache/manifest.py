@@ -127,7 +127,7 @@ class CacheManifest:
             "stats": [asdict(stats) for stats in self.stats],
             "errors": [asdict(error) for error in self.errors],
             "accumulated_error": self.accumulated_error,
-            "shards": [asdict(entry) for entry in self.shards],
+            "shards": [dict(vars(entry)) for entry in self.shards],
             "complete": self.complete,
         }
 
@@ -228,8 +228,16 @@ def find_damage(folder: Path, entry: ShardEntry) -> str:
 
 
 def seal(values: dict[str, Any]) -> bytes:
-    """JSON whose last field is the sha256 of every byte before it: not even white space can change unnoticed."""
-    body = json.dumps(values, indent=1, ensure_ascii=False).removesuffix("\n}").encode()
+    """JSON whose last field is the sha256 of every byte before it: not even white space can change unnoticed. A field,
+    and an item of a list, has a line: json's own indentation would take ten times as long, and a manifest may have a
+    million items."""
+    encode = json.JSONEncoder(ensure_ascii=False).encode
+    told = []
+    for name, value in values.items():
+        listed = isinstance(value, list) and value
+        text = "[\n  " + ",\n  ".join(map(encode, value)) + "\n ]" if listed else encode(value)
+        told.append(f" {encode(name)}: {text}")
+    body = ("{\n" + ",\n".join(told)).encode()
     return body + _seal_of(body)
 
 
@@ -264,21 +272,28 @@ def atomic_write(path: Path, content: bytes) -> None:
 def atomic_stream(path: Path, parts: Iterable[Buffer], size: int) -> tuple[int, str]:
     """The same with a file of about `size` bytes that comes in parts and is never in memory whole; returns its bytes
     and sha256. An error of `parts` leaves the old file, too."""
-    written, digest, settle = begin_stream(path, parts, size)
-    settle()
+    written, digest, _, naming = begin_stream(path, parts, size)
+    naming.close()
     return written, digest
 
 
-def begin_stream(path: Path, parts: Iterable[Buffer], size: int) -> tuple[int, str, Callable[[], None]]:
-    """`atomic_stream` but for its last step, which is returned and may run in another thread: waiting for the disk, and
-    giving the file its name. CacheError of both."""
+def begin_stream(path: Path, parts: Iterable[Buffer], size: int) -> tuple[int, str, Callable[[], None], ExitStack]:
+    """`atomic_stream` but for its last steps, which may run in other threads: a function that waits for the disk, and a
+    stack by which the file, once that is closed, gets its name, and vanishes when it is left by an error. CacheError
+    of both."""
     digest, written = hashlib.sha256(), 0
     with ExitStack() as stack:
         file = stack.enter_context(_replacing(path, size))
         for block in _joined(parts):
             written += file.write(block)
             digest.update(block)
-        return written, digest.hexdigest(), stack.pop_all().close
+
+        def sync() -> None:
+            file.flush()
+            if not is_remote(path):
+                os.fsync(file.fileno())
+
+        return written, digest.hexdigest(), sync, stack.pop_all()
 
 
 BLOCK = 1 << 20

@@ -4,7 +4,6 @@ was stopped anywhere knows what it has. They go when the manifest, which then sa
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,12 @@ def receipt_name(shard: Shard) -> str:
 
 def write_receipt(folder: Path, layout: Layout, name: str, entries: Iterable[ShardEntry]) -> None:
     """Notes that the files of `entries` are durably written."""
-    values = {**_identity(layout), "entries": [asdict(entry) for entry in entries]}
-    atomic_write(folder / RECEIPTS / f"{name}.json", seal(values))
+    atomic_write(folder / RECEIPTS / f"{name}.json", sealed_receipt(layout, entries))
+
+
+def sealed_receipt(layout: Layout, entries: Iterable[ShardEntry]) -> bytes:
+    """The content of a receipt."""
+    return seal({**_identity(layout), "entries": [dict(vars(entry)) for entry in entries]})
 
 
 def read_receipt(folder: Path, layout: Layout, name: str) -> tuple[ShardEntry, ...] | None:

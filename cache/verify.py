@@ -5,10 +5,13 @@ bad, bit for bit."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import socket
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from cache.errors import CacheError, DamagedCache, MissingCache
 from cache.layout import STORE, TARS
@@ -17,6 +20,7 @@ from cache.manifest import (
     FORMAT,
     MANIFEST,
     CacheManifest,
+    ShardEntry,
     atomic_write,
     cache_folder_name,
     find_damage,
@@ -25,7 +29,7 @@ from cache.manifest import (
     sync_folder,
     unseal,
 )
-from cache.place import is_there, reaching, read_bytes, remove_tree
+from cache.place import is_there, place_of, reaching, read_bytes, remove_tree
 from cache.receipts import RECEIPTS, STORE_RECEIPT, receipt_name, write_receipt
 
 
@@ -40,7 +44,20 @@ class Damage:
     view: int | None = None
 
 
-def verify_cache(folder: Path) -> list[Damage]:
+Run = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+"""Maps a function over tasks, anywhere and in any order."""
+
+PORTION = 1 << 30
+"""Bytes that are hashed as one task, on whatever computer."""
+
+
+def in_threads(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
+    """Tasks in threads of this process."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from pool.map(function, tasks)
+
+
+def verify_cache(folder: Path, run: Run = in_threads) -> list[Damage]:
     """Damaged files, in the manifest's order; every file is hashed. MissingCache when there is no finished cache."""
     try:
         manifest = read_manifest(folder)
@@ -48,16 +65,39 @@ def verify_cache(folder: Path) -> list[Damage]:
         return [Damage(MANIFEST, "is altered or cut short: no shard can be trusted without it")]
     layout = manifest.layout
     shard_of = {name: shard for shard in layout.shards for name in layout.files(shard)}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        findings = pool.map(lambda entry: find_damage(folder, entry), manifest.shards)
+    findings = dict(chain.from_iterable(run(damaged, [(str(folder), part) for part in portions(manifest.shards)])))
     damages = []
-    for entry, what in zip(manifest.shards, findings, strict=True):
+    for entry in manifest.shards:
+        what = findings.get(entry.name, "")
         if what and entry.rows:
             rows = range(entry.first_row, entry.first_row + entry.rows)
             damages.append(Damage(entry.name, what, rows, shard_of[entry.name].view))
         elif what:
             damages.append(Damage(entry.name, what))
     return damages
+
+
+def portions(entries: Iterable[ShardEntry]) -> Iterator[tuple[ShardEntry, ...]]:
+    """Files in groups that are worth a task."""
+    part: list[ShardEntry] = []
+    total = 0
+    for entry in entries:
+        part.append(entry)
+        total += entry.bytes
+        if total >= PORTION or len(part) >= 256:
+            yield tuple(part)
+            part, total = [], 0
+    if part:
+        yield tuple(part)
+
+
+def damaged(task: tuple[str, tuple[ShardEntry, ...]]) -> list[tuple[str, str]]:
+    """(name, what is wrong) of the damaged files among some, hashed. MissingCache where this computer does not see the
+    cache at all: that is no damage."""
+    folder, entries = place_of(task[0]), task[1]
+    if not is_there(folder):
+        raise MissingCache(f"{folder} is not there on {socket.gethostname()}; all workers must see the caches")
+    return [(entry.name, what) for entry in entries if (what := find_damage(folder, entry))]
 
 
 def restore_manifest(folder: Path) -> bool:

@@ -8,15 +8,16 @@ Shapes: N the samples of a shard, L tokens, S prefix tokens of all groups, D wid
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from cache.attempts import attempt
 from cache.backends import files_of
 from cache.codecs import CODECS, describe
 from cache.errors import CacheError, MissingCache, StaleCache, TooCoarse, Unrepresentable
@@ -29,7 +30,6 @@ from cache.manifest import (
     ViewError,
     ViewStats,
     atomic_write,
-    begin_stream,
     check_spec,
     checksum,
     find_damage,
@@ -38,10 +38,13 @@ from cache.manifest import (
     seal,
     write_manifest,
 )
-from cache.place import files_below, matching, remove_tree
+from cache.place import files_below, matching, place_of, remove_tree
 from cache.receipts import RECEIPTS, STORE_RECEIPT, read_receipt, receipt_name, write_receipt
 from cache.rounding import Moments, Rounded, Unfit, moments, relative_rmse, round_features
 from models.spec import FeatureSpec
+
+Run = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+"""Maps a function over tasks, anywhere and in any order."""
 
 
 @dataclass(frozen=True)
@@ -113,16 +116,27 @@ def create_store(
     write_receipt(folder, layout, STORE_RECEIPT, entries)
 
 
-def missing_shards(folder: Path, layout: Layout) -> list[Shard]:
-    """Shards still to be written: no receipt of this very layout, or files that, hashed afresh, differ from it."""
+RECEIPTS_AT_ONCE = 16
+"""Shards whose files are hashed as one task."""
+
+
+def missing_shards(folder: Path, layout: Layout, run: Run = map) -> list[Shard]:
+    """Shards still to be written: no receipt of this very layout, or files that, hashed afresh, differ from it. `run`
+    hashes anywhere."""
     if _finished(folder, layout):
         return []
+    there = {path.name for path in matching(folder / RECEIPTS, "*.json")}
+    noted = [shard for shard in layout.shards if f"{receipt_name(shard)}.json" in there]
+    parts = [tuple(noted[one : one + RECEIPTS_AT_ONCE]) for one in range(0, len(noted), RECEIPTS_AT_ONCE)]
+    whole = set(chain.from_iterable(run(whole_shards, [(str(folder), layout, part) for part in parts])))
+    return [shard for shard in layout.shards if shard not in whole]
 
-    def is_whole(shard: Shard) -> bool:
-        entries = read_receipt(folder, layout, receipt_name(shard))
-        return entries is not None and not any(find_damage(folder, entry) for entry in entries)
 
-    return [shard for shard in layout.shards if not is_whole(shard)]
+def whole_shards(task: tuple[str, Layout, tuple[Shard, ...]]) -> list[Shard]:
+    """Those of some shards that have a receipt to which their files hash."""
+    folder, layout, shards = place_of(task[0]), task[1], task[2]
+    found = [(shard, read_receipt(folder, layout, receipt_name(shard))) for shard in shards]
+    return [shard for shard, entries in found if entries and not any(find_damage(folder, entry) for entry in entries)]
 
 
 def write_rows(
@@ -140,7 +154,7 @@ def write_rows(
     Unrepresentable, naming the value; TooCoarse when the shard alone is above the limit, and CacheError on a full disk.
     """
     shard = Shard(view, first_row, len(block.keys))
-    assert shard in layout.shards, f"{shard} is no shard of the layout: one writer per shard"
+    assert layout.holds(shard), f"{shard} is no shard of the layout: one writer per shard"
     many = max(1, PIECE_VALUES // (layout.spec.num_tokens * layout.spec.width))
     pieces = [slice(first, min(first + many, shard.rows)) for first in range(0, shard.rows, many)]
 
@@ -188,7 +202,7 @@ def write_stored(
     batch: int = 0,
 ) -> list[ShardEntry]:
     """`write_rows` of rows that are as they are stored already, some at a time."""
-    assert shard in layout.shards, f"{shard} is no shard of the layout: one writer per shard"
+    assert layout.holds(shard), f"{shard} is no shard of the layout: one writer per shard"
     found: list[np.ndarray] = []
 
     def checked() -> Iterator[Stored]:
@@ -198,21 +212,15 @@ def write_stored(
         total = Moments.join(found)  # before the file gets its name
         limit.check(relative_rmse(total.error_squares, total.given_squares), layout.spec)
 
-    entries: list[ShardEntry] = []
     size = sum(array.shard_bytes(shard.rows, layout.shard_rows) for array in layout.arrays)
-    with ThreadPoolExecutor(len(layout.arrays)) as pool:  # a disk settles several files about as fast as one
-        settled = []
+    with attempt(folder, layout, shard) as mine:
         for name, parts in files_of(layout.backend).shard_files(folder, layout, shard, checked(), keys):
-            written, digest, settle = begin_stream(folder / name, parts, size)
-            settled.append(pool.submit(settle))
+            written, digest = mine.stream(folder / name, parts, size)
             entry = ShardEntry(name, shard.first_row, shard.rows, written, digest)
-            if not entries:
+            if not mine.entries:
                 entry = replace(entry, moments=tuple(Moments.join(found)), batch=batch)
-            entries.append(entry)
-        for done in settled:
-            done.result()
-    write_receipt(folder, layout, receipt_name(shard), entries)
-    return entries
+            mine.entries.append(entry)
+    return mine.entries
 
 
 def finish(
@@ -358,4 +366,4 @@ def _sweep(folder: Path, named: set[str]) -> None:
     kept = [path for place in (STORE, TARS, INDEX) for path, _ in files_below(folder / place)]
     for path in [*kept, *matching(folder, f".{MANIFEST}.*.tmp")]:
         if path.relative_to(folder).as_posix() not in named:
-            path.unlink()
+            path.unlink(missing_ok=True)  # of an attempt that came too late, and has just removed it itself

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from timm.layers import DiffAttention
@@ -174,12 +174,23 @@ def _sincos_1d(width: int, place: Tensor) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-def frozen_hash(state: Mapping[str, Tensor], cut: int) -> str:
-    """sha256 over names, types, shapes and bytes of all before block `cut`: embedding, prefix, positions, blocks."""
+ALL = -1
+"""A cut behind everything, the last norm included."""
+
+
+def frozen_names(names: Iterable[str], cut: int) -> list[str]:
+    """Those of all before block `cut`, sorted: embedding, prefix, positions, blocks; with ALL, of everything."""
+    if cut == ALL:
+        return sorted(names)
     made = ("patch_embed.", "cls_token", "reg_token", "pos_embed", "norm_pre.")
     before = (*made, *(f"blocks.{block}." for block in range(cut)))
+    return sorted(name for name in names if name.startswith(before))
+
+
+def frozen_hash(state: Mapping[str, Tensor], cut: int) -> str:
+    """sha256 over names, types, shapes and bytes of all before block `cut`."""
     sha = hashlib.sha256()
-    for name in sorted(name for name in state if name.startswith(before)):
+    for name in frozen_names(state, cut):
         value = state[name].detach().cpu().contiguous()
         sha.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         sha.update(value.flatten().view(torch.uint8).numpy().data)

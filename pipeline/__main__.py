@@ -104,6 +104,10 @@ class Flags:
     """Overrides of settings; the later one wins."""
     cache_root: Text = ""
     """Short for --cache.root."""
+    scheduler_address: Text = ""
+    """Short for --cluster.address: a Dask scheduler that runs already."""
+    scheduler_file: Text = ""
+    """Short for --cluster.scheduler_file."""
     debug: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Add the traceback to an error."""
     yes: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -195,8 +199,12 @@ def read_job(name: str, args: list[str]) -> Job:
     flags, rest = run_tyro(PlanFlags if verb.plans else Flags, args, return_unknown_args=True, add_help=False)
     overrides = [text for texts in flags.set for text in texts]
     recipe, config = read_config(flags.config, overrides, flags.data, flags.data_val)
-    if flags.cache_root:
-        config = parse({"cache.root": flags.cache_root}, config)
+    short = {
+        "cache.root": flags.cache_root,
+        "cluster.address": flags.scheduler_address,
+        "cluster.scheduler_file": flags.scheduler_file,
+    }
+    config = parse({key: value for key, value in short.items() if value}, config)
     words = rest
     if any(word.startswith("-") for word in rest):  # settings as flags: only now is it worth the time to list them all
         if {"-h", "--help"} & set(rest):

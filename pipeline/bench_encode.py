@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from cache.layout import Shard
-from cache.writer import create_store
+from cache.writer import create_store, drop_receipts
 from pipeline.building import encode_job
 from pipeline.desk import Desk
 from pipeline.show import console, spread
@@ -60,6 +60,7 @@ def encode_ways(job: EncodeJob, shards: Sequence[Shard]) -> dict[str, Callable[[
                     frozen_forward(encoder, job, part)
 
     def encode(load: Load | None) -> None:
+        drop_receipts(Path(job.folder))  # a shard that is there would be thrown away
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(partial(encode_shard, load=load), [(job, shard, None) for shard in shards]))
 

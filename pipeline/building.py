@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 from cache.layout import Layout
@@ -13,13 +13,14 @@ from cache.place import place_of
 from cache.users import read_cost, write_cost
 from cache.verify import Damage
 from cache.writer import ErrorLimit
-from pipeline.cluster import task_runner
+from pipeline.cluster import task_runner, torch_threads
 from pipeline.decide import Wanted
 from pipeline.desk import Desk
 from pipeline.job import Interrupted
 from pipeline.layout import StagePaths
 from pipeline.needs import Need
 from pipeline.seconds import read_seconds, write_seconds
+from pipeline.tasks import RunTasks
 from stages.encode import EncodeJob, build
 from stages.mend import mend
 
@@ -44,7 +45,7 @@ def _build(desk: Desk, need: Need, paths: StagePaths, job: EncodeJob) -> None:
         return spent + seconds
 
     pace = Pace(job.layout.num_samples * spec.views)
-    with task_runner(desk.wanted.config.cluster) as run:
+    with sweeping(desk) as run:
         for done, total in build(job, desk.wanted.data.train, run, desk.log.message):
             built = True
             desk.log(need.tag | {"cache": need.name, "cut": spec.cut, "cache_seconds": account()} | pace(done, total))
@@ -77,12 +78,18 @@ class Pace:
 def mend_cache(desk: Desk, need: Need, damages: Sequence[Damage]) -> None:
     """Compute the damaged shards of a finished cache again, in place."""
     job, images = encode_job(desk.wanted, need), desk.wanted.data.train
-    with held(desk, job), task_runner(desk.wanted.config.cluster) as run:
+    with held(desk, job), sweeping(desk) as run:
         for done, total in mend(job, images, damages, run):
             told = {"cache": need.name, "cut": job.layout.spec.cut, "repair": True}
             desk.log(need.tag | told | {"shard": done, "shards": total})
             if desk.job.stop.is_set() and done < total:
                 raise Interrupted(f"interrupted: {done} of {total} shards of {need.name} are mended; repair again")
+
+
+def sweeping(desk: Desk) -> AbstractContextManager[RunTasks]:
+    """The run's cluster, at work."""
+    config = desk.wanted.config
+    return task_runner(config.cluster, desk.log.message, config.train.device)
 
 
 @contextmanager
@@ -121,7 +128,7 @@ def job_of(
         parent_cut=need.start,
         batch=config.cache.encode_batch,
         device=config.train.device,
-        threads=config.cluster.threads or max(1, config.train.threads // max(1, config.cluster.workers)),
+        threads=torch_threads(config.cluster, config.train),
         loader_threads=config.train.loader_threads,
         rand_augment=need.rand_augment,
         limit=ErrorLimit(largest=config.cache.max_error),

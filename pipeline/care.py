@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cache.errors import CacheError, DamagedCache, MissingCache, StaleCache
@@ -11,7 +13,7 @@ from cache.manifest import MANIFEST, read_manifest
 from cache.place import files_below, is_there, matching
 from cache.receipts import RECEIPTS
 from cache.users import register
-from cache.verify import Damage, drop_damaged, restore_manifest, verify_cache
+from cache.verify import Damage, Run, drop_damaged, in_threads, restore_manifest, verify_cache
 from pipeline.config import ConfigError
 from pipeline.decide import all_needs
 from pipeline.desk import Desk, at_work
@@ -26,17 +28,31 @@ def run_verify(job: Job) -> None:
     bad, folders = 0, caches(job)
     if not folders:
         raise ConfigError(f"no cache in {job.paths.cache_root}; `make stage-1` builds one")
-    for folder in folders:
-        if in_progress(folder):
-            print(f"{folder}: unfinished; `make stage-N` goes on with it")
-            continue
-        damages = check(folder)
-        bad += len(damages)
-        for damage in damages:
-            print(f"damaged: {damage.file}: {damage.what}")
-        print(f"{folder}: {f'{len(damages)} damaged files' if damages else f'sound, {size(folder)}'}")
+    with hashing(job, print) as run:
+        for folder in folders:
+            if in_progress(folder):
+                print(f"{folder}: unfinished; `make stage-N` goes on with it")
+                continue
+            damages = check(folder, run)
+            bad += len(damages)
+            for damage in damages:
+                print(f"damaged: {damage.file}: {damage.what}")
+            print(f"{folder}: {f'{len(damages)} damaged files' if damages else f'sound, {size(folder)}'}")
     if bad:
         raise RunFailed(f"{bad} damaged files; run `make repair`, which rebuilds only what is bad")
+
+
+@contextmanager
+def hashing(job: Job, tell: Callable[[str], None]) -> Iterator[Run]:
+    """What hashes files: the run's cluster where one is asked for, else threads of this process."""
+    cluster = job.config.cluster
+    if not cluster.elsewhere:
+        yield in_threads
+        return
+    from pipeline.cluster import task_runner
+
+    with task_runner(cluster, tell) as run:
+        yield run
 
 
 def size(folder: Path) -> str:
@@ -53,12 +69,12 @@ def size(folder: Path) -> str:
 
 def run_repair(job: Job) -> None:
     """Rebuild the damaged shards of the run's caches, and nothing else."""
-    with at_work(job) as desk:
+    with at_work(job) as desk, hashing(job, desk.log.message) as run:
         for need in all_needs(desk.wanted):
-            repair(desk, need)
+            repair(desk, need, run)
 
 
-def repair(desk: Desk, need: Need) -> None:
+def repair(desk: Desk, need: Need, run: Run = in_threads) -> None:
     """Mend a cache, where there is one; its parent was mended before it. What is sound stays, with its layout."""
     spec = desk.wanted.spec(need)
     folder = desk.wanted.cache_folder(spec) if spec else None
@@ -71,11 +87,11 @@ def repair(desk: Desk, need: Need) -> None:
         return
     except (DamagedCache, MissingCache):
         pass
-    damages = check(folder)
+    damages = check(folder, run)
     whole = not any(damage.file == MANIFEST for damage in damages)
     if not whole and restore_manifest(folder):
         desk.log.message(f"{folder}: manifest.json was damaged, its copy is in its place")
-        damages, whole = check(folder), True
+        damages, whole = check(folder, run), True
     desk.log.message(f"{folder}: {len(damages)} damaged files")
     if not damages:
         return
@@ -133,10 +149,10 @@ def in_progress(folder: Path) -> bool:
     return (folder / RECEIPTS).exists() and not (folder / MANIFEST).exists()
 
 
-def check(folder: Path) -> list[Damage]:
+def check(folder: Path, run: Run = in_threads) -> list[Damage]:
     """The damage in a cache that was finished."""
     try:
         read_manifest(folder)
     except CacheError as error:
         return [Damage(file="manifest.json", what=str(error), rows=None, view=None)]
-    return verify_cache(folder)
+    return verify_cache(folder, run)

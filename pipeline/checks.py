@@ -9,6 +9,7 @@ from cache.codecs import codec_problem, parse_filter
 from cache.errors import CacheError
 from models.config import IMAGE_TARGETS, SCALES, SIZES, TeacherConfig, loss_weights
 from pipeline.config import ConfigError, PipelineConfig, get
+from pipeline.jobs import cluster_problems
 from pipeline.timing import timing_problems
 from stages.compiling import compiler
 
@@ -93,6 +94,12 @@ BOUNDS = {
     "finetune.views": "[1, inf)",
     "cluster.workers": "[0, inf)",
     "cluster.threads": "[0, inf)",
+    "cluster.adapt_to": "[0, inf)",
+    "cluster.ahead": "[1, inf)",
+    "cluster.straggler": "[0, inf)",
+    "cluster.patience": "(0, inf)",
+    "cluster.lifetime": "[0, inf)",
+    "cluster.stagger": "[0, inf)",
     "bench.rows": "[4, inf)",
     "bench.rounds": "[1, inf)",
     "bench.threads": "[1, inf)",
@@ -107,7 +114,7 @@ def check(config: PipelineConfig) -> None:
     for key, bound in BOUNDS.items():
         if not _inside(value := get(config, key), bound):
             raise ConfigError(f"{key} = {value} is outside {bound}; choose a value inside")
-    for problems in (*PROBLEMS, cache_problems, probe_problems, finetune_problems):
+    for problems in (*PROBLEMS, cache_problems, probe_problems, finetune_problems, cluster_problems):
         for problem in problems(config):
             raise ConfigError(problem)
 

@@ -1,56 +1,122 @@
-"""Where a sweep over shards runs: by default on one Dask worker inside this process, which shares its torch and starts
-at once; with `cluster.workers` on local worker processes; with `cluster.address` on a running cluster, whose workers
-overlap computing and writing where they have two threads each."""
+"""Where the tasks of a sweep over shards run: by default one Dask worker inside this process, whose two threads overlap
+computing a shard and writing the one before; with several GPUs or many cores, a process for each share of them; or a
+scheduler that runs already, or jobs of a batch system or Kubernetes (pipeline.jobs). What is done with a cluster, and
+when parts of it fail, is in pipeline.tasks."""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Protocol, TypeVar
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
-from distributed import Client, LocalCluster, as_completed
+from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster
 
-from pipeline.config import ClusterConfig
+from pipeline.config import ClusterConfig, ConfigError
+from pipeline.jobs import job_cluster
+from pipeline.machine import available_cores
+from pipeline.tasks import Crew, RunTasks
+from stages.config import TrainConfig
 
-T = TypeVar("T")
-U = TypeVar("U")
-
-
-class RunTasks(Protocol):
-    """Map a function over tasks anywhere; results come as they are done."""
-
-    def __call__(self, function: Callable[[T], U], tasks: Sequence[T]) -> Iterator[U]: ...
-
-
-@contextmanager
-def task_runner(config: ClusterConfig) -> Iterator[RunTasks]:
-    """A function that maps over tasks on the cluster and yields results as they come; leaving cancels what is left."""
-    with _client(config) as client:
-
-        def run(function: Callable[[T], U], tasks: Sequence[T]) -> Iterator[U]:
-            futures = client.map(function, tasks, pure=False)
-            try:
-                for future in as_completed(futures):
-                    yield future.result()
-            finally:
-                client.cancel(futures)
-
-        yield run
+THREADS = 2
+"""Tasks that a worker has at once: one computes a shard while the other writes the one before."""
+MANY_CORES, CORES_EACH = 16, 8
+"""From so many cores on, a worker process for every so many: what a process does between matrix multiplications,
+cutting views and rounding, does not use more."""
+CONNECT = "20s"
 
 
 @contextmanager
-def _client(config: ClusterConfig) -> Iterator[Client]:
+def task_runner(
+    config: ClusterConfig, tell: Callable[[str], None] = lambda line: None, device: str = "cpu"
+) -> Iterator[RunTasks]:
+    """A function that maps over tasks on the cluster and yields results as they come; leaving cancels what is left.
+
+    Raises ConfigError where there is no such cluster.
+    """
+    with ExitStack() as stack:
+        connect, steady = _connection(config, device, stack)
+        try:
+            crew = Crew(connect, config, tell, steady)
+        except (OSError, TimeoutError, ValueError) as error:
+            where = config.address or config.scheduler_file or "this machine"
+            raise ConfigError(
+                f"no Dask scheduler answers at {where} ({' '.join(str(error).split())}); start one with "
+                "`dask scheduler`, or correct cluster.address"
+            ) from error
+        stack.callback(crew.close)
+        if not steady and (config.remote or importlib.util.find_spec("bokeh")):
+            tell(f"dashboard: {crew.client.dashboard_link}")
+        yield crew
+
+
+def local_processes(config: ClusterConfig, device: str) -> int:
+    """Worker processes on this machine; 0 is one worker inside this process."""
+    if config.workers or config.remote:
+        return config.workers
+    return chosen(available_cores(), len(gpus()) if device == "cuda" else 0)
+
+
+def torch_threads(config: ClusterConfig, train: TrainConfig) -> int:
+    """Torch threads of a worker."""
+    return config.threads or max(1, train.threads // max(1, local_processes(config, train.device)))
+
+
+def chosen(cores: int, gpus: int) -> int:
+    """Worker processes for a machine: one for each of several GPUs, or for every eight of many cores."""
+    if gpus:
+        return gpus if gpus > 1 else 0
+    return cores // CORES_EACH if cores >= MANY_CORES else 0
+
+
+def gpus() -> list[str]:
+    """The GPUs of this machine that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return [name for name in named.split(",") if name] or [str(one) for one in range(torch.cuda.device_count())]
+
+
+def _connection(config: ClusterConfig, device: str, stack: ExitStack) -> tuple[Callable[[], Client], bool]:
+    """A function that connects to the cluster, and whether that is one worker inside this process."""
     if config.address:
-        with Client(config.address, timeout="20s") as client:
-            yield client
-        return
-    local = LocalCluster(
-        n_workers=max(config.workers, 1),
-        threads_per_worker=2,  # one computes a shard while the other writes the one before
-        processes=config.workers > 0,
+        return lambda: Client(config.address, timeout=CONNECT, set_as_default=False), False
+    if config.scheduler_file:
+        return lambda: Client(scheduler_file=config.scheduler_file, timeout=CONNECT, set_as_default=False), False
+    processes = local_processes(config, device)
+    cluster: AbstractContextManager[Any]
+    if config.kind != "local":
+        cluster = job_cluster(config)
+    elif processes and device == "cuda" and len(names := gpus()) > 1:
+        cluster = on_gpus(names[:processes])
+    else:
+        cluster = on_cores(processes)
+    entered = stack.enter_context(cluster)
+    if config.adapt_to:
+        entered.adapt(minimum=config.workers, maximum=config.adapt_to)
+    return lambda: Client(entered), config.kind == "local" and not processes
+
+
+def on_cores(processes: int) -> LocalCluster:
+    """Worker processes on this machine, or one worker inside this process, which serves no dashboard: that takes a
+    third of a second to start."""
+    return LocalCluster(
+        n_workers=max(processes, 1),
+        threads_per_worker=THREADS,
+        processes=processes > 0,
         dashboard_address=":0",  # any free port: two runs on a machine must not quarrel over one
         silence_logs=logging.ERROR,
+        **({} if processes else {"scheduler_kwargs": {"dashboard": False}}),
     )
-    with local, Client(local) as client:
-        yield client
+
+
+def on_gpus(names: Iterable[str]) -> SpecCluster:
+    """A worker process for each GPU, which sees no other."""
+    workers = {
+        number: {"cls": Nanny, "options": {"nthreads": THREADS, "env": {"CUDA_VISIBLE_DEVICES": name}}}
+        for number, name in enumerate(names)
+    }
+    scheduler = {"cls": Scheduler, "options": {"dashboard_address": ":0"}}
+    return SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.ERROR)

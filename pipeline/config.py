@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any
+from typing import Any, Literal
 
 from cache.config import CacheConfig
 from models.config import DecoderConfig, HeadsConfig, MaskConfig, ModelConfig, TargetConfig, TeacherConfig
@@ -17,15 +17,65 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Where the tasks that build caches run."""
+    """Where sweeps over shards run: building, verifying and repairing caches, adding views, probing features."""
 
+    kind: Literal["local", "slurm", "pbs", "kubernetes"] = "local"
+    """Where workers come from: this machine, or jobs of a batch system or pods that are started for the run."""
     address: str = ""
-    """Dask scheduler to connect to; empty starts a local cluster. Start its workers with two threads each: one computes
+    """Dask scheduler that runs already, such as tcp://host:8786. Start its workers with two threads each: one computes
     a shard while the other writes the one before."""
+    scheduler_file: str = ""
+    """The same by the file that `dask scheduler --scheduler-file` writes; read again when the scheduler is lost."""
     workers: int = 0
-    """Worker processes of the local cluster; 0 keeps one worker inside this process."""
+    """Worker processes on this machine; 0 chooses: one for each of several GPUs, or for every 8 of 16 and more cores,
+    else one worker inside this process. With the other kinds, jobs or pods at first, and fewest where they adapt."""
     threads: int = 0
-    """Torch threads of one worker; 0 shares this machine's cores among the workers."""
+    """Torch threads of one worker, and the cores that a job or pod asks for; 0 shares this machine's cores."""
+    adapt_to: int = 0
+    """Most workers, of slurm, pbs and kubernetes, where their number follows the work; 0 keeps it."""
+    ahead: int = 3
+    """Tasks submitted for each thread of the cluster, running ones included; more wait in this process."""
+    straggler: float = 3.0
+    """A task that takes so many times as long as most is given to a second worker when one is idle, and whichever ends
+    first counts; 0 is never."""
+    patience: float = 300.0
+    """Seconds to wait for a scheduler that was lost, or, for a job, for its scheduler."""
+    memory: str = "8GB"
+    """Memory of a job or pod."""
+    queue: str = ""
+    """Partition (slurm) or queue (pbs)."""
+    account: str = ""
+    """Account or project that jobs are charged to."""
+    walltime: str = "01:00:00"
+    """Time of a job."""
+    lifetime: float = 0.0
+    """Minutes after which a worker ends itself, between tasks where it can; 0 is in time before the walltime, and never
+    for pods."""
+    stagger: float = 4.0
+    """Minutes by which lifetimes differ at random, so that not all workers go at once."""
+    directives: str = ""
+    """More directives of a job, separated by semicolons: `--gres=gpu:1; --constraint=a100`. For pods, more resources:
+    `nvidia.com/gpu=1`."""
+    prologue: str = ""
+    """What a job's script does before its worker starts, separated by semicolons: `module load cuda`."""
+    interface: str = ""
+    """Network interface of scheduler and jobs, such as ib0."""
+    image: str = ""
+    """Container image of pods, with permafrost installed."""
+    namespace: str = "default"
+    """Kubernetes namespace."""
+    volume: str = ""
+    """CLAIM:PATH, the persistent volume claim that pods mount, and where; caches and images lie there."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether tasks leave this machine."""
+        return bool(self.address or self.scheduler_file) or self.kind != "local"
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether other processes than this one are asked for."""
+        return self.remote or self.workers > 0
 
 
 @dataclass(frozen=True)

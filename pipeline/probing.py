@@ -4,19 +4,20 @@ setting that won, and as probe.json."""
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from cache.manifest import atomic_write
-from models.vit import build_encoder
+from models.vit import ALL, build_encoder, frozen_hash
 from pipeline.config import ConfigError
 from pipeline.decide import Wanted
 from pipeline.layout import StagePaths
 from pipeline.show import console, table
 from pipeline.work import file_checksum
-from stages.scores import Score, Scores, score
+from stages.scores import Compute, Score, Scores, score
 
 HEADS = {"knn": "kNN", "logistic": "linear", "sgd": "linear, SGD", "lars": "linear, LARS", "attentive": "attentive"}
 
@@ -33,8 +34,7 @@ def probe_again(wanted: Wanted, names: list[str]) -> None:
     probes = list(dict.fromkeys(config.eval.probes))
     rows = table("encoder", *(HEADS[probe] for probe in probes), "effective rank", "feature std")
     written: dict[str, Any] = {}
-    for name, paths in there.items():
-        found = score_file(wanted, paths)
+    for name, paths, found in scored(wanted, there):
         by_name = {one.probe: one for one in found.scores}
         shown = (said(by_name[probe]) if probe in by_name else "-" for probe in probes)
         rows.add_row(name, *shown, f"{found.effective_rank:.3f}", f"{found.feature_std:.3f}")
@@ -43,7 +43,24 @@ def probe_again(wanted: Wanted, names: list[str]) -> None:
     console().print(rows)
 
 
-def score_file(wanted: Wanted, paths: StagePaths) -> Scores:
+def scored(wanted: Wanted, there: dict[str, StagePaths]) -> Iterator[tuple[str, StagePaths, Scores]]:
+    """The scores of encoders by name; their features come from the run's cluster where one is asked for."""
+    config = wanted.config
+    if not config.cluster.elsewhere:
+        yield from ((name, paths, score_file(wanted, paths)) for name, paths in there.items())
+        return
+    from pipeline.cluster import task_runner, torch_threads
+    from stages.spread import spread_features
+
+    threads = torch_threads(config.cluster, config.train)
+    with task_runner(config.cluster, console().print, config.train.device) as run:
+        for name, paths in there.items():
+            file = str(paths.model.absolute())
+            digest = frozen_hash(load_file(file), ALL)
+            yield name, paths, score_file(wanted, paths, spread_features(run, file, digest, config.model, threads))
+
+
+def score_file(wanted: Wanted, paths: StagePaths, compute: Compute | None = None) -> Scores:
     """The scores of the encoder that a stage or an arm ended with."""
     config = wanted.config
     encoder = build_encoder(config.model, config.seed)
@@ -51,7 +68,8 @@ def score_file(wanted: Wanted, paths: StagePaths) -> Scores:
     encoder.set_attention(config.train.device)
     device, precision = config.train.device, config.train.precision
     encoder.to(device)
-    return score(encoder, wanted.data, config.eval, config.model.image_size, device, precision, config.seed)
+    size, seed = config.model.image_size, config.seed
+    return score(encoder, wanted.data, config.eval, size, device, precision, seed, compute)
 
 
 def merged(wanted: Wanted, written: dict[str, Any]) -> dict[str, Any]:

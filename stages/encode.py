@@ -3,7 +3,7 @@ shard of one view, wherever it runs, and leaves a receipt; a build goes on at th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cache import open_cache
@@ -38,8 +37,9 @@ from cache.writer import (
 from models.config import ModelConfig
 from models.masking import take_tokens
 from models.targets import normalize_images, patchify
-from models.vit import Encoder, build_encoder, frozen_hash
+from models.vit import Encoder, build_encoder
 from stages.augment import augmenter
+from stages.carried import frozen_state
 from stages.config import DataConfig
 from stages.device import autocast
 from stages.images import ImageList, open_data
@@ -72,7 +72,7 @@ class EncodeJob:
     """Bytes of the parent, and of a cache that rows are taken over from, that each reader may map."""
 
 
-RunTasks = Callable[[Callable[[Any], Shard], Sequence[Any]], Iterator[Shard]]
+RunTasks = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 
 def build(
@@ -90,20 +90,23 @@ def build(
     check_space(folder, layout)
     create_store(folder, layout, images.labels, images.keys, images.digests)
     donor = None
-    if missing := missing_shards(folder, layout):
+    if missing := missing_shards(folder, layout, run):
         kin = layout.spec.kin(parent_kin)
         donor = find_donor(folder, layout, kin, images.labels, images.keys, images.digests, job.memory)
     if donor:
         missing = [shard for shard in missing if not donor.link(folder, layout, shard)]
-    tasks = [(job, shard, donor.taken(layout, shard) if donor else None) for shard in missing]
+
+    def taken(shard: Shard) -> Taken | None:
+        return donor.taken(layout, shard) if donor else None
+
     if donor:
-        new = sum(shard.rows if taken is None else len(taken.new) for _, shard, taken in tasks)
+        new = sum(shard.rows if (old := taken(shard)) is None else len(old.new) for shard in missing)
         total = layout.num_samples * layout.spec.views
         tell(f"{total - new} of {total} rows are taken over from {donor.folder} or there already, {new} are computed")
     done = len(layout.shards) - len(missing)
     if donor and done:
         yield done, len(layout.shards)
-    for _ in run(encode_shard, tasks):
+    for _ in run(encode_shard, ((job, shard, taken(shard)) for shard in missing)):  # few are there at a time
         done += 1
         yield done, len(layout.shards)
     if not (folder / MANIFEST).exists():
@@ -125,7 +128,7 @@ def check_inputs(job: EncodeJob, images: ImageList, parent: CacheManifest | None
     """Whether a cache was made of what its spec names, from the first shard to the last: StaleCache, naming what was
     changed in the meantime. Images are also compared with their hashes whenever one is read."""
     spec = job.layout.spec
-    _require_weights(job.weights, load_file(job.weights), spec.cut, spec.weights)
+    frozen_state(job.weights, spec.cut, spec.weights)
     if parent is not None:
         assert job.parent is not None
         if read_manifest(job.parent) != parent:
@@ -139,15 +142,6 @@ def check_inputs(job: EncodeJob, images: ImageList, parent: CacheManifest | None
         raise StaleCache(
             f"{changed} in {job.data.source} was {how} while the cache was built; undo that, or run again, which takes "
             "the images as they are now"
-        )
-
-
-def _require_weights(file: str, state: dict[str, Tensor], cut: int, weights_hash: str) -> None:
-    found = frozen_hash(state, cut)
-    if found != weights_hash:
-        raise StaleCache(
-            f"{file} has weights={found[:8]}… up to cut {cut}, the cache wants weights={weights_hash[:8]}…; "
-            "run `make explain`"
         )
 
 
@@ -172,11 +166,11 @@ class Part:
 
 @lru_cache(maxsize=2)
 def frozen_encoder(weights: str, weights_hash: str, cut: int, model: ModelConfig, device: str) -> Encoder:
-    """The encoder that a cache is made with, built once per worker. Raises StaleCache when its weights differ."""
+    """The encoder that a cache is made with, built once per worker. Raises WeightsUnseen when its weights are
+    not there, or differ."""
     encoder = build_encoder(model, seed=0)
-    state = load_file(weights)
-    _require_weights(weights, state, cut, weights_hash)
-    encoder.vit.load_state_dict(state)
+    found = encoder.vit.load_state_dict(frozen_state(weights, cut, weights_hash), strict=False)
+    assert not found.unexpected_keys, "a file of weights of this model, with all that is frozen: their hash says so"
     encoder.set_attention(device)
     return encoder.to(device).eval()
 
@@ -184,7 +178,8 @@ def frozen_encoder(weights: str, weights_hash: str, cut: int, model: ModelConfig
 @lru_cache(maxsize=2)
 def training_images(data: DataConfig, index_folder: str, digest: str) -> ImageList:
     """The training images, opened once per worker. Raises StaleCache when they are not those that are wanted."""
-    images = open_data(data, Path(index_folder)).train
+    folder = Path(index_folder)
+    images = open_data(data, folder if folder.parent.is_dir() else None).train  # a worker may not see the run's folder
     if images.digest != digest:
         raise StaleCache(
             f"{data.source} holds data={images.digest[:8]}…, the cache wants data={digest[:8]}…: images were changed "

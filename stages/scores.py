@@ -3,6 +3,7 @@ with the setting that won. The probes of training itself are in `probe`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,10 +68,22 @@ class Features:
     """float16, on the CPU."""
 
 
+Compute = Callable[[Encoder, ImageList, int, int, str, str, bool], Features]
+"""`features`, or the same on other computers."""
+
+
 def score(
-    encoder: Encoder, data: Data, config: EvalConfig, image_size: int, device: str, precision: str, seed: int
+    encoder: Encoder,
+    data: Data,
+    config: EvalConfig,
+    image_size: int,
+    device: str,
+    precision: str,
+    seed: int,
+    compute: Compute | None = None,
 ) -> Scores:
-    """Score an encoder with every probe that is asked for, on the images that have labels. Raises DataError."""
+    """Score an encoder with every probe that is asked for, on the images that have labels. Raises DataError. `compute`
+    stands in for `features`."""
     train, val = labelled(data.train), labelled(data.val)
     train = train.only(spread(len(train), config.train_limit))
     scored = len(train) > 0 and len(val) > 0
@@ -80,7 +93,8 @@ def score(
     if tokens:
         refuse_what_does_not_fit(encoder, len(train) + len(watched))
     how = (config.batch_size, image_size, device, precision)
-    watched_x = features(encoder, watched, *how, tokens=tokens)
+    compute = compute or features
+    watched_x = compute(encoder, watched, *how, tokens)
     std, rank = collapse(watched_x.pooled_ND)
     if not scored:
         return Scores((), std, rank, len(watched), 0)
@@ -89,7 +103,7 @@ def score(
             f"{len(train)} labelled training images are too few for a probe with a sweep, which needs {FEWEST}; "
             "raise data.limit or eval.train_limit, or set eval.probes=[knn,logistic]"
         )
-    train_x = features(encoder, train, *how, tokens=tokens)
+    train_x = compute(encoder, train, *how, tokens)
     found = tuple(
         one_score(probe, encoder, train_x, watched_x, config, device, seed) for probe in dict.fromkeys(config.probes)
     )
