@@ -92,7 +92,7 @@ class Ahead(Generic[T]):
                     failed, self._last = self._next, self._next - 1
                     self._news.notify_all()
                 what = " ".join(str(error).split())
-                self._tell(f"generation {failed} of the ring of views: {what}; it is tried again when training needs it")
+                self._tell(f"generation {failed} of the ring of views: {what}; tried again when training needs it")
 
     def _due(self) -> bool:
         """Waits until there is something to make; False once it is to end."""

@@ -264,6 +264,7 @@ def finish_record(paths: StagePaths, done: Done, state: dict[str, Tensor], score
             "curve": progress.curve,
             "ended": progress.ended,
             **({"checks": progress.checks} if progress.checks else {}),
+            **({"read": progress.read} if progress.read else {}),
             "segments": [
                 {
                     "cut": segment.cut,
