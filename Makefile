@@ -105,9 +105,9 @@ bench: $(READY) .venv-peers/.tried ## the benchmarks; prints ratios
 	@$(PERMAFROST) bench $(FLAGS)
 
 test: $(READY) ## the tests
-	@$(BIN)/python -m pytest -q
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 check: $(READY) ## ruff, mypy and the tests
 	@$(BIN)/ruff check
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest -q
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile

@@ -16,6 +16,7 @@ from pipeline.kept import keep_last, kept_epochs
 from pipeline.layout import StagePaths
 from pipeline.memory import refuse_too_little_memory
 from pipeline.needs import Need
+from pipeline.ranks import rank_here
 from pipeline.remaining import first_to_run
 from pipeline.sharing import claim
 from pipeline.speedup import keep_speed, kept_speed
@@ -70,6 +71,8 @@ def ensure_compared(desk: Desk) -> None:
 def plan_first(desk: Desk) -> None:
     """Where something is still to be trained and plan.json is not of this run on this machine, measure and make it, so
     that `speedup` can set what was foretold beside what came of it."""
+    if rank_here().ranks > 1:
+        return  # a plan is of one process, and each rank would measure
     wanted = desk.wanted
     parts = [verdict for verdict in judge_all(wanted) if verdict.what.startswith(("stage", "arm"))]
     if all(verdict.current for verdict in parts) or not why_not(wanted, read_plan(wanted)):

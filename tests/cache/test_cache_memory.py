@@ -17,7 +17,7 @@ LIMIT = 15_000_000
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("samples", "mapped"), [(512, False), (20, True)])
+@pytest.mark.parametrize(("samples", "mapped"), [(512, False), (16, True)])
 def test_an_epoch_keeps_within_the_limit(tmp_path: Path, samples: int, mapped: bool) -> None:
     """A cache of ten times the limit is read by position; one below half of it is mapped, and lies in memory whole."""
     wanted = make_example(samples, 64, image_size=112, patch_size=8, width=768, groups=1, views=1, pixels=False)
