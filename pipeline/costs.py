@@ -30,7 +30,7 @@ from pipeline.foretold import made_of
 from pipeline.freezing import event_costs, show_adaptive, show_events
 from pipeline.job import Job
 from pipeline.memory import refuse_too_little_memory
-from pipeline.predict import ARMS, OnProfile, StageCost, money, on_paper, stage_costs, totals
+from pipeline.predict import ARMS, OnProfile, StageCost, money, on_paper, ring_lines, stage_costs, totals
 from pipeline.profile import DeviceProfile, read_profile
 from pipeline.show import console, table
 from stages.views import image_batch
@@ -203,7 +203,7 @@ def show_costs(
         spent = ", ".join(f"{arm} {found['money'][arm]:,.2f}" for arm in ARMS)
         out.print(f"money at {profile.price_per_hour:g} {profile.currency} an hour: {spent}")
     if len(costs) > 1:
-        for line in budget_lines(wanted):
+        for line in (*budget_lines(wanted), *ring_lines(wanted, costs)):
             out.print(line)
 
 

@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from pipeline.desk import Desk
 from pipeline.events import EventLog
 from pipeline.job import Interrupted
 from pipeline.layout import RunPaths
+from pipeline.predict import StageCost, on_paper, ring_lines
 from pipeline.replay import rows_of
 from stages import encode, sources
 from stages.replay import Replay
@@ -171,8 +173,9 @@ def test_a_ring_made_ahead_is_stopped_anywhere_and_goes_on_to_the_bit(straight: 
 
 
 def train_and_be_killed(root: Path) -> None:
-    """Trains stage 1, and is killed while the first view is made ahead: one of its shards is written."""
-    plain = encode.write_rows
+    """Trains stage 1, and is killed while the first view is made ahead, of which one shard is written, and before the
+    step that is the fifth."""
+    plain, plain_load = encode.write_rows, sources.CachedFeatures.load
 
     def write(folder: Path, layout: object, *args: object) -> object:
         done = plain(folder, layout, *args)
@@ -180,7 +183,12 @@ def train_and_be_killed(root: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return done
 
-    encode.write_rows = write
+    def load(self: sources.CachedFeatures, segment: object, step: int, *into: object) -> object:
+        if step == 4:
+            threading.Event().wait(60)
+        return plain_load(self, segment, step, *into)
+
+    encode.write_rows, sources.CachedFeatures.load = write, load
     runner.run_stage(job(root, toy(**AHEAD | {"train.save_every": 0.001}), target=1))
 
 
@@ -189,9 +197,12 @@ def test_a_trainer_that_is_killed_while_a_view_is_made_goes_on_to_the_bit(
 ) -> None:
     """And no model is made beside training, whose random numbers come from where a model's first weights do."""
     plain, makers = encode.build_encoder, []
-    monkeypatch.setattr(
-        encode, "build_encoder", lambda *asked, **named: makers.append(threading.current_thread()) or plain(*asked, **named)
-    )
+
+    def build_encoder(*asked: object, **named: object) -> object:
+        makers.append(threading.current_thread())
+        return plain(*asked, **named)
+
+    monkeypatch.setattr(encode, "build_encoder", build_encoder)
     process = CONTEXT.Process(target=train_and_be_killed, args=(begun,))
     process.start()
     process.join(120)
@@ -332,6 +343,23 @@ def test_disk_counts_the_views_made_ahead(tmp_path: Path, ahead: int, views: int
     whole, one = sizes_of(wanted).whole(wanted.needs(1)[0]), sizes_of(wanted).turn(wanted.needs(1)[0])
     assert most == whole + one
     assert most / whole == pytest.approx(views / 2, rel=0.02), "labels and keys are there once"
+
+
+@pytest.mark.parametrize(
+    ("trains", "changes", "told"),
+    [
+        (30.0, {"cluster.workers": 1}, "10.0 s, training between two turns 10.0 s: encoders keep up"),
+        (15.0, {"cluster.workers": 1}, "training between two turns 5.0 s: it waits about 5.0 s at each of 2 turns"),
+        (30.0, {}, "10.0 s: on the same cores one slows the other, unless cluster.workers"),
+    ],
+)
+def test_plan_says_whether_encoders_keep_up(trains: float, changes: dict, told: str) -> None:
+    """40 s for four views, the two of the first generation and one for each of two turns; three epochs."""
+    wanted = on_paper(toy(**AHEAD | changes), 96)
+    cost = StageCost(1, 1, 3.0, "planned", 0.0, 0.0, cached_seconds=trains, cache_seconds=40.0, cache_bytes=0)
+    (line,) = ring_lines(wanted, [replace(cost, stage=0, cache_seconds=0.0), cost])
+    assert line.startswith("stage 1: a new view takes 10.0 s, training") and told in line
+    assert not list(ring_lines(on_paper(toy(**RING), 96), [cost]))
 
 
 # --- the order --------------------------------------------------------------------------------------------------------
