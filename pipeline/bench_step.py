@@ -118,11 +118,13 @@ def largest_difference(mine: list[float], theirs: list[float]) -> float:
 
 
 def profile_steps(wanted: Wanted) -> dict[str, dict[str, float]]:
-    """Milliseconds of a step by kind of operation at every cut, and prints them; the sum is torch's own work."""
+    """Milliseconds of a step by kind of operation at every cut, straightforward and ours, and prints them; the sum is
+    torch's own work."""
     torch.set_num_threads(wanted.config.train.threads)
     found = {}
     for stage, segment in enumerate(wanted.segments):
-        found[f"cut {segment.cut}"] = profile_step(Step.of(wanted, stage))
+        for name in ("straightforward", "ours"):
+            found[f"cut {segment.cut}, {name}"] = profile_step(ways(wanted, stage)[name]())
     rows = table("milliseconds of a step", *found)
     for part in (*PARTS, "other"):
         rows.add_row(part, *(f"{by_part[part]:.1f}" for by_part in found.values()))

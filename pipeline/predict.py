@@ -124,7 +124,11 @@ class Prices(Protocol):
     def profile(self) -> DeviceProfile: ...
 
     def compute(self, stage: int, part: Segment, arm: str) -> float:
-        """Seconds of an optimiser step on inputs in memory."""
+        """Seconds of an optimiser step: on inputs in memory, or loading them as well."""
+        ...
+
+    def loads(self, stage: int, arm: str) -> bool:
+        """Whether `compute` has the loading in it."""
         ...
 
     def build(self, need: Need, views: int) -> float:
@@ -199,7 +203,9 @@ def ring_lines(wanted: Wanted, costs: Sequence[StageCost]) -> Iterator[str]:
 def training(wanted: Wanted, prices: Prices, stage: int, parts: Sequence[Segment], arm: str) -> float:
     """Seconds of training a stage's parts in an arm, loading beside the steps and, where it is on, compiling first."""
     return sum(
-        part_seconds(wanted, prices.profile, stage, part, arm, prices.compute(stage, part, arm))
+        part_seconds(
+            wanted, prices.profile, stage, part, arm, prices.compute(stage, part, arm), prices.loads(stage, arm)
+        )
         for part in parts
         if part.steps
     )
@@ -215,14 +221,20 @@ def waiting(wanted: Wanted, prices: Prices, stage: int, part: Segment, arm: str)
 
 
 def part_seconds(
-    wanted: Wanted, profile: DeviceProfile, stage: int, part: Segment, arm: str, compute: float
+    wanted: Wanted,
+    profile: DeviceProfile,
+    stage: int,
+    part: Segment,
+    arm: str,
+    compute: float,
+    loads: bool = False,
 ) -> float:
-    """Seconds of a part whose step takes `compute` seconds on inputs in memory."""
+    """Seconds of a part whose step takes `compute` seconds on inputs in memory, or, if it `loads`, in all."""
     train, start = wanted.config.train, 0.0
     if worth_compiling(train, part.steps, bool(train.drop_path or train.layer_drop)):
         compute *= profile.compile_gain
         start = profile.compile_seconds * (wanted.identity["depth"] - part.cut)
-    load = load_of(wanted, profile, stage, part, arm)
+    load = Load(0.0) if loads else load_of(wanted, profile, stage, part, arm)
     threads = (train.batch_size * load.seconds, train.loader_threads)
     return start + part.steps * beside(profile, compute, [threads], train.batch_size * load.bytes)
 
@@ -297,6 +309,10 @@ class OnProfile:
         live = arm == "cached" and stage > 0 and not cached
         frozen = self.frozen_step(stage, part, cached, live)
         return self.learning_step(stage, part) + self.wanted.config.train.batch_size * frozen
+
+    def loads(self, stage: int, arm: str) -> bool:
+        """See Prices."""
+        return False
 
     def learning_step(self, stage: int, part: Segment) -> float:
         """Seconds of what learns in a step, and of what a step takes besides."""

@@ -21,7 +21,7 @@ from models.vit import build_encoder, frozen_hash
 from pipeline.building import job_of
 from pipeline.cluster import task_runner
 from pipeline.decide import Wanted, new_needs
-from pipeline.gauge import disk_folder, step_seconds
+from pipeline.gauge import disk_folder, live_seconds, step_seconds
 from pipeline.needs import Need
 from pipeline.predict import OnProfile
 from pipeline.profile import DeviceProfile
@@ -68,8 +68,13 @@ class Rehearsed:
         taught = wanted.teacher_blocks(stage) if stage else ()
         key = (part.cut, part.entry, cached, live, taught, wanted.heads_of(stage), wanted.reads_features(part))
         if key not in self.steps:
-            self.steps[key] = step_seconds(wanted, stage, part, arm)
+            measure = live_seconds if self.loads(stage, arm) else step_seconds
+            self.steps[key] = measure(wanted, stage, part, arm)
         return self.steps[key]
+
+    def loads(self, stage: int, arm: str) -> bool:
+        """Images are here and are cut beside the steps; features are not here yet."""
+        return arm != "cached" or not stage or stage not in self.wanted.cached_stages
 
     def build(self, need: Need, views: int) -> float:
         found = self.builds.get(need.draft)
