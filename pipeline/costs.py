@@ -25,12 +25,13 @@ from pipeline.choice import LEAK, events_of, recommended, selection_lines, varia
 from pipeline.config import ConfigError, PipelineConfig
 from pipeline.decide import Wanted, judge_stage, new_needs
 from pipeline.disk import refuse_what_does_not_fit
+from pipeline.encoders import ring_lines
 from pipeline.feeds import sampling
 from pipeline.foretold import made_of
 from pipeline.freezing import event_costs, show_adaptive, show_events
 from pipeline.job import Job
 from pipeline.memory import refuse_too_little_memory
-from pipeline.predict import ARMS, OnProfile, StageCost, money, on_paper, ring_lines, stage_costs, totals
+from pipeline.predict import ARMS, OnProfile, StageCost, money, on_paper, stage_costs, totals
 from pipeline.profile import DeviceProfile, read_profile
 from pipeline.show import console, table
 from stages.views import image_batch

@@ -71,7 +71,7 @@ class Replay:
         """From the `inputs` of a record. An arm reads a fresh view in every epoch, and so does stage 0."""
         segments = inputs.get("schedule.stage") or inputs["schedule.stages"]
         views = inputs.get("cache.views", 0)
-        shards = inputs.get("cache.shard_rows"), inputs.get("cache.shuffle_shards")
+        by_shards = inputs.get("cache.shuffle") == "blocks"
         return cls(
             seed=inputs["seed"],
             batch_size=inputs["train.batch_size"],
@@ -79,7 +79,7 @@ class Replay:
             views=views,
             groups=inputs["mask.groups"] if views else 1,
             refresh=inputs.get("cache.refresh", 0),
-            blocks=Blocks(*shards) if inputs.get("cache.shuffle") == "blocks" else None,
+            blocks=Blocks(inputs["cache.shard_rows"], inputs["cache.shuffle_shards"]) if by_shards else None,
         )
 
     def place(self, epoch: int) -> tuple[int, int, int]:

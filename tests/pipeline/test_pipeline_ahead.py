@@ -25,10 +25,11 @@ from pipeline.checks import check
 from pipeline.config import ConfigError
 from pipeline.decide import Wanted
 from pipeline.desk import Desk
+from pipeline.encoders import ring_lines
 from pipeline.events import EventLog
 from pipeline.job import Interrupted
 from pipeline.layout import RunPaths
-from pipeline.predict import StageCost, on_paper, ring_lines
+from pipeline.predict import StageCost, on_paper
 from pipeline.replay import rows_of
 from stages import encode, sources
 from stages.replay import Replay
