@@ -209,6 +209,8 @@ def test_a_trainer_that_is_killed_while_a_view_is_made_goes_on_to_the_bit(
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     assert len(list((begun / "cache").glob("cut-*"))) == 2, "the next generation is half made"
+    used = sharing.used(Wanted(toy(**AHEAD), RunPaths(begun)))
+    assert used >= set((begun / "cache").glob("cut-*")), "gc keeps it for the run that goes on"
     runner.run_stage(job(begun, toy(**AHEAD), target=1))
     assert makers == [threading.main_thread()]
     assert same(weights(straight, "stage-1"), weights(begun, "stage-1"))
