@@ -31,6 +31,8 @@ from pipeline.job import Interrupted
 from pipeline.layout import RunPaths
 from pipeline.predict import StageCost, on_paper
 from pipeline.replay import rows_of
+from pipeline.story import read_story
+from pipeline.tables import parts_table
 from stages import encode, sources
 from stages.replay import Replay
 from tests.pipeline.test_pipeline_run import StopAfter
@@ -156,6 +158,11 @@ def test_waiting_is_a_figure_of_its_own(straight: Path, begun: Path, monkeypatch
     assert record(begun, "stage-1")["refresh_wait_seconds"] == pytest.approx(total, abs=1e-6)
     assert record(straight, "stage-1")["refresh_wait_seconds"] > 0
     assert "refresh_wait_seconds" not in record(begun, "stage-0")
+    (row,) = [cells for label, cells in parts_table(read_story(RunPaths(begun))).rows if "turns of the ring" in label]
+    assert [(cell.text, cell.source) for cell in row] == [
+        ("–", ""),
+        (f"{total:.2f}", "stage-1/stage.json#refresh_wait_seconds"),
+    ]
 
 
 def test_a_ring_made_ahead_is_stopped_anywhere_and_goes_on_to_the_bit(straight: Path, begun: Path) -> None:
