@@ -45,6 +45,8 @@ class Ahead(Generic[T]):
     ) -> None:
         self._start, self._make, self._tell = start, make, tell
         self.stopping = EitherStop(stop)
+        self.started = threading.Event()
+        """Set once `start` has been opened, or has failed, for the first time."""
         self._next, self._last = 0, -1
         self._news = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="views ahead", daemon=True)
@@ -80,19 +82,23 @@ class Ahead(Generic[T]):
         while self._due():
             try:
                 with self._start() as tools:
+                    self.started.set()
                     while self._due():
                         self._make(self._next, tools)
                         with self._news:
                             self._next += 1
                             self._news.notify_all()
             except Interrupted:
-                return
+                break
             except Exception as error:  # whatever it is, training must hear of it and not wait for ever
                 with self._news:
                     failed, self._last = self._next, self._next - 1
                     self._news.notify_all()
                 what = " ".join(str(error).split())
+                self.started.set()
                 self._tell(f"generation {failed} of the ring of views: {what}; tried again when training needs it")
+
+        self.started.set()
 
     def _due(self) -> bool:
         """Waits until there is something to make; False once it is to end."""

@@ -123,6 +123,8 @@ class Ring:
                     "cluster.workers=1 gives them a process of their own, cluster.address other machines"
                 )
         self._makes.allow(first, last)
+        if self.inside:  # a moment; Dask hooks into collecting garbage, which must not be under way in another thread
+            self._makes.started.wait()
 
     def _start(self) -> AbstractContextManager[RunTasks]:
         return sweeping(self.desk, self._makes.stopping.is_set)
