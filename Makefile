@@ -70,7 +70,7 @@ probe: $(READY) ## kNN, linear and other probes of the stages' and arms' encoder
 report: $(READY) ## report.html with its figures, of what is there
 	@$(PERMAFROST) report $(FLAGS)
 
-verify: $(READY) ## hash every shard of every cache again
+verify: $(READY) ## hash every shard of every cache again; ARGS="--order all": the order of training against its record
 	@$(PERMAFROST) verify $(FLAGS)
 
 repair: $(READY) ## rebuild only the shards that are bad

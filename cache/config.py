@@ -35,6 +35,9 @@ class CacheConfig:
     refresh: int = 0
     """A ring of views: after so many epochs of a cached stage its oldest view is replaced by a new one, so that
     augmentation does not stay frozen; 0 keeps the views. Later cuts are then built from images."""
+    refresh_ahead: int = 0
+    """Turns of the ring whose new view is encoded beside training, on the cluster, before it is needed; so many views
+    more lie on disk. What a step reads stays the same. 0 encodes at each turn, while training waits."""
     pixels: Literal["stored", "recut"] = "stored"
     """Where pixel and HOG targets of a cached stage come from: the crop's uint8 pixels, stored beside the features, or
     the original image, cut again by the stored parameters of that crop: less disk, more decoding at every step."""

@@ -51,6 +51,8 @@ class Verb:
     """`module:function` that makes the request of the words after the verb, where it is not a Job."""
     plans: bool = False
     """Whether it takes the flags of plans for what is not here."""
+    orders: bool = False
+    """Whether it takes the flag for the order of training."""
     torch: bool = True
     """Whether it may take the seconds that asking torch about this machine costs."""
 
@@ -65,7 +67,7 @@ VERBS = {
     "arm": Verb("pipeline.runner:run_arm", "run a baseline arm: e2e or freeze", "ARM", saves=True),
     "speedup": Verb("pipeline.speedup:run_speedup", "the three arms side by side, written to speedup.json", saves=True),
     "probe": Verb("pipeline.runner:run_probe", "kNN and linear probes of a stage's or an arm's encoder", "[N|ARM]"),
-    "verify": Verb("pipeline.care:run_verify", "hash every shard of every cache again"),
+    "verify": Verb("pipeline.care:run_verify", "hash every shard of every cache again", orders=True),
     "repair": Verb("pipeline.care:run_repair", "rebuild only the shards that are bad", saves=True),
     "equivalence": Verb("pipeline.equivalence:run_equivalence", "recompute samples live, compare them with the cache"),
     "gc": Verb("pipeline.care:run_gc", "remove caches that no current stage needs; asks first, --yes does not"),
@@ -125,6 +127,20 @@ class PlanFlags(Flags):
     device_profile: Text = ""
     """Plan for another device: the name of a profile that ships (a100-80gb, h100-sxm, rtx4090, two-cores) or a TOML or
     JSON file of one; a plan.json holds that of the machine it was made on. Empty measures this machine."""
+
+
+@dataclass(frozen=True)
+class OrderFlags(Flags):
+    """Flags of `verify` besides."""
+
+    order: Annotated[str, tyro.conf.arg(metavar="EPOCH|all")] = ""
+    """In place of the shards, compare what every finished stage and arm has read (views, rows, their order) with what
+    the settings in its record ask for; of an epoch, counted from 0, print all rows."""
+
+
+def flags_of(verb: Verb) -> type[Flags]:
+    """The flags that a verb takes."""
+    return PlanFlags if verb.plans else OrderFlags if verb.orders else Flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -198,7 +214,7 @@ def overview() -> str:
 def read_job(name: str, args: list[str]) -> Job:
     """The job that the arguments after a verb ask for. Raises ConfigError; prints and exits for --help."""
     verb = VERBS[name]
-    flags, rest = run_tyro(PlanFlags if verb.plans else Flags, args, return_unknown_args=True, add_help=False)
+    flags, rest = run_tyro(flags_of(verb), args, return_unknown_args=True, add_help=False)
     overrides = [text for texts in flags.set for text in texts]
     recipe, config = read_config(flags.config, overrides, flags.data, flags.data_val)
     short = {
@@ -221,6 +237,7 @@ def read_job(name: str, args: list[str]) -> Job:
     stages = MANY if config.schedule.caches == "cost" else len(config.schedule.cuts)
     target = read_target(name, verb.target, words, stages)
     more = {"images": flags.images, "device_profile": flags.device_profile} if verb.plans else {}
+    more |= {"order": flags.order} if verb.orders else {}
     if verb.plans and flags.images < 0:
         raise ConfigError(f"--images {flags.images} must be at least 1; leave it out to take the images of the data")
     return Job(recipe, config, paths, yes=flags.yes, target=target, **more)
@@ -229,7 +246,7 @@ def read_job(name: str, args: list[str]) -> Job:
 def request_type(verb: Verb) -> type[Any]:
     """What tyro reads for a verb: its flags, and every setting as a flag with its help and default."""
     target = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar=verb.target, help="")]
-    flags = PlanFlags if verb.plans else Flags
+    flags = flags_of(verb)
     return make_dataclass(
         "Request",
         [

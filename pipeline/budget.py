@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from cache.place import is_remote
 from cache.size import cache_bytes
 from models.config import learning_heads
 from pipeline.needs import Need
@@ -113,17 +114,17 @@ class Sizes:
 
     whole: Callable[[Need], int]
     turn: Callable[[Need], int] = lambda need: 0
-    """What a turn of its ring of views takes besides, until the cache before is removed."""
+    """What the next turns of its ring of views take besides, until the cache before is removed."""
 
 
 def sizes_of(wanted: Wanted) -> Sizes:
     """The sizes of a run's caches."""
 
     def turn(need: Need) -> int:
-        if need.tunes or not wanted.turns_at_all(need.stage):
-            return 0
+        beside = 0 if need.tunes else wanted.views_beside(need.stage)
         layout = wanted.layout(need)
-        return cache_bytes(replace(layout, spec=replace(layout.spec, views=1)))
+        each = layout.spec.views if is_remote(wanted.paths.cache_root) else 1  # an object store has no links: copies
+        return beside * cache_bytes(replace(layout, spec=replace(layout.spec, views=each)))
 
     return Sizes(lambda need: cache_bytes(wanted.layout(need)), turn)
 
@@ -134,7 +135,7 @@ def course_of_disk(
     """The most bytes of caches at any moment while stages run, the caches of each given, and what is built on the way.
 
     `there` are those that lie on disk at the start. It does what the runner does: parents first, and, unless all are
-    kept, nothing stays that no later stage needs. While a stage trains, its ring makes a new view beside the others.
+    kept, nothing stays that no later stage needs. While a stage trains, its ring makes new views beside the others.
     """
     disk, built = set(there), []
     if not keep_all:

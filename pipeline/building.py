@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 
 from cache.layout import Layout
 from cache.lock import CacheBusy, hold_cache
@@ -25,15 +25,27 @@ from stages.encode import EncodeJob, build
 from stages.mend import mend
 
 
-def build_cache(desk: Desk, need: Need, paths: StagePaths) -> None:
+@dataclass(frozen=True)
+class Beside:
+    """How a cache is built while the stage that will read it trains."""
+
+    run: RunTasks
+    """A cluster that is at work already, and stays so."""
+    threads: int = 0
+    """Torch threads of a worker inside this process: those of training. 0 is as otherwise."""
+
+
+def build_cache(desk: Desk, need: Need, paths: StagePaths, beside: Beside | None = None) -> None:
     """Build what is missing of a cache, shard by shard on the cluster; its seconds are kept in `paths`, and beside the
     cache for runs that find it. While another process builds it, wait."""
     job = encode_job(desk.wanted, need)
+    if beside and beside.threads:
+        job = replace(job, threads=beside.threads)
     with held(desk, job):
-        _build(desk, need, paths, job)
+        _build(desk, need, paths, job, beside)
 
 
-def _build(desk: Desk, need: Need, paths: StagePaths, job: EncodeJob) -> None:
+def _build(desk: Desk, need: Need, paths: StagePaths, job: EncodeJob, beside: Beside | None) -> None:
     spec, folder, built = job.layout.spec, place_of(job.folder), False
     spent, started = read_seconds(paths, spec.fingerprint), time.perf_counter()
     before = (read_cost(folder) or 0.0) if folder.exists() else 0.0
@@ -45,10 +57,11 @@ def _build(desk: Desk, need: Need, paths: StagePaths, job: EncodeJob) -> None:
         return spent + seconds
 
     pace = Pace(job.layout.num_samples * spec.views)
-    with sweeping(desk) as run:
+    tag = need.tag | ({"ahead": True} if beside else {})
+    with nullcontext(beside.run) if beside else sweeping(desk) as run:
         for done, total in build(job, desk.wanted.data.train, run, desk.log.message):
             built = True
-            desk.log(need.tag | {"cache": need.name, "cut": spec.cut, "cache_seconds": account()} | pace(done, total))
+            desk.log(tag | {"cache": need.name, "cut": spec.cut, "cache_seconds": account()} | pace(done, total))
             if desk.job.stop.is_set() and done < total:
                 raise Interrupted(
                     f"interrupted: {need.name} has {done} of {total} shards; the same command goes on from there"
@@ -86,10 +99,10 @@ def mend_cache(desk: Desk, need: Need, damages: Sequence[Damage]) -> None:
                 raise Interrupted(f"interrupted: {done} of {total} shards of {need.name} are mended; repair again")
 
 
-def sweeping(desk: Desk) -> AbstractContextManager[RunTasks]:
-    """The run's cluster, at work."""
+def sweeping(desk: Desk, stop: Callable[[], bool] = lambda: False) -> AbstractContextManager[RunTasks]:
+    """The run's cluster, at work. Its sweeps raise Interrupted once they are to `stop`, whatever workers do."""
     config = desk.wanted.config
-    return task_runner(config.cluster, desk.log.message, config.train.device)
+    return task_runner(config.cluster, desk.log.message, config.train.device, stop)
 
 
 @contextmanager

@@ -19,12 +19,17 @@ from pipeline.decide import all_needs
 from pipeline.desk import Desk, at_work
 from pipeline.job import Job, RunFailed
 from pipeline.needs import Need
+from pipeline.replay import replay
 from pipeline.runner import ensure_built, ensure_maker
 from pipeline.sharing import other_users, remove_unused, used
 
 
 def run_verify(job: Job) -> None:
-    """Hash every file of every cache of the run again. RunFailed when one is damaged."""
+    """Hash every file of every cache of the run again, or compare the order of training with its record. RunFailed when
+    something is damaged, or differs."""
+    if job.order:
+        replay(job)
+        return
     bad, folders = 0, caches(job)
     if not folders:
         raise ConfigError(f"no cache in {job.paths.cache_root}; `make stage-1` builds one")

@@ -50,6 +50,7 @@ BOUNDS = {
     "cache.budget_gb": "[0, inf)",
     "cache.memory_mb": "[1, inf)",
     "cache.refresh": "[0, inf)",
+    "cache.refresh_ahead": "[0, inf)",
     "store.retries": "[0, inf)",
     "store.wait": "[0, inf)",
     "store.timeout": "(0, inf)",
@@ -299,6 +300,11 @@ def cache_problems(config: PipelineConfig) -> Iterator[str]:
         yield (
             f"cache.refresh = {cache.refresh} replaces the views that the teacher's features are of; use "
             "teacher.kind=ema or cache.refresh=0"
+        )
+    if cache.refresh_ahead and not cache.refresh:
+        yield (
+            f"cache.refresh_ahead = {cache.refresh_ahead} makes the next views of a ring, and cache.refresh = 0 keeps "
+            "the views; set cache.refresh=1 or cache.refresh_ahead=0"
         )
     if cache.later_codec and len(config.schedule.cuts) < 3 and config.schedule.kind == "explicit":
         cuts = list(config.schedule.cuts)

@@ -133,13 +133,23 @@ class Events:
     def build(self, parent: int, event: int) -> float:
         """Seconds of building an event's cache; those of a frozen teacher come with the first."""
         prices, cache = OnProfile(self.wanted, self.profile), self.wanted.config.cache
-        turns = (self.marks[event - 1].epochs - 1) // cache.refresh if cache.refresh else 0
-        views = cache.views + turns
+        views = cache.views + self.turns(event)
         needs = [self.need(event, parent), *(() if parent else self.teachers)]
         return self.build_scale * sum(prices.build(need, views) for need in needs)
 
     def size(self, event: int) -> int:
-        return cache_bytes(self.wanted.layout(self.need(event, 0)))
+        layout, beside = self.wanted.layout(self.need(event, 0)), min(self.turns(event), self.ahead)
+        return cache_bytes(layout) + beside * cache_bytes(replace(layout, spec=replace(layout.spec, views=1)))
+
+    @property
+    def ahead(self) -> int:
+        """Views that a ring has beside the others, at most."""
+        return max(1, self.wanted.config.cache.refresh_ahead)
+
+    def turns(self, event: int) -> int:
+        """How often an event's ring of views turns; 0 where views stay."""
+        refresh = self.wanted.config.cache.refresh
+        return (self.marks[event - 1].epochs - 1) // refresh if refresh else 0
 
     @property
     def teachers(self) -> list[Need]:

@@ -30,16 +30,20 @@ CONNECT = "20s"
 
 @contextmanager
 def task_runner(
-    config: ClusterConfig, tell: Callable[[str], None] = lambda line: None, device: str = "cpu"
+    config: ClusterConfig,
+    tell: Callable[[str], None] = lambda line: None,
+    device: str = "cpu",
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[RunTasks]:
-    """A function that maps over tasks on the cluster and yields results as they come; leaving cancels what is left.
+    """A function that maps over tasks on the cluster and yields results as they come; leaving cancels what is left, and
+    so does `stop`, while results are waited for.
 
     Raises ConfigError where there is no such cluster.
     """
     with ExitStack() as stack:
         connect, steady = _connection(config, device, stack)
         try:
-            crew = Crew(connect, config, tell, steady)
+            crew = Crew(connect, config, tell, steady, stop)
         except (OSError, TimeoutError, ValueError) as error:
             where = config.address or config.scheduler_file or "this machine"
             raise ConfigError(

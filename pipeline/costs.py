@@ -25,6 +25,7 @@ from pipeline.choice import LEAK, events_of, recommended, selection_lines, varia
 from pipeline.config import ConfigError, PipelineConfig
 from pipeline.decide import Wanted, judge_stage, new_needs
 from pipeline.disk import refuse_what_does_not_fit
+from pipeline.encoders import ring_lines
 from pipeline.feeds import sampling
 from pipeline.foretold import made_of
 from pipeline.freezing import event_costs, show_adaptive, show_events
@@ -203,7 +204,7 @@ def show_costs(
         spent = ", ".join(f"{arm} {found['money'][arm]:,.2f}" for arm in ARMS)
         out.print(f"money at {profile.price_per_hour:g} {profile.currency} an hour: {spent}")
     if len(costs) > 1:
-        for line in budget_lines(wanted):
+        for line in (*budget_lines(wanted), *ring_lines(wanted, costs)):
             out.print(line)
 
 

@@ -134,10 +134,13 @@ class Course:
         every = self.refresh(stage)
         return (segment.first_epoch - self.asked(stage)[0].first_epoch) // every if every else 0
 
-    def turns_at_all(self, stage: int) -> bool:
-        """Whether a stage has a ring that turns; of an adaptive run's later stages nobody knows, so they may."""
-        asked = self.asked(stage)
-        return bool(self.refresh(stage)) and (not asked or self.generation(asked[-1], stage) > 0)
+    def views_beside(self, stage: int) -> int:
+        """The most views that a stage's ring has on disk besides those that are read: the one that a turn makes, or
+        those of `cache.refresh_ahead`. How often later stages of an adaptive run turn nobody knows."""
+        asked, most = self.asked(stage), max(1, self.config.cache.refresh_ahead)
+        if not self.refresh(stage):
+            return 0
+        return min(most, self.generation(asked[-1], stage)) if asked else most
 
     def asked(self, stage: int) -> tuple[Segment, ...]:
         """The parts of a stage as they are asked for before it begins; an adaptive one may take all that is left.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,16 +48,18 @@ class EventLog:
         self._tensorboard_dir = tensorboard_dir
         self._board: Any = None
         self._now, self._shown = now, float("-inf")
+        self._one = threading.Lock()  # views that are encoded beside training have events of their own
         self._console = Console(file=out or sys.stdout, highlight=False, soft_wrap=True) if show else None
         self._bar = Bar(self._console) if self._console and watched(self._console) else None
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Writes the event with its time, and shows it when it is due."""
-        event = {"time": round(self._now(), 3)} | {key: _finite(value) for key, value in event.items()}
-        self._file.write(json.dumps(event) + "\n")
-        self._file.flush()
-        self._scalars(event)
-        self._show(event)
+        with self._one:
+            event = {"time": round(self._now(), 3)} | {key: _finite(value) for key, value in event.items()}
+            self._file.write(json.dumps(event) + "\n")
+            self._file.flush()
+            self._scalars(event)
+            self._show(event)
 
     def picture(self, place: str, sheet: np.ndarray, step: int) -> None:
         """Shows a picture (H, W, 3) uint8 in TensorBoard, at a step of a stage or arm such as `stage-1`."""
@@ -91,7 +94,7 @@ class EventLog:
         if self._tensorboard_dir is None or step < 0:
             return
         board = self._writer()
-        for key in sorted(values.keys() - {"time", "stage", "steps", "shards", "cut"}):
+        for key in sorted(values.keys() - {"time", "stage", "steps", "shards", "cut", "ahead"}):
             board.add_scalar(f"{where}/{key}", values[key], int(step), walltime=event["time"])
 
     def _writer(self) -> Any:

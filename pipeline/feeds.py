@@ -5,17 +5,17 @@ from __future__ import annotations
 
 from cache import open_cache
 from pipeline.decide import Wanted
-from pipeline.desk import Desk
-from pipeline.ring import turn_ring
+from pipeline.ring import Ring
 from stages.segment import Segment
 from stages.sources import CachedFeatures, LiveFeatures, LiveImages, Sampling, Source
 
 
-def stage_source(desk: Desk, stage: int, segment: Segment) -> Source:
+def stage_source(ring: Ring, segment: Segment) -> Source:
     """What a segment of a stage learns from; a ring of views turns as far as the segment asks for."""
-    if desk.wanted.refresh(stage):
-        turn_ring(desk, stage, desk.wanted.generation(segment, stage))
-    return source_for(desk.wanted, stage)
+    wanted = ring.desk.wanted
+    if wanted.refresh(ring.stage):
+        ring.turn(segment)
+    return source_for(wanted, ring.stage)
 
 
 def source_for(wanted: Wanted, stage: int) -> Source:

@@ -39,3 +39,5 @@ class Job:
     """plan: so many training images, which need not be here; 0 takes those of the data."""
     device_profile: str = ""
     """plan: the name or file of a device profile; empty measures this machine."""
+    order: str = ""
+    """verify: `all`, or an epoch, whose order is computed again; empty hashes shards."""

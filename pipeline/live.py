@@ -57,7 +57,7 @@ def watched(console: Console) -> bool:
 
 def is_progress(event: dict[str, Any]) -> bool:
     """Whether an event tells how far training or the building of a cache is."""
-    return "step" in event or "shard" in event
+    return "step" in event or ("shard" in event and not event.get("ahead"))
 
 
 def progress_of(event: dict[str, Any]) -> tuple[str, int, int]:

@@ -159,6 +159,8 @@ def stage_cost(wanted: Wanted, prices: Prices, stage: int, state: str = "planned
     if turns and needs:  # a ring makes one view more at every turn
         build += turns * prices.build(needs[0], 1)
     memory = {arm: max(peak_bytes(wanted, stage, part, arm) for part in ways[arm]) for arm in ARMS}
+    if turns and needs and wanted.config.cache.refresh_ahead and not wanted.config.cluster.remote:
+        memory["cached"] += build_bytes(wanted, needs[0]) if wanted.config.train.device == "cpu" else 0  # at once
     return StageCost(
         stage=stage,
         cut=segment.cut,

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from cache.manifest import atomic_write
 from cache.users import read_cost
-from pipeline.decide import Wanted, new_needs
+from pipeline.decide import Wanted, inputs_digest, new_needs
 from pipeline.layout import StagePaths
 
 
@@ -31,13 +31,30 @@ def cache_costs(wanted: Wanted, stage: int) -> dict[str, float | None]:
     """What the caches have cost that a stage is the first to read, by the fields of its record: the seconds that this
     run has spent, and those that other runs have; None where the run did not build one and nobody noted its cost."""
     paths, spent, elsewhere = wanted.paths.stage(stage), 0.0, []
-    needs = [*new_needs(wanted, stage), *(wanted.features(stage, before) for before in range(wanted.turns(stage)))]
+    turns, ahead = wanted.turns(stage), wanted.config.cache.refresh_ahead
+    needs = [*new_needs(wanted, stage), *(wanted.features(stage, before) for before in range(turns))]
+    if wanted.refresh(stage):  # and what was made ahead for a stage that ended early
+        later = [wanted.features(stage, turn) for turn in range(turns + 1, turns + ahead + 1)]
+        known = spent_seconds(paths)
+        needs += [need for need in later if (spec := wanted.spec(need)) and spec.fingerprint in known]
     for spec in map(wanted.spec, needs if stage else ()):
         assert spec is not None, "they were built or found"
         own, total = read_seconds(paths, spec.fingerprint), read_cost(wanted.cache_folder(spec))
         spent += own
         elsewhere.append(max(0.0, total - own) if total is not None else 0.0 if own else None)
-    return {"cache_seconds": spent, "cache_seconds_elsewhere": sum_known(elsewhere)}
+    waited = {"refresh_wait_seconds": waited_seconds(wanted, stage)} if wanted.refresh(stage) else {}
+    return {"cache_seconds": spent, "cache_seconds_elsewhere": sum_known(elsewhere)} | waited
+
+
+def waited_seconds(wanted: Wanted, stage: int) -> float:
+    """How long a stage has stood still at the turns of its ring of views: for what was made ahead and not finished, or,
+    where nothing is made ahead, while the view was made."""
+    try:
+        found = json.loads(wanted.paths.stage(stage).ring.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return 0.0
+    asked = inputs_digest(wanted.stage_inputs(stage))
+    return float(found.get("waited", 0.0)) if found["of"] == asked else 0.0
 
 
 def sum_known(seconds: Iterable[float | None]) -> float | None:

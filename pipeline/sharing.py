@@ -11,7 +11,7 @@ from cache.errors import CacheError, MissingCache
 from cache.lock import CacheBusy, hold_cache, hold_store
 from cache.users import User, register, users
 from cache.verify import remove_cache
-from pipeline.decide import Wanted, all_needs
+from pipeline.decide import Wanted, all_needs, judge_stage
 from pipeline.needs import Need
 from pipeline.remaining import needed_now
 
@@ -21,12 +21,23 @@ def used(wanted: Wanted, more: Iterable[Need] = ()) -> set[Path]:
     `cache.keep=needed` those that are still needed, and that of fine-tuning."""
     if wanted.config.cache.keep == "needed":
         tuned = [need for need in all_needs(wanted) if need.tunes]
-        needs = [*needed_now(wanted, [*tuned, *more])]
+        needs = [*needed_now(wanted, [*tuned, *more]), *made_ahead(wanted)]
         return {wanted.cache_folder(spec) for spec in map(wanted.spec, needs) if spec}
-    needs = [*all_needs(wanted), *more]
+    needs = [*all_needs(wanted), *made_ahead(wanted), *more]
     for need in needs:
         needs += [need.parent] if need.parent and need.parent not in needs else []
     return {wanted.cache_folder(spec) for spec in map(wanted.spec, needs) if spec}
+
+
+def made_ahead(wanted: Wanted) -> list[Need]:
+    """The next generations of every stage's ring of views, which are made before the stage comes to them."""
+    ahead = wanted.config.cache.refresh_ahead
+    return [
+        wanted.features(stage, wanted.turns(stage) + later)
+        for stage in range(1, len(wanted.segments))
+        if ahead and not judge_stage(wanted, stage).current
+        for later in range(1, ahead + 1)
+    ]
 
 
 def claim(wanted: Wanted, more: Iterable[Need] = ()) -> None:

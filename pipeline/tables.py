@@ -158,11 +158,13 @@ PART_ROWS = (
     ("images/s", "images_per_second", ".0f"),
     ("loss of the last epoch", "final_loss", ".4f"),
 )
+RING_ROW = ("of building caches waited for at turns of the ring, s", "refresh_wait_seconds", ".2f")
 
 
 def parts_table(story: Story) -> Table:
     """Every part of the run, whatever its status."""
     names = list(story.records)
+    turns = any("refresh_wait_seconds" in record for record in story.records.values())
     rows = [
         (
             label,
@@ -171,7 +173,7 @@ def parts_table(story: Story) -> Table:
                 for name, record in story.records.items()
             ],
         )
-        for label, key, form in PART_ROWS
+        for label, key, form in (*PART_ROWS, *([RING_ROW] if turns else []))
     ]
     known = [cache_cost(record) if "cache_seconds" in record else None for record in story.records.values()]
     costs = [Cell(said(seconds, ".1f")) for seconds in known]

@@ -22,7 +22,7 @@ from distributed import Client, Future, KilledWorker, Worker, WorkerPlugin, get_
 
 from cache.patience import StoreConfig, store_settings, use_store
 from pipeline.config import ClusterConfig
-from pipeline.job import RunFailed
+from pipeline.job import Interrupted, RunFailed
 from stages import carried
 
 T = TypeVar("T")
@@ -83,6 +83,7 @@ class Running:
 class Crew:
     """The workers of a cluster, as `RunTasks`. `connect` gives a client of it, again after its scheduler was lost.
 
+    stop: asked while results are waited for; then a sweep raises Interrupted.
     steady: the cluster is one worker inside this process, of which nothing is ever lost or late.
     """
 
@@ -92,7 +93,9 @@ class Crew:
         config: ClusterConfig,
         tell: Callable[[str], None] = lambda line: None,
         steady: bool = False,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._stop = stop
         self._connect, self._config, self._tell, self._steady = connect, config, tell, steady
         self._weights: dict[str, Weights] = {}
         self._running: dict[int, Running] = {}
@@ -120,6 +123,8 @@ class Crew:
                 if not self._running:
                     return
                 yield from self._results()
+                if self._stop():
+                    raise Interrupted("interrupted: what is finished stays; the same command goes on from there")
                 if not self._steady and time.monotonic() - looked >= LOOK_EVERY:
                     self.look()
                     looked = time.monotonic()

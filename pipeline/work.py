@@ -31,6 +31,7 @@ from pipeline.job import Interrupted, RunFailed
 from pipeline.kept import forget_epochs, kept_epochs
 from pipeline.layout import StagePaths
 from pipeline.machine import described
+from pipeline.ring import ring_of
 from pipeline.seconds import cache_costs
 from stages.adaptive import Settle
 from stages.arm import Arm, Hooks, Result
@@ -64,14 +65,15 @@ def train_stage(desk: Desk, stage: int) -> None:
     if raised := wanted.raised_heads(stage):
         names, cut = ", ".join(head.name for head in raised), wanted.segments[stage].cut
         desk.log.message(f"stage {stage}: {names}: block {cut} of the average in place of frozen ones")
-    train(
-        desk,
-        wanted.paths.stage(stage),
-        replace(stage_arm(wanted, stage, desk.log.message), source=lambda part: stage_source(desk, stage, part)),
-        inputs=wanted.stage_inputs(stage),
-        facts={"cut": wanted.cut(stage), "cache": spec.fingerprint if spec else None},
-        costs=lambda: cache_costs(wanted, stage),
-    )
+    with ring_of(desk, stage) as ring:
+        train(
+            desk,
+            wanted.paths.stage(stage),
+            replace(stage_arm(wanted, stage, desk.log.message), source=lambda part: stage_source(ring, part)),
+            inputs=wanted.stage_inputs(stage),
+            facts={"cut": wanted.cut(stage), "cache": spec.fingerprint if spec else None},
+            costs=lambda: cache_costs(wanted, stage),
+        )
 
 
 def train_baseline(desk: Desk, arm: str) -> None:
@@ -262,6 +264,7 @@ def finish_record(paths: StagePaths, done: Done, state: dict[str, Tensor], score
             "curve": progress.curve,
             "ended": progress.ended,
             **({"checks": progress.checks} if progress.checks else {}),
+            **({"read": progress.read} if progress.read else {}),
             "segments": [
                 {
                     "cut": segment.cut,

@@ -15,6 +15,7 @@ from models.learner import Learner
 from stages.arm import Arm, Hooks
 from stages.checkpoint import Progress
 from stages.endings import Watch
+from stages.replay import Reading, note
 from stages.segment import Segment
 from stages.team import SOLO, Team
 
@@ -51,8 +52,12 @@ class Book:
         self.rate = 0.0
         self.saved = hooks.now()
 
-    def step(self, losses: Tensor, rate: float) -> None:
-        """Count one optimiser step; its losses, the total first, stay on the device until the next flush."""
+    def step(self, losses: Tensor, rate: float, read: Reading | None = None) -> None:
+        """Count one optimiser step; its losses, the total first, stay on the device until the next flush. `read` is
+        what it was trained on."""
+        if read:
+            step, epoch = self.progress.step, self.segment.epoch(self.progress.step)
+            note(self.progress.read, epoch, step % self.segment.steps_per_epoch, read)
         if self.progress.step % self.segment.steps_per_epoch == 0:
             self.settle()
             self.totals.loss_sum, self.totals.loss_steps = 0.0, 0

@@ -56,6 +56,8 @@ class Progress:
     """Adaptive freezing: what every check of the blocks before the next cut has measured."""
     ended: dict[str, Any] | None = None
     """Why and at which epoch the arm ended before its segments did."""
+    read: list[dict[str, Any]] = field(default_factory=list)
+    """Epoch by epoch what was trained on, as `replay.note` keeps it."""
 
     @property
     def train_seconds(self) -> float:

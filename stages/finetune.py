@@ -25,6 +25,7 @@ from stages.config import DataConfig, FinetuneConfig, TrainConfig
 from stages.device import autocast
 from stages.images import ImageList, spread
 from stages.optim import PREFIX, layer_of, learning_rate
+from stages.replay import Reading
 from stages.segment import Segment
 from stages.views import centre_batch, image_batch
 
@@ -85,6 +86,8 @@ class Labelled:
     progress: float = 0.0
     prefix_BRD: Tensor | None = None
     """The class and register tokens at the cut, where the model has them and values are features."""
+    read: Reading | None = None
+    """Fine-tuning keeps no record of its order."""
 
     def to(self, device: torch.device | str) -> Labelled:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}

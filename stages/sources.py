@@ -23,6 +23,7 @@ from models.mim import MaskedModel
 from models.spec import derive_seed
 from stages.config import DataConfig
 from stages.images import ImageList
+from stages.replay import Reading, reading
 from stages.segment import Segment
 from stages.views import Crop, apply_crop, image_batch, token_orders
 
@@ -48,6 +49,8 @@ class Inputs:
     prefix_BSD: Tensor | None = None
     step: int = 0
     teachers: Mapping[int, Tensor] = field(default_factory=dict)
+    read: Reading | None = None
+    """What was read, of all ranks."""
 
     def to(self, device: torch.device | str) -> Inputs:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -73,6 +76,9 @@ class StepInputs(Protocol):
 
     @property
     def step(self) -> int: ...
+
+    @property
+    def read(self) -> Reading | None: ...
 
     def to(self, device: torch.device | str) -> Any: ...
 
@@ -128,8 +134,15 @@ class Sampling:
 
     def rows(self, segment: Segment, step: int, num_samples: int) -> np.ndarray:
         """This rank's samples of a step: the same whatever the arm. CacheError when the ranks do not divide it."""
+        return self.own(self.all_rows(segment, step, num_samples))
+
+    def all_rows(self, segment: Segment, step: int, num_samples: int) -> np.ndarray:
+        """The samples of all ranks."""
         place = step % segment.steps_per_epoch
-        rows = batch_rows(self.seed, segment.epoch(step), place, num_samples, self.batch_size, self.blocks)
+        return batch_rows(self.seed, segment.epoch(step), place, num_samples, self.batch_size, self.blocks)
+
+    def own(self, rows: np.ndarray) -> np.ndarray:
+        """Of the samples of all ranks this rank's."""
         return rows[self.rank.places(self.batch_size, self.parts)]
 
     def slot(self, segment: Segment, step: int, views: int) -> tuple[int, int]:
@@ -181,9 +194,11 @@ class LiveImages:
     sampling: Sampling
 
     def load(self, segment: Segment, step: int, into: Buffers = FRESH) -> Inputs:
-        rows = self.sampling.rows(segment, step, len(self.images))
-        images, _ = self.sampling.views(self.images, rows, segment.epoch(step))
-        return self.sampling.inputs(segment, step, images, self.sampling.model.num_tokens)
+        every = self.sampling.all_rows(segment, step, len(self.images))
+        view = segment.epoch(step)
+        images, _ = self.sampling.views(self.images, self.sampling.own(every), view)
+        inputs = self.sampling.inputs(segment, step, images, self.sampling.model.num_tokens)
+        return replace(inputs, read=reading(every, view, 0, len(self.images)))
 
     def mask(self, model: MaskedModel, inputs: Inputs) -> MaskedBatch:
         batch = model.from_images(inputs.values, inputs.noise, self.sampling.keep(inputs.progress))
@@ -206,7 +221,8 @@ class CachedFeatures:
 
     def load(self, segment: Segment, step: int, into: Buffers = FRESH) -> Inputs:
         how, targets = self.sampling, self.sampling.targets(segment)
-        rows = how.rows(segment, step, len(self.cache))
+        every, spec = how.all_rows(segment, step, len(self.cache)), self.cache.manifest.spec
+        rows = how.own(every)
         view, group = how.slot(segment, step, self.cache.manifest.views)
         batch = self.cache.read(rows, view, None if how.reads_all(segment) else group, into)
         images = self._images(batch, rows, view, into) if targets & set(IMAGE_TARGETS) else None
@@ -216,7 +232,8 @@ class CachedFeatures:
             for block, cache in self.teachers.items()
         }
         inputs = replace(inputs, ids_BL=batch.ids_BL, images=images, group=group, teachers=teachers)
-        return replace(inputs, prefix_BSD=batch.prefix_BSD)
+        read = reading(every, spec.view_at(view), group, len(self.cache), spec.first_view)
+        return replace(inputs, prefix_BSD=batch.prefix_BSD, read=read)
 
     def _images(self, batch: FeatureBatch, rows: np.ndarray, view: int, into: Buffers) -> Tensor:
         """uint8 (B, 3, S, S); numpy's copies, since torch would wake its pool of threads in the loader's."""
@@ -255,14 +272,17 @@ class LiveFeatures:
     """The first of the views that a ring holds."""
 
     def load(self, segment: Segment, step: int, into: Buffers = FRESH) -> Inputs:
-        rows = self.sampling.rows(segment, step, len(self.images))
+        every = self.sampling.all_rows(segment, step, len(self.images))
+        rows = self.sampling.own(every)
         view, group = self.sampling.slot(segment, step, self.views)
         view = self.first_view + (view - self.first_view) % self.views  # that lies in the slot
         images, ids = self.sampling.views(self.images, rows, view)
         size = self.sampling.group_tokens
         if not self.sampling.reads_all(segment):
             ids = ids[:, group * size : (group + 1) * size]
-        return replace(self.sampling.inputs(segment, step, images, size), ids_BL=ids, images=images, group=group)
+        read = reading(every, view, group, len(self.images), self.first_view)
+        inputs = self.sampling.inputs(segment, step, images, size)
+        return replace(inputs, ids_BL=ids, images=images, group=group, read=read)
 
     def mask(self, model: MaskedModel, inputs: Inputs) -> MaskedBatch:
         assert inputs.ids_BL is not None

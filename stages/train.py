@@ -200,7 +200,7 @@ def train_segment(
     with loader(source, segment, steps, arm.train, arm.memory) as batches:
         for step, inputs in zip(steps, batches, strict=True):
             rate = arm.rates.apply(optimizer, segment.first_step + step)
-            book.step(train_step(model, optimizer, source, inputs, arm.train, team), rate)
+            book.step(train_step(model, optimizer, source, inputs, arm.train, team), rate, inputs.read)
             if due(step + 1, LOG_EVERY) or step + 1 == segment.steps:
                 book.flush(batches.spent)
             take_stock(arm, segment, model, optimizer, book, watch, batches.spent)
