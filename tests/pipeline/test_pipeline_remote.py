@@ -6,18 +6,21 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 
+from cache.patience import StoreConfig, store_settings, use_store
 from models.config import ModelConfig
 from models.vit import build_encoder
+from pipeline import tasks
 from pipeline.__main__ import main
 from stages.weights import WeightsError, load_weights, read_checkpoint, weights_digest
 from tests.faulty import Fault, FaultyStore
-from tests.object_store import KEY, SECRET, ObjectStore
+from tests.object_store import IMPATIENT, KEY, SECRET, ObjectStore
 from tests.pipeline.toy import TOY, same, weights
 from tests.stages.conftest import encoded, in_tar
 
@@ -133,6 +136,13 @@ def test_a_checkpoint_at_a_url_is_its_content_read_once(faulty: FaultyStore, wor
         read_checkpoint(url)
     with pytest.raises(WeightsError, match="is none of"):
         weights_digest(faulty.store.url(world / "data/train-000.tar"), None)
+
+
+def test_a_worker_asks_stores_as_its_sender_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = SimpleNamespace(log_event=lambda *_: None, get_current_task=lambda: "key", address="here")
+    monkeypatch.setattr(tasks, "get_worker", lambda: worker)
+    assert tasks.on_worker("topic", StoreConfig(retries=7), lambda task: task + store_settings().retries, 1) == 8
+    use_store(IMPATIENT)
 
 
 def test_a_bucket_that_is_not_there_is_named(object_store: ObjectStore) -> None:
