@@ -20,7 +20,7 @@ import numpy as np
 from cache.errors import CacheError, DamagedCache, MissingCache, StaleCache
 from cache.layout import Layout
 from cache.lock import aside
-from cache.place import is_remote, is_there, new_object, place_of, reaching, read_bytes
+from cache.place import blocks_of, is_remote, is_there, new_object, place_of, read_bytes, size_of
 from models.spec import FeatureSpec
 
 Buffer = bytes | memoryview
@@ -214,17 +214,26 @@ def find_damage(folder: Path, entry: ShardEntry) -> str:
     """What is wrong with a file, hashed afresh; empty when it is as it was written."""
     path = folder / entry.name
     try:
-        with reaching(path):
-            size = path.stat().st_size
-            if size != entry.bytes:
-                return f"has {size} bytes instead of {entry.bytes}"
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = size_of(path) if is_remote(path) else path.stat().st_size
+        if size != entry.bytes:
+            return f"has {size} bytes instead of {entry.bytes}"
+        digest = sha256_of(path, size)
     except (FileNotFoundError, NotADirectoryError):
         return "is missing"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     return "" if digest == entry.checksum else "is altered"
+
+
+def sha256_of(path: Path, size: int) -> str:
+    """The sha256 of a file or object of a known size, hex. Errors as `read_range`, or OSError."""
+    if not is_remote(path):
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for block in blocks_of(path, size):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def seal(values: dict[str, Any]) -> bytes:

@@ -29,7 +29,7 @@ from cache.manifest import (
     sync_folder,
     unseal,
 )
-from cache.place import is_there, place_of, reaching, read_bytes, remove_tree
+from cache.place import asked, is_there, place_of, read_bytes, remove_tree
 from cache.receipts import RECEIPTS, STORE_RECEIPT, receipt_name, write_receipt
 
 
@@ -151,6 +151,5 @@ def remove_cache(folder: Path) -> None:
 
 
 def _remove_manifest(folder: Path) -> None:
-    with reaching(folder):
-        (folder / MANIFEST).unlink(missing_ok=True)
+    asked(folder, lambda: (folder / MANIFEST).unlink(missing_ok=True))
     sync_folder(folder)

@@ -11,7 +11,8 @@ import numpy as np
 
 from cache.layout import DIGESTS, KEYS, LABELS, Layout, Shard, Stored
 from cache.manifest import Buffer
-from cache.place import reaching
+from cache.patience import CutShort
+from cache.place import asked
 from cache.tar import encode_index, encode_tar, npy
 
 
@@ -39,8 +40,15 @@ def shard_files(
 
 def rows_of(file: Path, shard: Shard) -> np.ndarray:
     """The labels of a shard's rows: read from the middle of their file, which may be of a hundred million."""
-    with reaching(file), file.open("rb") as opened:
-        assert np.lib.format.read_magic(opened) == (1, 0)
-        _, _, dtype = np.lib.format.read_array_header_1_0(opened)
-        opened.seek(shard.first_row * dtype.itemsize, 1)
-        return np.frombuffer(opened.read(shard.rows * dtype.itemsize), dtype)
+
+    def read() -> np.ndarray:
+        with file.open("rb") as opened:
+            assert np.lib.format.read_magic(opened) == (1, 0)
+            _, _, dtype = np.lib.format.read_array_header_1_0(opened)
+            opened.seek(shard.first_row * dtype.itemsize, 1)
+            content = opened.read(shard.rows * dtype.itemsize)
+        if len(content) < shard.rows * dtype.itemsize:
+            raise CutShort(f"{file} ends within the rows of a shard")
+        return np.frombuffer(content, dtype)
+
+    return asked(file, read)

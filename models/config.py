@@ -15,8 +15,9 @@ class ModelConfig:
     name: str = "vit_tiny"
     """vit_tiny, vit_small, vit_base, or the name of any plain ViT in timm."""
     weights: str = ""
-    """Checkpoint file to start from (.safetensors, .pt, .pth, .bin; timm's names, MAE's and DINO's too); empty starts
-    from scratch. Its positions take the place of the sin-cos ones. A stage 0 of 0 epochs takes it as it is."""
+    """Checkpoint file to start from, or its URL (.safetensors, .pt, .pth, .bin; timm's names, MAE's and DINO's too);
+    empty starts from scratch. Its positions take the place of the sin-cos ones. A stage 0 of 0 epochs takes it as it
+    is."""
     image_size: int = 224
     """Side of the square input image, in pixels."""
     patch_size: int = 16

@@ -19,6 +19,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from cache.patience import use_store
+from cache.place import without_secrets
 from cache.rank import ALONE, Rank
 from pipeline import __version__
 from pipeline.checks import check
@@ -228,6 +230,7 @@ def read_job(name: str, args: list[str]) -> Job:
         request = run_tyro(request_type(verb), args, prog=f"permafrost {name}", default=request_type(verb)(config))
         words, config = list(request.target), request.settings
     check(config)
+    use_store(config.store)
     paths = run_paths(flags.run, recipe, config.cache.root)
     previous = read_toml(paths.config) if paths.config.exists() else None
     config = resolve(config, previous, detect=verb.torch)
@@ -328,7 +331,7 @@ def _end(args: list[str], error: BaseException, status: int | None, text: str) -
 
         status, text = ending(error, status, text)
     if status is None or "--debug" in args:
-        traceback.print_exception(error)
+        print(without_secrets("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     if status is not None and text:
         print("permafrost: " + " ".join(text.split()), file=sys.stderr)
     return FAILED if status is None else status

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from cache.codecs import codec_problem, parse_filter
 from cache.errors import CacheError
+from cache.place import holds_secret
 from models.config import IMAGE_TARGETS, SCALES, SIZES, TeacherConfig, loss_weights
 from pipeline.config import ConfigError, PipelineConfig, get
 from pipeline.jobs import cluster_problems
@@ -16,6 +17,7 @@ from stages.compiling import compiler
 BOUNDS = {
     "seed": "[0, inf)",
     "data.limit": "[0, inf)",
+    "data.cache_gb": "[0, inf)",
     "data.flip": "[0, 1]",
     "model.image_size": "[1, inf)",
     "model.patch_size": "[1, inf)",
@@ -49,6 +51,10 @@ BOUNDS = {
     "cache.memory_mb": "[1, inf)",
     "cache.refresh": "[0, inf)",
     "cache.refresh_ahead": "[0, inf)",
+    "store.retries": "[0, inf)",
+    "store.wait": "[0, inf)",
+    "store.timeout": "(0, inf)",
+    "store.part_mb": "[5, inf)",
     "train.batch_size": "[1, inf)",
     "train.accumulate": "[1, inf)",
     "train.max_steps": "[0, inf)",
@@ -109,6 +115,8 @@ BOUNDS = {
     "bench.shards": "[1, inf)",
 }
 """The interval in which a single number makes sense."""
+URLS = ("data.source", "data.val_source", "cache.root", "model.weights")
+"""Settings that may name something behind a URL."""
 
 def check(config: PipelineConfig) -> None:
     """Refuses what makes no sense. Raises ConfigError with value, bound and remedy."""
@@ -222,6 +230,12 @@ def _data_problems(config: PipelineConfig) -> Iterator[str]:
     for key, (low, high), top in (("scale", data.crop_scale, 1.0), ("ratio", data.crop_ratio, float("inf"))):
         if not 0 < low <= high <= top:
             yield f"data.crop_{key} = [{low}, {high}] is not 0 < smallest <= largest <= {top}; reorder or lower it"
+    for key in URLS:
+        if holds_secret(get(config, key)):
+            yield (
+                f"{key} is a URL with a password or a signature in it, which every file of the run would repeat; leave "
+                "it out, keys come from the environment (AWS_ACCESS_KEY_ID, ...) or the store's usual files"
+            )
     if not data.source:
         yield "data.source is empty; give sample, a folder, tars or a torchvision name"
     if train.batch_size % train.accumulate:

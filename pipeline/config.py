@@ -7,6 +7,7 @@ from functools import reduce
 from typing import Any, Literal
 
 from cache.config import CacheConfig
+from cache.patience import StoreConfig
 from models.config import DecoderConfig, HeadsConfig, MaskConfig, ModelConfig, TargetConfig, TeacherConfig
 from stages.config import DataConfig, EvalConfig, FinetuneConfig, ScheduleConfig, TrainConfig
 
@@ -111,6 +112,7 @@ class PipelineConfig:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from cache.manifest import atomic_write
+from cache.patience import repeated, use_store
 from pipeline.decide import Verdict, Wanted
 from pipeline.events import EventLog
 from pipeline.job import Job
@@ -28,10 +30,19 @@ class Desk:
 
 @contextmanager
 def at_work(job: Job) -> Iterator[Desk]:
-    """Hold the run's lock, write its resolved settings, open its log."""
+    """Hold the run's lock, write its resolved settings, open its log, and tell at the end how often this process had to
+    ask an object store again."""
     with job.paths.lock():
         text = to_toml(job.config)
         if not job.paths.config.exists() or job.paths.config.read_text() != text:
             atomic_write(job.paths.config, text.encode())
         with EventLog(job.paths.events, job.paths.tensorboard, show=True) as log:
-            yield Desk(job, Wanted(job.config, job.paths), log)
+            use_store(job.config.store)  # of a study, every run's own
+            before = Counter(repeated())
+            try:
+                yield Desk(job, Wanted(job.config, job.paths), log)
+            finally:
+                if again := Counter(repeated()) - before:
+                    why = ", ".join(f"{count} {kind}" for kind, count in again.most_common())
+                    log({"store_requests_repeated": again.total(), "why": why})
+                    log.message(f"object store: {again.total()} requests were made again ({why})")

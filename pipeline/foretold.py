@@ -14,7 +14,10 @@ from pipeline.machine import described
 from pipeline.reading import flatten
 
 ARMS = ("e2e", "freeze", "cached")
-ELSEWHERE = ("seed", "bench.", "finetune.", "eval.", "cluster.address", "cache.root", "cache.max_error", "data.val_")
+ELSEWHERE = (
+    *("seed", "bench.", "finetune.", "eval.", "cluster.address", "cache.root", "cache.max_error", "data.val_"),
+    *("data.cache_gb", "store."),
+)
 """Settings without a say in how long stages, arms and caches take."""
 NEAR = 0.10
 """Relative difference within which a prediction counts as right."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from cache.place import place_of
+from pipeline.config import ConfigError
 
 
 class RunBusy(ValueError):
@@ -162,5 +163,13 @@ class RunPaths:
 
 
 def run_paths(run: str, name: str, cache_root: str) -> RunPaths:
-    """The files of the run in folder run (empty: runs/<name>), its caches in cache_root (empty: inside the run)."""
+    """The files of the run in folder run (empty: runs/<name>), its caches in cache_root (empty: inside the run).
+
+    Raises ConfigError for a run behind a URL.
+    """
+    if "://" in run:
+        raise ConfigError(
+            f"--run {run} is a URL, and a run is locked and appended to, which needs a disk; give a folder (RUN=), its "
+            "caches may lie at a URL (CACHE_ROOT=)"
+        )
     return RunPaths(Path(run or f"runs/{name}"), place_of(cache_root) if cache_root else None)

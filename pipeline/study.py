@@ -7,12 +7,14 @@ from __future__ import annotations
 import json
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from cache.errors import CacheError
 from cache.manifest import atomic_write
+from cache.place import without_secrets
 from cache.users import register
 from pipeline.decide import ARMS, Wanted, judge_cache
 from pipeline.desk import Desk, at_work
@@ -73,7 +75,7 @@ def carry_out(request: Request, now: Callable[[], float] = time.monotonic) -> No
             failed[run.label] = told = f"{type(error).__name__}: {' '.join(str(error).split())}"
             out.print(f"{run.label}: failed: {told}", markup=False)
             if request.flags.debug:
-                out.print_exception()
+                out.print(without_secrets(traceback.format_exc()), markup=False)
         note_failure(run, failed.get(run.label, ""))
     rows = write_results(request)
     show_results(request, rows)

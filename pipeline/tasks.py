@@ -20,6 +20,7 @@ from uuid import uuid4
 
 from distributed import Client, Future, KilledWorker, Worker, WorkerPlugin, get_worker
 
+from cache.patience import StoreConfig, store_settings, use_store
 from pipeline.config import ClusterConfig
 from pipeline.job import Interrupted, RunFailed
 from stages import carried
@@ -58,8 +59,9 @@ class Weights(WorkerPlugin):
         carried.forget(Path(worker.local_directory), self.digest)
 
 
-def on_worker(topic: str, function: Callable[[T], U], task: T) -> U:
-    """What runs on a worker: says that the task begins, and does it."""
+def on_worker(topic: str, store: StoreConfig, function: Callable[[T], U], task: T) -> U:
+    """What runs on a worker: says that the task begins, and does it, asking object stores as whoever sent it does."""
+    use_store(store)
     worker = get_worker()
     worker.log_event(topic, {"key": worker.get_current_task(), "worker": worker.address})
     return function(task)
@@ -136,7 +138,7 @@ class Crew:
         """An attempt at each of some tasks: together, since that costs hardly more than one."""
         if not numbers:
             return
-        function = self._function if self._steady else partial(on_worker, self._topic, self._function)
+        function = self._function if self._steady else partial(on_worker, self._topic, store_settings(), self._function)
         keys = [f"{self._function.__name__}-{uuid4().hex}" for _ in numbers]
         tasks = [self._running[number].task for number in numbers]
         futures = self.client.map(function, tasks, key=keys, pure=False, **where)

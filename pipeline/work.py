@@ -234,7 +234,7 @@ def show_reconstructions(desk: Desk, model: MaskedModel, paths: StagePaths, labe
 def begin_from_file(wanted: Wanted, model: Learner, tell: Callable[[str], None]) -> None:
     """Load the checkpoint file that the settings name, if any, and tell what of it was left out or changed."""
     if path := wanted.config.model.weights:
-        notes = load_weights(model.encoder, path)
+        notes = load_weights(model.encoder, path, wanted.weights)
         if isinstance(model, MaskedModel) and isinstance(model.teacher, EmaTeacher):
             model.teacher.restart(model.encoder)  # it was made before the file was read
         tell(f"weights {path} ({wanted.weights[:8]}): " + ("; ".join(notes) or "taken as they are"))

@@ -11,11 +11,15 @@ class DataConfig:
     """Where images come from and how views are cut from them."""
 
     source: str = "sample"
-    """sample, a folder of images, WebDataset tars (path, glob or {000000..000007}), or a torchvision name (cifar10)."""
+    """sample, a folder of images, WebDataset tars (path, glob or {000000..000007}), either also at a URL such as
+    s3://bucket/train-*.tar, or a torchvision name (cifar10)."""
     val_source: str = ""
     """Images to evaluate on; empty holds out a tenth of the source."""
     limit: int = 0
     """Use only so many training images, evenly spread over the list; 0 uses all."""
+    cache_gb: float = 10.0
+    """Of images behind URLs, keep copies of up to so many 10^9 bytes in <run>/index/copies, the least recently used
+    goes first; 0 keeps none, and every image is read from its store whenever it is met."""
     on_bad: Literal["stop", "skip"] = "stop"
     """A file that is no readable image stops the run, or is left out and recorded."""
     crop_scale: tuple[float, float] = (0.2, 1.0)

@@ -5,7 +5,7 @@ nothing that is no image is met in the middle of a night. Free of torch, unless 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -14,8 +14,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from cache.errors import CacheError
+from cache.place import path_or_url
 from models.spec import digest
+from stages import remote
 from stages.config import DataConfig
+from stages.copies import Copies
 from stages.errors import DataError
 from stages.index import Entry, Index, content_hash, indexed
 
@@ -62,25 +66,40 @@ class ImageList:
         """The decoded RGB image of a row. Raises DataError when it can no longer be read, or is no longer the one that
         was hashed: what is trained on is what the digest says. Hashing takes some 2 % of the time of decoding."""
         entry = self.entries[row]
-        try:
-            content = self.read(entry)
-            if entry.sha256 and content_hash(content) != entry.sha256:
-                raise DataError(
-                    f"{entry.key} in {entry.file} was changed since the images were listed; restore it, or run again, "
-                    "which takes it as it is now"
-                )
-            found = content if isinstance(content, Image.Image) else Image.open(io.BytesIO(content))
-            return found.convert("RGB")
-        except DataError:
-            raise
-        except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(
-                f"{entry.key} in {entry.file} can no longer be read ({error}); restore it and run again"
-            ) from error
+        return _decoded(entry, lambda: self.read(entry))
+
+    def several(self, rows: Sequence[int] | np.ndarray) -> Iterator[Image.Image]:
+        """The same of some rows in their order, one by one; what lies behind URLs is read many at a time."""
+        if not isinstance(self.read, remote.Reader):
+            yield from (self.image(int(row)) for row in rows)
+            return
+        entries = [self.entries[int(row)] for row in rows]
+        contents = self.read.several(entries)
+        for entry in entries:
+            yield _decoded(entry, lambda: next(contents))
 
     def only(self, rows: Sequence[int] | np.ndarray) -> ImageList:
         """The list of some rows."""
         return replace(self, entries=tuple(self.entries[row] for row in rows))
+
+
+def _decoded(entry: Entry, read: Callable[[], bytes | Image.Image]) -> Image.Image:
+    """What was read of an entry, compared with its hash and decoded."""
+    try:
+        content = read()
+        if entry.sha256 and content_hash(content) != entry.sha256:
+            raise DataError(
+                f"{entry.key} in {entry.file} was changed since the images were listed; restore it, or run again, "
+                "which takes it as it is now"
+            )
+        found = content if isinstance(content, Image.Image) else Image.open(io.BytesIO(content))
+        return found.convert("RGB")
+    except (DataError, CacheError):  # of a store that does not answer, nothing is known
+        raise
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(
+            f"{entry.key} in {entry.file} can no longer be read ({error}); restore it and run again"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -96,12 +115,11 @@ def open_data(config: DataConfig, index_folder: Path | None = None) -> Data:
 
     Raises DataError.
     """
-    train = open_images(config.source, config.on_bad, _index_file(index_folder, "train"))
+    train = open_images(config.source, config.on_bad, _index_file(index_folder, "train"), config.cache_gb)
     val_source = config.val_source or ("sample:val" if config.source == "sample" else "")
     if val_source:
-        val = _with_labels_of(
-            train, open_images(val_source, config.on_bad, _index_file(index_folder, "val")), val_source
-        )
+        found = open_images(val_source, config.on_bad, _index_file(index_folder, "val"), config.cache_gb)
+        val = _with_labels_of(train, found, val_source)
     else:
         held = np.array([_is_held_out(key) for key in train.keys])
         train, val = train.only(np.flatnonzero(~held)), train.only(np.flatnonzero(held))
@@ -113,14 +131,23 @@ def open_data(config: DataConfig, index_folder: Path | None = None) -> Data:
     return Data(train.only(spread(len(train), config.limit)), val)
 
 
-def open_images(source: str, on_bad: str = "stop", index_file: Path | None = None) -> ImageList:
-    """The images of a source: `sample`, a folder, tars by path, glob or braces, or a torchvision data set's name.
+def open_images(
+    source: str, on_bad: str = "stop", index_file: Path | None = None, cache_gb: float = 10.0
+) -> ImageList:
+    """The images of a source: `sample`, a folder, tars by path, glob or braces, at a URL, too, or a torchvision data
+    set's name. Of images behind a URL copies of up to `cache_gb` are kept beside `index_file`.
 
-    Raises DataError naming what is wrong, where, and what to do.
+    Raises DataError naming what is wrong, where, and what to do; StoreUnreachable.
     """
     if source in ("sample", "sample:val"):
         source = str(SAMPLE / ("val-*.tar" if source.endswith(":val") else "train-*.tar"))
-    index, read = indexed(source, on_bad, index_file)
+    read: Callable[[Entry], bytes | Image.Image]
+    source = path_or_url(source)
+    if "://" in source:
+        copies = Copies(index_file.parent / "copies", int(cache_gb * 1e9)) if index_file and cache_gb else None
+        index, read = remote.indexed(source, on_bad, index_file, copies)
+    else:
+        index, read = indexed(source, on_bad, index_file)
     if not index.entries:
         raise DataError(f"{source} has no images; give a folder of images, tars with <key>.png, or a torchvision name")
     _refuse_duplicates(source, index)

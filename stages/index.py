@@ -1,7 +1,7 @@
 """The index of a source of images: where every sample lies and what its bytes hash to. Made by reading everything once,
 kept as JSON, and made again when a file's size, times or inode have changed. The time of an inode's last change (ctime)
 is set by the kernel alone: an image that was edited in place cannot have its old one, whatever the clock and `touch`
-say."""
+say. What lies behind URLs is indexed by `remote`, with what is here."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from cache.errors import CacheError
 from cache.manifest import atomic_write
 from stages.errors import DataError
 
@@ -66,26 +67,32 @@ class Index:
 
 def indexed(source: str, on_bad: str, index_file: Path | None) -> tuple[Index, Reader]:
     """The index of a source, from `index_file` while that is still true, and a function that reads a sample."""
-    if "://" in source:
-        raise DataError(
-            f"{source}: sources behind URLs are not built yet in this version; copy the tars and give their path"
-        )
     by_name = source.partition(":")[0] in TORCHVISION and not Path(source).exists()
     files = [] if by_name else _files_of(source)
     read: Reader = _read_torchvision if by_name else _read
     stamps = [_stamp(path) for path in files]
-    header = {"version": INDEX_VERSION, "source": source, "on_bad": on_bad, "files": stamps}
-    kept = _kept(index_file, header)
+    header = header_of(source, on_bad, stamps)
+    kept = kept_index(index_file, header)
     if kept is None:
         _let_the_clock_tick(stamps)
         entries, classes = _found(source, files)
-        kept = _checked(source, entries, classes, read, on_bad)
+        kept = as_index(source, *inspect_all(entries, read, on_bad), classes)
         if changed := [path for path, stamp in zip(files, stamps, strict=True) if _stamp(path) != stamp]:
             raise DataError(f"{changed[0]} was changed while it was read; run again when nothing writes to {source}")
-        if index_file:
-            index_file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(index_file, json.dumps(header | asdict(kept)).encode())
+        keep_index(index_file, header, kept)
     return kept, read
+
+
+def header_of(source: str, on_bad: str, stamps: list[list[Any]]) -> dict[str, Any]:
+    """What an index on disk is true for."""
+    return {"version": INDEX_VERSION, "source": source, "on_bad": on_bad, "files": stamps}
+
+
+def keep_index(index_file: Path | None, header: dict[str, Any], index: Index) -> None:
+    """Write an index for later, if somewhere."""
+    if index_file:
+        index_file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(index_file, json.dumps(header | asdict(index)).encode())
 
 
 def _stamp(path: Path) -> list[Any]:
@@ -104,7 +111,7 @@ def _let_the_clock_tick(stamps: list[list[Any]]) -> None:
         time.sleep((TICK_NS - age) / 1e9)
 
 
-def _kept(index_file: Path | None, header: dict[str, Any]) -> Index | None:
+def kept_index(index_file: Path | None, header: dict[str, Any]) -> Index | None:
     """The index on disk, unless anything it was made from has changed."""
     try:
         values = json.loads(index_file.read_text()) if index_file else {}
@@ -120,13 +127,18 @@ def _found(source: str, files: list[Path]) -> tuple[Iterable[Entry], tuple[str, 
     """The samples of a source, not yet read, and the names of their classes."""
     if not files:
         return _of_torchvision(source)
-    return _of_tars(files) if all(file.suffix == ".tar" for file in files) else _of_folder(Path(source), files)
+    if all(file.suffix == ".tar" for file in files):
+        return [entry for file in files for entry in entries_of_tar(file)], ()
+    return entries_of_folder([file.relative_to(source).as_posix() for file in files], [str(file) for file in files])
 
 
-def _checked(source: str, entries: Iterable[Entry], classes: tuple[str, ...], read: Reader, on_bad: str) -> Index:
-    """Read, hash and decode every sample; what is no image stops the run or is left out, as `on_bad` says."""
+def inspect_all(
+    entries: Iterable[Entry], read: Reader, on_bad: str, threads: int | None = None
+) -> tuple[list[Entry], list[tuple[str, str]]]:
+    """Read, hash and decode every sample: (those that are images, what is none and why). What is none stops the run or
+    is left out, as `on_bad` says."""
     good, skipped = [], []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         for entry, reason in pool.map(lambda entry: _inspect(entry, read), entries):
             if not reason:
                 good.append(entry)
@@ -137,6 +149,13 @@ def _checked(source: str, entries: Iterable[Entry], classes: tuple[str, ...], re
                     f"{_name(entry)} is no readable image ({reason}); remove it, or leave such files out with "
                     "data.on_bad=skip"
                 )
+    return good, skipped
+
+
+def as_index(
+    source: str, good: list[Entry], skipped: list[tuple[str, str]], classes: tuple[str, ...]
+) -> Index:
+    """What was found in a source. Raises DataError where nothing is left of it."""
     if not good and skipped:
         file, reason = skipped[0]
         raise DataError(
@@ -155,6 +174,8 @@ def _inspect(entry: Entry, read: Reader) -> tuple[Entry, str]:
         image = Image.open(io.BytesIO(content))
         image.draft("RGB", (1, 1))  # a JPEG decodes at an eighth of its size, faster and as surely
         image.load()
+    except (CacheError, DataError):  # of a store: nothing is known of the image
+        raise
     except UnidentifiedImageError:
         return entry, "not an image format that Pillow knows"
     except Exception as error:  # on damaged files Pillow's formats raise more than they say
@@ -190,7 +211,7 @@ def _files_of(source: str) -> list[Path]:
         if not files:
             raise DataError(f"{source} is an empty folder; put images into it, or name another with DATA=")
         return files
-    names = [name for pattern in _expand(source) for name in (sorted(glob.glob(pattern)) or [pattern])]
+    names = [name for pattern in expand(source) for name in (sorted(glob.glob(pattern)) or [pattern])]
     if not names:
         raise DataError(f"{source} names no file, its range is empty; write the smaller number first")
     for name in names:
@@ -203,14 +224,14 @@ def _files_of(source: str) -> list[Path]:
     return [Path(name) for name in names]
 
 
-def _expand(source: str) -> list[str]:
+def expand(source: str) -> list[str]:
     """`{000..012}` as WebDataset writes it."""
     match = BRACES.search(source)
     if not match:
         return [source]
     first, last = match.groups()
     numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    return [name for n in numbers for name in _expand(source[: match.start()] + n + source[match.end() :])]
+    return [name for n in numbers for name in expand(source[: match.start()] + n + source[match.end() :])]
 
 
 def _nearest(path: Path) -> str:
@@ -218,23 +239,21 @@ def _nearest(path: Path) -> str:
     return f"{there} exists; give a folder of images, tars, or a torchvision name such as cifar10"
 
 
-def _of_folder(folder: Path, files: list[Path]) -> tuple[list[Entry], tuple[str, ...]]:
+def entries_of_folder(names: list[str], files: list[str]) -> tuple[list[Entry], tuple[str, ...]]:
     """Key: the path inside the folder. Label: the place of its first sub-folder among the sorted names, else -1."""
-    inside = [path.relative_to(folder) for path in files]
-    classes = tuple(sorted({path.parts[0] for path in inside if len(path.parts) > 1}))
+    first = [folder if inside else None for folder, inside, _ in (name.partition("/") for name in names)]
+    classes = tuple(sorted({folder for folder in first if folder is not None}))
     number = {name: label for label, name in enumerate(classes)}
     return [
-        Entry(path.as_posix(), number[path.parts[0]] if len(path.parts) > 1 else -1, str(file))
-        for path, file in zip(inside, files, strict=True)
+        Entry(name, -1 if folder is None else number[folder], file)
+        for name, folder, file in zip(names, first, files, strict=True)
     ], classes
 
 
-def _of_tars(files: list[Path]) -> tuple[list[Entry], tuple[str, ...]]:
-    """Samples in the order of the tars; members that share a name up to its first dot are one sample."""
-    return [entry for file in files for entry in _of_tar(file)], ()
-
-
-def _of_tar(file: Path) -> Iterator[Entry]:
+def entries_of_tar(file: Path, name: str = "") -> Iterator[Entry]:
+    """Samples in the order of a tar; members that share a name up to its first dot are one sample. `name` is what the
+    tar is called, where that is not the path at which it lies now."""
+    called = name or str(file)
     first: dict[str, tarfile.TarInfo] = {}
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, int] = {}
@@ -243,23 +262,23 @@ def _of_tar(file: Path) -> Iterator[Entry]:
             for member in tar:
                 if not member.isfile() or any(part.startswith(".") for part in Path(member.name).parts):
                     continue
-                folder, _, name = member.name.rpartition("/")
-                stem, _, suffix = name.partition(".")
+                folder, _, inside = member.name.rpartition("/")
+                stem, _, suffix = inside.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
                 first.setdefault(key, member)
                 if suffix.lower() in IMAGE_SUFFIXES:
                     if key in images:
-                        raise DataError(f"{file} has two images of key {key}; a key names one image, rename one")
+                        raise DataError(f"{called} has two images of key {key}; a key names one image, rename one")
                     images[key] = member
                 elif suffix == "cls":
-                    labels[key] = _label(tar.extractfile(member), file, member.name)
+                    labels[key] = _label(tar.extractfile(member), called, member.name)
     except tarfile.TarError as error:
-        raise DataError(f"{file} is cut short or no uncompressed tar ({error}); copy it again") from error
+        raise DataError(f"{called} is cut short or no uncompressed tar ({error}); copy it again") from error
     if not _ends(file):
-        raise DataError(f"{file} is cut short, it lacks a tar's end; copy it again")
+        raise DataError(f"{called} is cut short, it lacks a tar's end; copy it again")
     for key, member in first.items():
         member = images.get(key, member)  # what has no image is met as a file that is none
-        yield Entry(key, labels.get(key, -1), str(file), member.offset_data, member.size)
+        yield Entry(key, labels.get(key, -1), called, member.offset_data, member.size)
 
 
 def _ends(file: Path) -> bool:
@@ -269,7 +288,7 @@ def _ends(file: Path) -> bool:
         return not any(content.read())
 
 
-def _label(content: Any, file: Path, name: str) -> int:
+def _label(content: Any, file: str, name: str) -> int:
     text = content.read().decode(errors="replace").strip()
     if not text.isdecimal():
         raise DataError(f"{name} in {file} holds {text[:20]!r}, not the number of a class (0, 1, ...); correct it")

@@ -247,8 +247,9 @@ class CachedFeatures:
             np.copyto(places, grid.transpose(0, 5, 1, 3, 2, 4))
             return images_BCHW
         assert self.images is not None, "a cache without pixels is read beside the images it was made of"
-        for place, row, crop in zip(images_BCHW.numpy(), rows, self.cache.crops(rows, view), strict=True):
-            place[:] = apply_crop(self.images.image(int(row)), Crop(*crop), size).transpose(2, 0, 1)
+        images, crops = self.images.several(rows), self.cache.crops(rows, view)
+        for place, image, crop in zip(images_BCHW.numpy(), images, crops, strict=True):
+            place[:] = apply_crop(image, Crop(*crop), size).transpose(2, 0, 1)
         return images_BCHW
 
     def mask(self, model: MaskedModel, inputs: Inputs) -> MaskedBatch:

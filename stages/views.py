@@ -95,8 +95,7 @@ def image_batch(
     """One view of some rows: uint8 (B, 3, S, S) and the crops, float32 (B, 5)."""
     pixels = np.empty((len(rows), 3, size, size), np.uint8)
     crops = np.empty((len(rows), 5), np.float32)
-    for place, row in enumerate(rows):
-        image = images.image(int(row))
+    for place, (row, image) in enumerate(zip(rows, images.several(rows), strict=True)):
         crop = crop_params(seed, view, images.keys[row], image.height, image.width, data)
         cut = apply_crop(image, crop, size)
         cut = augment(cut, view, images.keys[row]) if augment else cut
@@ -107,7 +106,7 @@ def image_batch(
 
 def centre_batch(images: ImageList, rows: Sequence[int] | np.ndarray, size: int) -> np.ndarray:
     """The evaluation view of some rows: uint8 (B, 3, S, S)."""
-    return np.stack([centre_view(images.image(int(row)), size).transpose(2, 0, 1) for row in rows])
+    return np.stack([centre_view(image, size).transpose(2, 0, 1) for image in images.several(rows)])
 
 
 def token_orders(

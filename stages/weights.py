@@ -1,16 +1,18 @@
-"""Checkpoint files to start from: read without running anything in them, and known by their contents. Stands before
-stage 0. Free of torch until a file is read, so that a call that only decides can ask for a file's digest."""
+"""Checkpoint files to start from, here or behind a URL: read without running anything in them, and known by their
+contents. Stands before stage 0. Free of torch until a file is read, so that a call that only decides can ask for a
+file's digest."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cache.manifest import atomic_write
+from cache.manifest import atomic_write, sha256_of
+from cache.place import blocks_of, describe, is_there, path_or_url, place_of, size_of
 
 if TYPE_CHECKING:
     from models.vit import Encoder
@@ -22,29 +24,46 @@ class WeightsError(ValueError):
     """A checkpoint file that is not there or cannot be read."""
 
 
-def load_weights(encoder: Encoder, path: str) -> list[str]:
-    """Load a checkpoint file into an encoder; returns what was left out or changed, in words.
+def load_weights(encoder: Encoder, path: str, digest: str = "") -> list[str]:
+    """Load a checkpoint file into an encoder; returns what was left out or changed, in words. `digest` is what the
+    content of one behind a URL was known by.
 
-    Raises WeightsError, or ModelError for a key that does not fit.
+    Raises WeightsError, StoreUnreachable, or ModelError for a key that does not fit.
     """
     from models.weights import encoder_state
 
-    state, notes = encoder_state(read_checkpoint(path), encoder.vit, path)
+    state, notes = encoder_state(read_checkpoint(path, digest), encoder.vit, path)
     encoder.vit.load_state_dict(state)
     return notes
 
 
-def read_checkpoint(path: str) -> Mapping[str, Any]:
+def read_checkpoint(path: str, digest: str = "") -> Mapping[str, Any]:
     """What a file holds. torch's own format is read with `weights_only`: no code in it runs. Raises WeightsError."""
+    path = path_or_url(path)
+    _stamp(path)
+    if "://" not in path:
+        return _read(path, path)
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / f"weights{Path(path).suffix}"
+        place = place_of(path)
+        with local.open("wb") as file:
+            for block in blocks_of(place, size_of(place)):
+                file.write(block)
+        if digest and sha256_of(local, 0) != digest:
+            raise WeightsError(f"model.weights={path} was changed since the run began; run again, which takes it anew")
+        return _read(str(local), path)
+
+
+def _read(file: str, path: str) -> Mapping[str, Any]:
+    """The same of a file on disk, which the settings call `path`."""
     import torch
     from safetensors.torch import load_file
 
-    _stamp(path)
     try:
-        if path.endswith(".safetensors"):
-            return load_file(path)
+        if file.endswith(".safetensors"):
+            return load_file(file)
         with torch.serialization.safe_globals([argparse.Namespace]):  # MAE and DINO keep their arguments in one
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # on a file that is none, pickle raises more than it says
         reason = " ".join(f"{type(error).__name__} {error}".split())[:200]  # some say nothing but a number
         raise WeightsError(
@@ -64,13 +83,14 @@ def weights_digest(path: str, index_file: Path | None) -> str:
         kept = json.loads(index_file.read_text()) if index_file else {}
     except (OSError, json.JSONDecodeError):
         kept = {}
-    if kept.get("path") == str(Path(path).absolute()) and not Path(path).exists():
+    path = path_or_url(path)
+    place = place_of(path)
+    if kept.get("path") == _name(path) and not is_there(place):
         return str(kept["sha256"])
     stamp = _stamp(path)
     if kept.items() >= stamp.items():
         return str(kept["sha256"])
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_of(place, int(stamp["size"]))
     if index_file:
         atomic_write(index_file, json.dumps(stamp | {"sha256": found}).encode())
     return found
@@ -78,6 +98,8 @@ def weights_digest(path: str, index_file: Path | None) -> str:
 
 def _stamp(path: str) -> dict[str, str | int]:
     """By what a file is known again; WeightsError when there is none of a known kind."""
+    if "://" in path:
+        return _stamp_of_object(path)
     file = Path(path)
     if not file.is_file():
         kind = "a folder" if file.is_dir() else "no file"
@@ -86,3 +108,17 @@ def _stamp(path: str) -> dict[str, str | int]:
         raise WeightsError(f"model.weights={path} is none of {', '.join(SUFFIXES)}; save the state as one of them")
     stat = file.stat()
     return {"path": str(file.absolute()), "size": stat.st_size, "time": stat.st_mtime_ns}
+
+
+def _stamp_of_object(path: str) -> dict[str, str | int]:
+    found = describe(place_of(path))
+    if found is None:
+        raise WeightsError(f"model.weights={path} is no file; give a checkpoint file ({', '.join(SUFFIXES)})")
+    if Path(path).suffix not in SUFFIXES:
+        raise WeightsError(f"model.weights={path} is none of {', '.join(SUFFIXES)}; save the state as one of them")
+    return {"path": path, "size": found[0], "version": found[1]}
+
+
+def _name(path: str) -> str:
+    """What the index calls a file."""
+    return path if "://" in path else str(Path(path).absolute())

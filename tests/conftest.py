@@ -18,7 +18,9 @@ import pytest
 from beartype import beartype
 from jaxtyping import Shaped, jaxtyped
 
-from tests.object_store import ObjectStore
+from cache.patience import use_store
+from tests.faulty import THROUGH_PROXY, FaultyStore
+from tests.object_store import IMPATIENT, ObjectStore
 
 SUFFIX = re.compile(r"[a-z0-9]_([A-Z]+)$")
 
@@ -78,5 +80,24 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectSto
         for name, value in store.environment.items():
             patch.setenv(name, value)
         store.start()
+        use_store(IMPATIENT)
         yield store
         store.stop()
+
+
+@pytest.fixture(scope="session")
+def proxy(object_store: ObjectStore) -> Iterator[FaultyStore]:
+    """A proxy in front of the object store."""
+    proxy = FaultyStore(object_store)
+    yield proxy
+    proxy.stop()
+
+
+@pytest.fixture
+def faulty(proxy: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyStore]:
+    """The proxy, without a fault, which the environment names instead of the store."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    proxy.faults, _ = [], proxy.seen.clear()
+    use_store(THROUGH_PROXY)
+    yield proxy
+    use_store(IMPATIENT)

@@ -13,9 +13,12 @@ from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
+from cache.patience import StoreConfig
 from cache.place import place_of
 
 KEY, SECRET = "permafrost", "not-a-secret"
+IMPATIENT = StoreConfig(retries=1, wait=0.01, timeout=20.0)
+"""What a store fails to answer is asked again, but tests do not wait for it."""
 
 
 @dataclass
@@ -44,7 +47,6 @@ class ObjectStore:
             "AWS_SECRET_ACCESS_KEY": SECRET,
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_MAX_ATTEMPTS": "2",
         }
 
     def url(self, path: Path) -> str:

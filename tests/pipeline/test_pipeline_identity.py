@@ -116,6 +116,15 @@ def moved_images(world: World) -> bool:
     return world._replace(images=world.images.rename(world.images.with_name("elsewhere"))).spec() != before
 
 
+def moved_to_a_store(world: World) -> bool:
+    """Any store: the list of images, which the fingerprint covers, is made alike for all."""
+    import fsspec
+
+    before = world.spec()
+    fsspec.filesystem("memory").put(str(world.images), "/moved", recursive=True)
+    return world.spec(**{"data.source": "memory://moved"}) != before
+
+
 def moved_caches(world: World) -> bool:
     """In a whole run: is the cache current where it was moved to?"""
     store = world.root.with_name("store")
@@ -153,6 +162,8 @@ CHANGES: dict[str, Callable[[World], bool]] = {
     "an image edited in place, its size and time put back": edit(edit_in_place),
     "an image touched": edit(lambda world: os.utime(world.images / "a/4.png")),
     "the folder of images moved": moved_images,
+    "the folder of images moved to a store": moved_to_a_store,
+    "local copies of images in a store": setting(data__cache_gb=0.0),
     "precision of the frozen blocks": setting(train__precision="bfloat16"),
     "codec": setting(cache__codec="bfloat16"),
     "codec of later cuts, for the first": setting(cache__later_codec="int8"),

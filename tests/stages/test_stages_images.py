@@ -187,10 +187,6 @@ def test_an_empty_tar_has_no_images(tmp_path, pack) -> None:
 # --- names and URLs ---------------------------------------------------------------------------------------------------
 
 
-def test_urls_are_not_built_yet() -> None:
-    assert "s3://bucket/a.tar" in refusal("s3://bucket/a.tar") and "not built yet" in refusal("s3://bucket/a.tar")
-
-
 @pytest.fixture
 def cifar(monkeypatch, tmp_path) -> Path:
     """A torchvision data set as it lies on disk after a download, of four random images per part."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 from dataclasses import replace
@@ -100,8 +101,8 @@ def test_a_file_is_its_content_and_is_read_once(
     assert weights_digest(str(moved), None) == digest
     assert weights_digest(str(moved), index) == digest
     reads: list[str] = []
-    plain = module.hashlib.file_digest
-    monkeypatch.setattr(module.hashlib, "file_digest", lambda file, how: reads.append(how) or plain(file, how))
+    plain = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, how: reads.append(how) or plain(file, how))
     assert weights_digest(str(moved), index) == digest and reads == []
     os.utime(moved, ns=(1, 1))
     assert weights_digest(str(moved), index) == digest and reads == ["sha256"]
