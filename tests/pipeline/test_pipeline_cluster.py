@@ -16,7 +16,6 @@ from cache.errors import MissingCache
 from cache.layout import Layout
 from cache.verify import verify_cache
 from models.config import ModelConfig
-from models.spec import FeatureSpec
 from models.vit import ALL, build_encoder, frozen_hash
 from pipeline.cluster import chosen, on_gpus, task_runner
 from pipeline.config import ClusterConfig, ConfigError
@@ -28,7 +27,7 @@ from stages.images import open_data
 from stages.mend import mend
 from stages.scores import features, score
 from stages.spread import spread_features
-from stages.views import view_transform_id
+from tests.encoding import encode_job, tiny_spec
 from tests.pipeline import workers
 from tests.pipeline.workers import cluster_of, files, instead, until
 
@@ -40,42 +39,8 @@ CUT, SHARDS = 2, 12
 
 
 def job(folder: Path, weights: str) -> EncodeJob:
-    spec = FeatureSpec(
-        model="vit_tiny_patch16_224",
-        image_size=16,
-        patch_size=4,
-        width=24,
-        depth=4,
-        heads=2,
-        weights=frozen_hash(ENCODER.vit.state_dict(), CUT),
-        cut=CUT,
-        groups=4,
-        mask_ratio=0.75,
-        mask_block=1,
-        views=2,
-        view_transform=view_transform_id(DATA, 16),
-        data=IMAGES.digest,
-        seed=5,
-        dtype="float32",
-        codec="float16",
-        pixels=False,
-        parent="",
-        version=1,
-    )
-    layout = Layout(spec, len(IMAGES), shard_rows=4)
-    places = {"folder": str(folder), "index_folder": str(folder.parent / "index"), "weights": weights}
-    return EncodeJob(
-        **places,
-        layout=layout,
-        model=MODEL,
-        data=DATA,
-        parent=None,
-        parent_cut=0,
-        batch=4,
-        device="cpu",
-        threads=1,
-        loader_threads=1,
-    )
+    spec = tiny_spec(IMAGES, DATA, frozen_hash(ENCODER.vit.state_dict(), CUT), CUT)
+    return encode_job(folder, Layout(spec, len(IMAGES), shard_rows=4), MODEL, DATA, weights, batch=4)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,12 @@ from cache.layout import Layout
 from cache.manifest import read_manifest
 from cache.verify import drop_damaged, verify_cache
 from models.config import ModelConfig
-from models.spec import FeatureSpec
 from models.vit import Encoder, build_encoder, frozen_hash
 from stages import encode
 from stages.config import DataConfig
 from stages.encode import EncodeJob, build
 from stages.images import ImageList, open_images
-from stages.views import view_transform_id
+from tests.encoding import encode_job, tiny_spec
 
 MODEL = ModelConfig(image_size=16, patch_size=4, width=24, depth=4, heads=2)
 NAMES = [f"{name}.png" for name in ("a", "c", "e", "g", "i", "k", "m")]
@@ -74,43 +72,11 @@ def make(encoder: Encoder, weights: Path) -> Callable[..., Path]:
         images: ImageList = open_images(data.source)
         held = read_manifest(parent) if parent else None
         backend, told = changes.pop("backend", "zarr"), changes.pop("told", [])
-        spec = FeatureSpec(
-            model="vit_tiny_patch16_224",
-            image_size=16,
-            patch_size=4,
-            width=24,
-            depth=4,
-            heads=2,
-            weights=frozen_hash(encoder.vit.state_dict(), cut),
-            cut=cut,
-            groups=2,
-            mask_ratio=0.75,
-            mask_block=1,
-            views=2,
-            view_transform=view_transform_id(data, 16),
-            data=images.digest,
-            seed=5,
-            dtype="float32",
-            codec="float16",
-            pixels=True,
-            parent=held.fingerprint if held else "",
-            version=1,
-        )
-        spec = replace(spec, **changes)
-        job = EncodeJob(
-            folder=str(folder),
-            layout=Layout(spec, len(images), shard_rows=3, backend=backend),
-            weights=str(weights),
-            model=MODEL,
-            data=data,
-            index_folder=str(folder.parent / f"index-{folder.name}"),
-            parent=str(parent) if parent else None,
-            parent_cut=held.spec.cut if held else 0,
-            batch=1,
-            device="cpu",
-            threads=1,
-            loader_threads=1,
-        )
+        settled = {"groups": 2, "pixels": True, "parent": held.fingerprint if held else ""}
+        spec = tiny_spec(images, data, frozen_hash(encoder.vit.state_dict(), cut), cut, **(settled | changes))
+        layout = Layout(spec, len(images), shard_rows=3, backend=backend)
+        index = str(folder.parent / f"index-{folder.name}")
+        job = encode_job(folder, layout, MODEL, data, weights, batch=1, parent=parent, index_folder=index)
 
         def serial(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[Any]:
             return map(function, tasks)

@@ -17,14 +17,14 @@ from cache.errors import CacheError, StaleCache, Unrepresentable
 from cache.layout import Layout, Shard
 from models.config import ModelConfig
 from models.mim import raster_order
-from models.spec import FeatureSpec
 from models.targets import normalize_images, patchify
 from models.vit import Encoder, build_encoder, frozen_hash
 from stages import encode
 from stages.config import DataConfig
 from stages.encode import EncodeJob, build, encode_shard
 from stages.images import open_data
-from stages.views import image_batch, view_transform_id
+from stages.views import image_batch
+from tests.encoding import encode_job, tiny_spec
 
 MODEL = ModelConfig(image_size=16, patch_size=4, width=24, depth=4, heads=2)
 DATA = DataConfig(limit=30)
@@ -48,43 +48,10 @@ def weights(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job(folder: Path, weights: Path, encoder: Encoder, cut: int, groups: int, parent: Path | None = None) -> EncodeJob:
-    manifest = open_cache(parent).manifest if parent else None
-    spec = FeatureSpec(
-        model="vit_tiny_patch16_224",
-        image_size=16,
-        patch_size=4,
-        width=24,
-        depth=4,
-        heads=2,
-        weights=frozen_hash(encoder.vit.state_dict(), cut),
-        cut=cut,
-        groups=groups,
-        mask_ratio=0.75,
-        mask_block=1,
-        views=2,
-        view_transform=view_transform_id(DATA, 16),
-        data=IMAGES.digest,
-        seed=5,
-        dtype="float32",
-        codec="float16",
-        pixels=True,
-        parent=manifest.fingerprint if manifest else "",
-        version=1,
-    )
-    return EncodeJob(
-        folder=str(folder),
-        layout=Layout(spec, len(IMAGES), shard_rows=12),
-        weights=str(weights),
-        model=MODEL,
-        data=DATA,
-        index_folder=str(folder.parent / "index"),
-        parent=str(parent) if parent else None,
-        parent_cut=manifest.spec.cut if manifest else 0,
-        batch=5,
-        device="cpu",
-        threads=1,
-        loader_threads=1,
-    )
+    continued = open_cache(parent).manifest.fingerprint if parent else ""
+    weights_hash = frozen_hash(encoder.vit.state_dict(), cut)
+    spec = tiny_spec(IMAGES, DATA, weights_hash, cut, groups=groups, pixels=True, parent=continued)
+    return encode_job(folder, Layout(spec, len(IMAGES), shard_rows=12), MODEL, DATA, weights, batch=5, parent=parent)
 
 
 def built(one: EncodeJob) -> Path:

@@ -18,12 +18,11 @@ from cache import open_cache
 from cache.layout import Layout, Shard
 from models.classifier import Classifier, build_classifier
 from models.config import ModelConfig
-from models.spec import FeatureSpec
 from models.targets import normalize_images
 from models.vit import build_encoder, frozen_hash
 from stages.augment import augmenter
 from stages.config import DataConfig, FinetuneConfig, TrainConfig
-from stages.encode import EncodeJob, build
+from stages.encode import build
 from stages.errors import DataError
 from stages.finetune import (
     CachedPrefix,
@@ -43,6 +42,7 @@ from stages.optim import build_adamw
 from stages.segment import Segment
 from stages.train import train_step
 from stages.views import centre_view, image_batch, view_transform_id
+from tests.encoding import encode_job, tiny_spec
 
 MODEL = ModelConfig(image_size=16, patch_size=4, width=24, depth=4, heads=2)
 DATA = DataConfig(limit=30)
@@ -154,44 +154,12 @@ def prefix_cache(folder: Path, model: Classifier, rand_augment: float = 0.0, **s
     folder.mkdir(parents=True)
     save_file(state, folder / "model.safetensors")
     config = replace(MODEL, **settings)
-    spec = FeatureSpec(
-        model="vit_tiny_patch16_224",
-        image_size=16,
-        patch_size=4,
-        width=24,
-        depth=4,
-        heads=2,
-        weights=frozen_hash(state, model.cut),
-        cut=model.cut,
-        groups=1,
-        mask_ratio=0.0,
-        views=2,
-        view_transform=view_transform_id(DATA, 16, rand_augment),
-        data=IMAGES.digest,
-        seed=5,
-        dtype="float32",
-        codec="float16",
-        pixels=False,
-        parent="",
-        version=1,
-        mask_block=1,
-        prefix=model.encoder.num_prefix,
-    )
-    job = EncodeJob(
-        folder=str(folder / "cache"),
-        layout=Layout(spec, len(IMAGES), 12),
-        weights=str(folder / "model.safetensors"),
-        model=config,
-        data=DATA,
-        index_folder=str(folder / "index"),
-        parent=None,
-        parent_cut=0,
-        batch=5,
-        device="cpu",
-        threads=1,
-        loader_threads=2,
-        rand_augment=rand_augment,
-    )
+    mode = {"groups": 1, "mask_ratio": 0.0, "view_transform": view_transform_id(DATA, 16, rand_augment)}
+    spec = tiny_spec(IMAGES, DATA, frozen_hash(state, model.cut), model.cut, **mode, prefix=model.encoder.num_prefix)
+    weights = folder / "model.safetensors"
+    layout = Layout(spec, len(IMAGES), 12)
+    more = {"loader_threads": 2, "rand_augment": rand_augment}
+    job = encode_job(folder / "cache", layout, config, DATA, weights, batch=5, **more)
     assert list(build(job, IMAGES, serial))[-1] == (6, 6)
     return folder / "cache"
 

@@ -17,7 +17,6 @@ from cache.layout import Layout, Shard
 from cache.manifest import read_manifest
 from cache.verify import verify_cache
 from models.config import ModelConfig
-from models.spec import FeatureSpec
 from models.vit import Encoder, build_encoder, frozen_hash
 from stages import encode, index
 from stages.config import DataConfig
@@ -26,6 +25,7 @@ from stages.errors import DataError
 from stages.images import ImageList, open_data, open_images
 from stages.mend import mend
 from tests.cache.conftest import files_of
+from tests.encoding import encode_job, tiny_spec
 
 MODEL = ModelConfig(image_size=16, patch_size=4, width=24, depth=3, heads=2)
 
@@ -55,42 +55,9 @@ def images(source: Path, tmp_path: Path) -> ImageList:
 def job(tmp_path: Path, source: Path, images: ImageList, encoder: Encoder) -> EncodeJob:
     weights = tmp_path / "model.safetensors"
     save_file(encoder.vit.state_dict(), weights)
-    spec = FeatureSpec(
-        model="vit_tiny_patch16_224",
-        image_size=16,
-        patch_size=4,
-        width=24,
-        depth=3,
-        heads=2,
-        weights=frozen_hash(encoder.vit.state_dict(), 1),
-        cut=1,
-        groups=4,
-        mask_ratio=0.75,
-        mask_block=1,
-        views=2,
-        view_transform="crop",
-        data=images.digest,
-        seed=5,
-        dtype="float32",
-        codec="float16",
-        pixels=True,
-        parent="",
-        version=1,
-    )
-    return EncodeJob(
-        folder=str(tmp_path / "cache"),
-        layout=Layout(spec, len(images), shard_rows=6),
-        weights=str(weights),
-        model=MODEL,
-        data=data_of(source),
-        index_folder=str(tmp_path / "index"),
-        parent=None,
-        parent_cut=0,
-        batch=4,
-        device="cpu",
-        threads=1,
-        loader_threads=1,
-    )
+    data, blocks = data_of(source), frozen_hash(encoder.vit.state_dict(), 1)
+    spec = tiny_spec(images, data, blocks, 1, depth=3, pixels=True, view_transform="crop")
+    return encode_job(tmp_path / "cache", Layout(spec, len(images), shard_rows=6), MODEL, data, weights, batch=4)
 
 
 def child_of(job: EncodeJob, encoder: Encoder, name: str = "child") -> EncodeJob:

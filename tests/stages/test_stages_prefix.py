@@ -12,17 +12,17 @@ from safetensors.torch import save_file
 from cache import open_cache
 from cache.layout import Layout
 from models.config import DecoderConfig, HeadSpec, MaskConfig, ModelConfig
-from models.spec import FeatureSpec
 from models.targets import normalize_images
 from models.vit import Encoder, build_encoder, frozen_hash
 from stages.config import DataConfig, TrainConfig
-from stages.encode import EncodeJob, build
+from stages.encode import build
 from stages.images import open_data
 from stages.optim import PREFIX, build_adamw, layer_of, parameter_groups
 from stages.segment import Segment
 from stages.sources import CachedFeatures, LiveFeatures, LiveImages, Sampling
 from stages.train import Build, build_model, train_step
-from stages.views import image_batch, view_transform_id
+from stages.views import image_batch
+from tests.encoding import encode_job, tiny_spec
 
 MODEL = ModelConfig(image_size=16, patch_size=4, width=24, depth=4, heads=2, class_token=True, registers=1)
 DATA = DataConfig(limit=24)
@@ -51,18 +51,9 @@ def weights(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def built(folder: Path, weights: Path, encoder: Encoder, cut: int, groups: int, parent: Path | None = None) -> Path:
-    manifest = open_cache(parent).manifest if parent else None
-    spec = FeatureSpec(
-        model="vit_tiny_patch16_224", image_size=16, patch_size=4, width=24, depth=4, heads=2,
-        weights=frozen_hash(encoder.vit.state_dict(), cut), cut=cut, groups=groups, mask_ratio=0.75, mask_block=1,
-        views=2, view_transform=view_transform_id(DATA, 16), data=IMAGES.digest, seed=5, dtype="float32",
-        codec="float16", pixels=True, parent=manifest.fingerprint if manifest else "", version=1, prefix=2,
-    )  # fmt: skip
-    job = EncodeJob(
-        folder=str(folder), layout=Layout(spec, len(IMAGES), shard_rows=10), weights=str(weights), model=MODEL,
-        data=DATA, index_folder=str(folder.parent / "index"), parent=str(parent) if parent else None,
-        parent_cut=manifest.spec.cut if manifest else 0, batch=4, device="cpu", threads=1, loader_threads=1,
-    )  # fmt: skip
+    mode = {"groups": groups, "pixels": True, "parent": open_cache(parent).manifest.fingerprint if parent else ""}
+    spec = tiny_spec(IMAGES, DATA, frozen_hash(encoder.vit.state_dict(), cut), cut, **mode, prefix=2)
+    job = encode_job(folder, Layout(spec, len(IMAGES), shard_rows=10), MODEL, DATA, weights, batch=4, parent=parent)
     assert list(build(job, IMAGES, map))[-1] == (6, 6)
     return folder
 
