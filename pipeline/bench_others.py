@@ -136,7 +136,8 @@ class PeerFailed(RuntimeError):
 def peer(name: str, features: Path, setting: Setting, python: Path) -> Iterator[Callable[[str], float]]:
     """A running peer: a function that sends a command and gives its seconds. PeerFailed."""
     words = [name, features, setting.folder / name, setting.config.threads, setting.config.batch]
-    command = [str(python), peers.__file__, *map(str, words)]
+    # -P: this folder's modules, profile.py among them, must not stand before the standard library's
+    command = [str(python), "-P", peers.__file__, *map(str, words)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:

@@ -4,6 +4,7 @@ dependency of any test."""
 from __future__ import annotations
 
 import json
+import profile
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -81,6 +82,22 @@ def test_a_peer_that_cannot_run_is_named_and_left_out(
     with ExitStack() as stack:
         assert bench_others.foreign(setting, stack) == {}
     assert "without litdata: ModuleNotFoundError" in capsys.readouterr().out
+
+
+def test_a_peer_gets_the_standard_librarys_modules_and_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "litdata").mkdir()
+    (tmp_path / "litdata" / "__init__.py").write_text("import profile\nraise ImportError(profile.__file__)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    np.save(tmp_path / "features.npy", np.zeros((2, 3, 4), np.float16))
+    setting = Setting(np.zeros((2, 3, 4), np.float32), tmp_path, BenchConfig())
+    with (
+        bench_others.peer("litdata", tmp_path / "features.npy", setting, Path(sys.executable)) as ask,
+        pytest.raises(PeerFailed) as failed,
+    ):
+        ask("write")
+    assert str(failed.value) == f"ImportError: {profile.__file__}"
 
 
 def test_the_benchmark_runs_on_a_few_rows_without_the_peers(
