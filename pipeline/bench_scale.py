@@ -1,21 +1,25 @@
 """What a cluster of any size would ask of Dask, of the manifest and of the computer that a build is started from:
 workers that sleep where the frozen blocks would run, and write real shards, receipts and a real manifest, tiny ones.
 All of them live in this process, so that what is called overhead is the processor time of scheduler, workers and client
-together: `python -m pipeline.bench_scale --workers 1000 --shards 100000`. Beside the other benchmarks."""
+together, without what workers do for themselves: `python -m pipeline.bench_scale --workers 1000 --shards 100000`."""
 
 from __future__ import annotations
 
 import json
 import logging
+import resource
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import psutil
 import tyro
@@ -30,6 +34,10 @@ from pipeline.config import ClusterConfig
 from pipeline.tasks import Crew
 
 TOKENS, WIDTH = 4, 8
+THREADS = 64
+"""Threads that all workers share. One each would wake a thousand times a second to look whether it has work, and the
+event loop would wait for the interpreter's lock; 64 that sleep 30 ms do 2,000 tasks a second, more than Dask hands out.
+"""
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,11 @@ class Scale:
     workers: int = 50
     """Workers with one thread each."""
     shards: int = 2000
-    """Shards of one row that they make."""
+    """Shards that go through Dask, as tasks that do nothing."""
+    written: int = 0
+    """Of them, those of one row that workers also make, in a build that is stopped half way; 0 is all."""
+    fewer: tuple[int, ...] = ()
+    """Other numbers of workers whose tasks are timed as well, 2,000 each, to see what depends on it."""
     manifest_shards: int = 100_000
     """Shards whose receipts are read and whose manifest is written and read, without Dask."""
     seconds: float = 30.0
@@ -94,14 +106,30 @@ def nothing(task: tuple[str, Layout, Shard, float]) -> Shard:
     return task[2]
 
 
+ELSEWHERE = {
+    "distributed.worker.profile.enabled": False,  # each worker samples its own threads 100 times a second
+    "distributed.admin.tick.interval": "1h",  # each worker looks 50 times a second whether its loop is late
+    "distributed.admin.system-monitor.interval": "1h",  # each worker reads /proc twice a second
+    "distributed.worker.use-file-locking": False,  # each tries the locks of all scratch folders: the square of workers
+    "distributed.scheduler.worker-ttl": None,  # this process may be stopped for minutes, and all workers with it
+}
+"""What a worker does for itself, which in a cluster costs each computer its own and here this process the sum. What
+the scheduler and the client do, and heartbeats, which the scheduler answers, stay."""
+
+
 @contextmanager
 def crew_of(workers: int) -> Iterator[Crew]:
-    """Workers inside this process, driven as those of any cluster are."""
-    with LocalCluster(
+    """Workers inside this process, driven as those of any cluster are. They have no memory limit: of this machine's
+    memory a 300th is less than the process has, and all workers would pause for ever."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a worker here takes 5 to 7 files and sockets
+    with dask.config.set(ELSEWHERE), LocalCluster(
         n_workers=workers,
         threads_per_worker=1,
         processes=False,
         protocol="tcp",
+        memory_limit=None,
+        executor=ThreadPoolExecutor(THREADS),
         silence_logs=logging.ERROR,
         scheduler_kwargs={"dashboard": False},
     ) as cluster:
@@ -112,37 +140,52 @@ def crew_of(workers: int) -> Iterator[Crew]:
 
 def measure(scale: Scale, folder: Path) -> dict[str, Any]:
     """Everything, in seconds and bytes. A build is stopped half way, resumed and finished."""
-    layout, found = layout_of(scale.shards), dict[str, Any]()
-    rows = np.arange(scale.shards)
+    shards, found = scale.written or scale.shards, dict[str, Any]()
+    layout = layout_of(shards)
     with timed(found, "create_seconds"):
-        keys = [f"{row:09d}" for row in range(scale.shards)]
-        create_store(folder, layout, rows, keys, np.zeros((scale.shards, 32), np.uint8))
+        keys = [f"{row:09d}" for row in range(shards)]
+        create_store(folder, layout, np.arange(shards), keys, np.zeros((shards, 32), np.uint8))
     sleep = scale.seconds * scale.shrink
     tasks = [(str(folder), layout, shard, sleep) for shard in layout.shards]
     found["write_seconds_per_shard"] = written_alone(tasks[:200])
+    found["overhead_by_workers"] = {count: alone(count, tasks) for count in scale.fewer}
     found["memory_before"] = memory()
     with timed(found, "start_seconds"), crew_of(scale.workers) as crew:
         until_all_are_there(crew, scale.workers)
         found["memory_with_workers"] = memory()
-        some = min(scale.shards, 10_000)
-        before = time.process_time()
-        with timed(found, "round_seconds_per_shard", some):
-            for _ in crew(nothing, iter(tasks[:some])):
-                pass
-        found["overhead_seconds_per_shard"] = (time.process_time() - before) / some
-        found |= at_once(crew, tasks[: min(some, 5_000)])
+        with timed(found, "round_seconds"):
+            found["overhead_seconds_per_shard"] = overhead(crew, tasks, scale.shards)
+        found["memory_after_round"] = memory()
+        found |= at_once(crew, tasks[:5_000])
         with timed(found, "build_seconds"):
-            half = scale.shards // 2
+            half = shards // 2
             found["memory_by_tenth"] = built(crew, tasks[200:half])
             with timed(found, "resume_seconds"):
                 missing = missing_shards(folder, layout, crew)
-            assert len(missing) == scale.shards - half, "what is there is not made again"
+            assert len(missing) == shards - half, "what is there is not made again"
             rest = [(str(folder), layout, shard, sleep) for shard in missing]
             found["memory_by_tenth"] += built(crew, rest)
-        found["ideal_seconds"] = (scale.shards - 200) * sleep / scale.workers
+        found["ideal_seconds"] = (shards - 200) * sleep / scale.workers
     with timed(found, "finish_seconds"):
         finish(folder, layout)
     return found | manifest_of(scale.manifest_shards, folder.with_name("many"))
+
+
+def alone(workers: int, tasks: list[tuple[str, Layout, Shard, float]]) -> float:
+    """`overhead` of 2,000 tasks on so many workers."""
+    with crew_of(workers) as crew:
+        until_all_are_there(crew, workers)
+        return overhead(crew, tasks, 2_000)
+
+
+def overhead(crew: Crew, tasks: list[tuple[str, Layout, Shard, float]], count: int) -> float:
+    """Seconds of a processor for each of so many tasks that do nothing, of scheduler, workers and client together."""
+    before, tenth = time.process_time(), max(1, count // 10)
+    for done, _ in enumerate(crew(nothing, islice(cycle(tasks), count)), start=1):
+        if done % tenth == 0:  # what is there if the rest takes too long
+            spent = 1e3 * (time.process_time() - before) / done
+            print(f"{done} tasks: {spent:.2f} ms each, {memory() / 1e6:.0f} MB", file=sys.stderr, flush=True)
+    return (time.process_time() - before) / count
 
 
 def manifest_of(shards: int, folder: Path) -> dict[str, Any]:
@@ -223,8 +266,10 @@ def told(scale: Scale, found: dict[str, Any]) -> list[str]:
     memory = f"{mega['memory_before']:.0f} MB before, {mega['memory_with_workers']:.0f} MB with workers"
     waiting = found["waiting_bytes_per_task"]
     return [
-        f"{scale.workers} workers in this process, {scale.shards} shards, asleep {scale.seconds * scale.shrink:.3f} s",
+        f"{scale.workers} workers in this process, {scale.shards} shards, {scale.written or scale.shards} written, "
+        f"asleep {scale.seconds * scale.shrink:.3f} s",
         f"measured: scheduler, worker and client take {1e3 * overhead:.2f} ms of a processor a shard",
+        *(f"measured: with {n} workers {1e3 * s:.2f} ms" for n, s in found["overhead_by_workers"].items()),
         f"measured: writing a tiny shard takes {1e3 * found['write_seconds_per_shard']:.2f} ms",
         f"measured: the build took {found['build_seconds']:.0f} s, of which asleep {found['ideal_seconds']:.0f} s",
         f"measured: memory {memory}, after each tenth {', '.join(f'{value / 1e6:.0f}' for value in tenths)} MB",
