@@ -21,7 +21,7 @@ from pipeline.layout import RunPaths
 from pipeline.outcome import Row, claims, lines, table_md, with_control
 from pipeline.pool import part_key
 from pipeline.studies import STUDIES, Study, Variant, row, study
-from pipeline.study_figure import mean_curve
+from pipeline.study_figure import drawn, mean_curve
 from stages.schedule import plan_stages
 from tests.pipeline.toy import TOY, StopAfter, job, same, toy, weights
 
@@ -347,6 +347,13 @@ def test_only_seeds_that_both_have_finished_are_paired() -> None:
     near = lines(asked, unfinished)[1]
     assert near.seeds == (0, 1) and near.control["knn_top1"].seeds == 2
     assert "- near, seed 2: failed: it broke" in table_md(asked, "q", [], lines(asked, unfinished), unfinished)
+
+
+def test_a_figure_has_no_empty_rows_for_what_has_not_run() -> None:
+    asked, rows = three_seeds()
+    found = lines(asked, [row for row in rows if row.variant != "near"])
+    assert [line.variant for line in drawn(found)] == ["e2e", "far"]
+    assert [line.variant for line in drawn(lines(asked, []))] == ["e2e", "near", "far"]
 
 
 def test_the_curve_of_seeds_is_their_mean_point_by_point() -> None:
