@@ -125,8 +125,8 @@ def moments(given_NLD: np.ndarray, rounded: Rounded, codec: str) -> np.ndarray:
     A token's sums are float32 (relative error about 1e-7), those over tokens float64. einsum, unlike dot products,
     calls no BLAS, whose threads and whose order of summation depend on the machine.
     """
-    room, error_NLD = _room("stored", given_NLD.shape), _room("error", given_NLD.shape).numpy()
-    stored_NLD = restore(rounded.values_NLD, codec, rounded.scale_NLK, room).numpy()
+    stored, error_NLD = room("stored", given_NLD.shape), room("error", given_NLD.shape).numpy()
+    stored_NLD = restore(rounded.values_NLD, codec, rounded.scale_NLK, stored).numpy()
     np.subtract(stored_NLD, given_NLD, out=error_NLD)
     peaks_N = _peaks(stored_NLD)
     found_N6 = _sums(stored_NLD, error_NLD, given_NLD)
@@ -149,9 +149,9 @@ def _sums(stored_NLD: np.ndarray, error_NLD: np.ndarray, given_NLD: np.ndarray) 
 _LOCAL = threading.local()
 
 
-def _room(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """float32 memory of a thread's own, used again and again: the kernel takes as long to hand out new pages as the
-    arithmetic on them does."""
+def room(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """float32 memory of a thread's own by name, used again and again: the kernel takes as long to hand out new pages as
+    the arithmetic on them does."""
     held: dict[str, torch.Tensor] = _LOCAL.__dict__
     if name not in held or held[name].shape != shape:
         held[name] = torch.empty(shape)

@@ -63,19 +63,6 @@ class RowBlock:
     prefix_NSD: np.ndarray | None = None
     """float32, the prefix of every group, group after group; where the model has one only."""
 
-    @classmethod
-    def join(cls, blocks: Sequence[RowBlock]) -> RowBlock:
-        """One block of all rows, in order."""
-
-        def stack(name: str) -> np.ndarray | None:
-            parts = [getattr(block, name) for block in blocks]
-            return None if parts[0] is None else np.concatenate(parts)
-
-        keys = tuple(chain.from_iterable(block.keys for block in blocks))
-        features, crops = stack("features_NLD"), stack("crop_N5")
-        assert features is not None and crops is not None
-        return cls(features, crops, keys, stack("token_ids_NL"), stack("pixels_NLP"), stack("prefix_NSD"))
-
 
 @dataclass(frozen=True)
 class ErrorLimit:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -228,6 +228,14 @@ class DecoderConfig:
     share: float = 1.0
     """Share of the hidden tokens that is decoded and scored, drawn afresh at every step: 1, 0.5 or 0.25 for instance.
     Less makes the decoder cheaper, which otherwise bounds what skipping frozen blocks can save."""
+    carry: bool = True
+    """Whether stages after the first go on with the decoders of the stage before. false: each begins with new ones, of
+    all heads, and the optimiser remembers nothing of them; arms that freeze do so where their stages begin."""
+
+    def inputs(self, later: bool = False) -> dict[str, Any]:
+        """What training depends on, by the setting's name. later: after stage 0, which has no decoder to carry over."""
+        named = {f"decoder.{name}": value for name, value in asdict(self).items() if name != "carry"}
+        return named | ({"decoder.carry": False} if later and not self.carry else {})
 
     def sizes(self, encoder_width: int) -> tuple[int, int]:
         """(width, heads) beside an encoder of a width."""

@@ -62,8 +62,14 @@ def build_head(spec: HeadSpec, config: DecoderConfig, encoder: Encoder, patch: i
 
 
 def build_heads(
-    specs: tuple[HeadSpec, ...], config: DecoderConfig, encoder: Encoder, patch: int, seed: int
+    specs: tuple[HeadSpec, ...], config: DecoderConfig, encoder: Encoder, patch: int, seed: int, stage: int = 0
 ) -> list[Head]:
-    """The heads that are asked for. The one at the encoder's end has the same weights whatever stands before it."""
+    """The heads that are asked for. The one at the encoder's end has the same weights whatever stands before it.
+
+    stage: the stage that they are drawn for; others where each begins with new ones.
+    """
+    drawn: tuple[str | int, ...] = ("stage", stage) if stage else ()
     parts = [("decoder",) if spec.block == encoder.depth else ("decoder", spec.block) for spec in specs]
-    return [build_head(spec, config, encoder, patch, seed, *part) for spec, part in zip(specs, parts, strict=True)]
+    return [
+        build_head(spec, config, encoder, patch, seed, *part, *drawn) for spec, part in zip(specs, parts, strict=True)
+    ]

@@ -14,7 +14,7 @@ from cache.manifest import atomic_write
 from models.config import TeacherConfig
 from pipeline.bench_cache import bench_cache
 from pipeline.bench_encode import bench_encode
-from pipeline.bench_step import bench_steps, profile_steps
+from pipeline.bench_step import bench_steps, kernel_bounds, profile_steps
 from pipeline.checks import check
 from pipeline.config import ConfigError
 from pipeline.decide import Wanted
@@ -35,6 +35,7 @@ def run_bench(job: Job) -> None:
     with at_work(job) as desk:
         found: dict[str, Any] = {"arms": bench_arms(desk), "steps": bench_steps(desk.wanted)}
         found["parts"] = profile_steps(desk.wanted)
+        found["kernel_bounds"] = bench_bounds(desk.wanted, found)
         found["methods"] = bench_methods(desk.wanted)
         found["cache"] = bench_cache(job.config.bench, job.paths.root)
         found["cache"]["encode"] = bench_encode(desk)
@@ -67,6 +68,19 @@ def bench_arms(desk: Desk) -> list[dict[str, Any]]:
     for line in told:
         console().print(line)
     return found
+
+
+def bench_bounds(wanted: Wanted, found: dict[str, Any]) -> dict[int, list[float]]:
+    """The speed-up at each cut beside what FLOPs, and the kernels as fast as they are, would give."""
+    bounds = kernel_bounds(wanted, found["parts"])
+    rows = table("cut", "cached / e2e", "FLOP bound", "kernels' bound", "of the kernels' bound")
+    for arms in found["arms"]:
+        speed = statistics.median(ratios(arms["images_per_second"], "cached", "e2e"))
+        bound = bounds[arms["cut"]]
+        share = f"{speed / statistics.median(bound):.2f}"
+        rows.add_row(str(arms["cut"]), f"{speed:.2f}", f"{arms['flop_bound']:.2f}", spread(bound), share)
+    console().print(rows)
+    return bounds
 
 
 def bounding(rates: Rates) -> str:

@@ -22,12 +22,13 @@ from stages.device import autocast
 from stages.encode import EncodeJob, Load, Part, encode_shard, frozen_encoder, frozen_forward, loader
 
 THREADS = 2
-"""Of a worker: one runs the frozen blocks while the other writes what they gave before."""
+"""Of a worker: one runs the frozen blocks while the other writes what they gave before, or runs them too."""
 
 
 def bench_encode(desk: Desk) -> dict[str, list[float]]:
-    """Seconds of encoding some shards of stage 1's cache: the frozen blocks alone on inputs in memory, with writing,
-    and with loading (images decoded and cut, or the parent read) as well."""
+    """Seconds of encoding some shards of stage 1's cache: the frozen blocks alone on inputs in memory, a batch at a
+    time on all threads and, on a CPU, two at once; with writing; and with loading (images decoded and cut, or
+    the parent read) as well."""
     wanted = desk.wanted
     if len(wanted.segments) < 2:
         return {}
@@ -39,11 +40,11 @@ def bench_encode(desk: Desk) -> dict[str, list[float]]:
         found = timed_rounds(encode_ways(job, shards), wanted.config.bench.rounds)
     out = console()
     for name, what in (("written", "with writing"), ("loaded", "with loading and writing")):
-        found[f"throughput {name}"] = [
-            alone / encode for alone, encode in zip(found["alone"], found[name], strict=True)
-        ]
-        share = spread(found[f"throughput {name}"])
-        out.print(f"encoding {len(shards)} shards {what}: throughput over the frozen blocks alone {share}")
+        for alone in [way for way in found if way.startswith("alone")]:
+            share = [by_itself / encode for by_itself, encode in zip(found[alone], found[name], strict=True)]
+            found[f"throughput {name} over {alone}"] = share
+            told = f"throughput over the frozen blocks {alone}"
+            out.print(f"encoding {len(shards)} shards {what}: {told} {spread(share)}")
     return found
 
 
@@ -52,12 +53,18 @@ def encode_ways(job: EncodeJob, shards: Sequence[Shard]) -> dict[str, Callable[[
     parts = {rows[0]: part for shard in shards for rows, part in loaded(job, shard)}
     encoder = frozen_encoder(job.weights, job.layout.spec.weights, job.layout.spec.cut, job.model, job.device)
 
+    def forward(part: Part, threads: int) -> None:
+        torch.set_num_threads(threads)
+        with torch.inference_mode(), autocast(job.device, job.layout.spec.dtype):
+            frozen_forward(encoder, job, part)
+
     def alone() -> None:
-        torch.set_num_threads(job.threads)
-        with torch.inference_mode():
-            for part in parts.values():
-                with autocast(job.device, job.layout.spec.dtype):
-                    frozen_forward(encoder, job, part)
+        for part in parts.values():
+            forward(part, job.threads)
+
+    def two_at_once() -> None:
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(partial(forward, threads=-(-job.threads // 2)), parts.values()))
 
     def encode(load: Load | None) -> None:
         drop_receipts(Path(job.folder))  # a shard that is there would be thrown away
@@ -66,6 +73,7 @@ def encode_ways(job: EncodeJob, shards: Sequence[Shard]) -> dict[str, Callable[[
 
     return {
         "alone": alone,
+        **({"alone, two at once": two_at_once} if job.together else {}),
         "written": lambda: encode(lambda rows: parts[rows[0]]),
         "loaded": lambda: encode(None),
     }

@@ -4,6 +4,7 @@ The straightforward step, eager with torch's fused attention, stands beside what
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -28,6 +29,10 @@ ROUNDS, STEPS = 6, 2
 """Rounds that alternate between the ways of running a step, and steps of each in a round."""
 CURVE = 12
 """Steps over which the losses are compared."""
+WAYS, PROFILES = ("straightforward", "ours"), 4
+"""What is profiled, and how often."""
+KERNELS = ("matrix multiplication",)
+"""Kinds of operation whose FLOPs are counted."""
 PARTS = {
     "matrix multiplication": ("mm", "addmm", "bmm", "baddbmm", "convolution", "mkldnn", "linear", "sgemm", "gemm"),
     "attention's softmax": ("softmax", "scaled_dot_product", "flash_attention"),
@@ -117,20 +122,39 @@ def largest_difference(mine: list[float], theirs: list[float]) -> float:
     return max(abs(one - other) / abs(other) for one, other in zip(mine, theirs, strict=True))
 
 
-def profile_steps(wanted: Wanted) -> dict[str, dict[str, float]]:
-    """Milliseconds of a step by kind of operation at every cut, straightforward and ours, and prints them; the sum is
-    torch's own work."""
+def profile_steps(wanted: Wanted) -> dict[str, dict[str, list[float]]]:
+    """Milliseconds of a step by kind of operation at every cut, straightforward and ours, a number a round; prints the
+    medians, whose sum is torch's own work."""
     torch.set_num_threads(wanted.config.train.threads)
-    found = {}
-    for stage, segment in enumerate(wanted.segments):
-        for name in ("straightforward", "ours"):
-            found[f"cut {segment.cut}, {name}"] = profile_step(ways(wanted, stage)[name]())
+    stages = range(len(wanted.segments))
+    found: dict[str, dict[str, list[float]]] = {}
+    for number in range(PROFILES):
+        for stage in stages if number % 2 == 0 else reversed(stages):
+            for name in WAYS:
+                by_part = found.setdefault(f"cut {wanted.segments[stage].cut}, {name}", {})
+                for part, milliseconds in profile_step(ways(wanted, stage)[name]()).items():
+                    by_part.setdefault(part, []).append(milliseconds)
+    found = {f"cut {one.cut}, {way}": found[f"cut {one.cut}, {way}"] for one in wanted.segments for way in WAYS}
     rows = table("milliseconds of a step", *found)
     for part in (*PARTS, "other"):
-        rows.add_row(part, *(f"{by_part[part]:.1f}" for by_part in found.values()))
-    rows.add_row("all", *(f"{sum(by_part.values()):.1f}" for by_part in found.values()))
+        rows.add_row(part, *(f"{statistics.median(by_part[part]):.1f}" for by_part in found.values()))
+    whole = ([sum(one) for one in zip(*by_part.values(), strict=True)] for by_part in found.values())
+    rows.add_row("all", *(f"{statistics.median(rounds):.1f}" for rounds in whole))
     console().print(rows)
     return found
+
+
+def kernel_bounds(wanted: Wanted, parts: dict[str, dict[str, list[float]]]) -> dict[int, list[float]]:
+    """By cut, a number a round: what skipping would give if a step were nothing but its matrix multiplications, at the
+    speed that they have in it. It is the bound by FLOPs, corrected by the efficiency of either step's own kernels."""
+    live, *later = (
+        [sum(both) for both in zip(*(parts[f"cut {one.cut}, ours"][part] for part in KERNELS), strict=True)]
+        for one in wanted.segments
+    )
+    return {
+        one.cut: [whole / mine for whole, mine in zip(live, cached, strict=True)]
+        for one, cached in zip(wanted.segments[1:], later, strict=True)
+    }
 
 
 def profile_step(step: Step, steps: int = 3) -> dict[str, float]:

@@ -32,7 +32,8 @@ class Beside:
     run: RunTasks
     """A cluster that is at work already, and stays so."""
     threads: int = 0
-    """Torch threads of a worker inside this process: those of training. 0 is as otherwise."""
+    """Torch threads of a worker inside this process, one task of which computes at a time: those of training. 0 is as
+    otherwise."""
 
 
 def build_cache(desk: Desk, need: Need, paths: StagePaths, beside: Beside | None = None) -> None:
@@ -40,7 +41,7 @@ def build_cache(desk: Desk, need: Need, paths: StagePaths, beside: Beside | None
     cache for runs that find it. While another process builds it, wait."""
     job = encode_job(desk.wanted, need)
     if beside and beside.threads:
-        job = replace(job, threads=beside.threads)
+        job = replace(job, threads=beside.threads, together=False)
     with held(desk, job):
         _build(desk, need, paths, job, beside)
 
@@ -130,6 +131,7 @@ def job_of(
 ) -> EncodeJob:
     """The same of a cache of a layout in a folder, from weights in a file and a parent in its folder."""
     config = wanted.config
+    threads = torch_threads(config.cluster, config.train)
     return EncodeJob(
         folder=folder,
         layout=layout,
@@ -141,7 +143,8 @@ def job_of(
         parent_cut=need.start,
         batch=config.cache.encode_batch,
         device=config.train.device,
-        threads=torch_threads(config.cluster, config.train),
+        threads=threads,
+        together=config.train.device == "cpu" and threads > 1,
         loader_threads=config.train.loader_threads,
         rand_augment=need.rand_augment,
         limit=ErrorLimit(largest=config.cache.max_error),

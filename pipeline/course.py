@@ -196,6 +196,13 @@ class Course:
             return ()
         return tuple(sorted({head.teacher for head in learning_heads(self.heads, self.cut(stage))} - {0}))
 
+    def renewed(self, segment: Segment) -> int:
+        """The stage at whose start the decoder of a segment began anew; 0: it is stage 0's, carried over. Where nothing
+        is frozen, as in the e2e arm, no stage begins."""
+        if self.config.decoder.carry or not segment.cut:
+            return 0
+        return max(stage for stage, begun in enumerate(self.segments) if begun.first_epoch <= segment.first_epoch)
+
     def arm_segments(self, arm: str) -> tuple[Segment, ...]:
         """What an arm trains after stage 0: e2e freezes nothing, freeze freezes exactly when the stages do."""
         if arm == "e2e":

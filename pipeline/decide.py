@@ -67,7 +67,7 @@ class Wanted(Course):
 
     def stage_inputs(self, stage: int) -> dict[str, Any]:
         """Everything that can change the outcome of a stage, by the setting's name."""
-        inputs = self._common() | self._taught(stage)
+        inputs = self._common() | self._taught(stage) | self.config.decoder.inputs(later=stage > 0)
         inputs |= {"schedule.stage": [asdict(part) for part in self.asked(stage)]}
         if self.adaptive:
             inputs |= self._adaptive_inputs(stage)
@@ -84,7 +84,7 @@ class Wanted(Course):
     def arm_inputs(self, arm: str) -> dict[str, Any]:
         """The same for a baseline arm, which goes on from stage 0."""
         segments = self.arm_segments(arm)
-        inputs = self._common(arm) | self._taught(1) | {"arm": arm}
+        inputs = self._common(arm) | self._taught(1) | {"arm": arm} | self.config.decoder.inputs(arm == "freeze")
         inputs |= {"schedule.stages": [asdict(segment) for segment in segments]}
         if arm == "freeze" and any(self.reads_features(segment) for segment in segments):
             inputs |= {"mask.groups": self.config.mask.groups}
@@ -120,7 +120,7 @@ class Wanted(Course):
         inputs |= {"data.views": view_transform_id(config.data, config.model.image_size)} | config.cache.order_inputs
         inputs |= _named("model", config.model, {"attention", "weights"}) | _named("mask", config.mask, {"groups"})
         inputs |= {"model.weights": self.weights} if config.model.weights else {}
-        inputs |= _named("target", config.target) | _named("decoder", config.decoder) | _named("heads", config.heads)
+        inputs |= _named("target", config.target) | config.decoder.inputs() | _named("heads", config.heads)
         unused = set() if train.lr_schedule == "wsd" else {"decay_share"}
         inputs |= _named("train", train, {name.removeprefix("train.") for name in NO_INFLUENCE} | unused)
         by_layer = config.schedule.kind == "freezeout" and arm != "e2e"

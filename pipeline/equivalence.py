@@ -17,7 +17,7 @@ from pipeline.job import Job, RunFailed
 from pipeline.show import console, table
 from pipeline.tuned import Tuning, last_tuning
 from pipeline.work import masked_build, optimizer_of, state_file
-from stages.checkpoint import apply_tensors, read_state
+from stages.checkpoint import apply_tensors, read_state, without_heads
 from stages.device import autocast
 from stages.finetune import CachedPrefix, Labelled, LiveViews, live_prefix
 from stages.sources import LiveFeatures, Source
@@ -86,9 +86,11 @@ def compare_stage(wanted: Wanted, stage: int) -> Comparison:
     """The first batch of a stage, read and recomputed, under the stage's starting weights."""
     config, segment = wanted.config, wanted.segments[stage]
     torch.set_num_threads(config.train.threads)
-    model = build_model(masked_build(wanted, stage, cached=False), segment.cut, config.train.device)
+    drawn, build = wanted.renewed(segment), masked_build(wanted, stage, cached=False)
+    model = build_model(build, segment.cut, config.train.device, stage=drawn)
     optimizer = optimizer_of(wanted, model)
-    apply_tensors(model, optimizer, read_state(state_file(wanted.paths.stage(stage - 1)))[2])
+    start = read_state(state_file(wanted.paths.stage(stage - 1)))[2]
+    apply_tensors(model, optimizer, without_heads(start) if drawn else start)
     model.eval()  # what is dropped at random would differ between the two
     cached = cached_source(wanted, stage)
     ring = cached.cache.manifest.spec

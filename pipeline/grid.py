@@ -16,7 +16,7 @@ from pipeline.config import ConfigError, PipelineConfig
 from pipeline.layout import RunPaths, run_paths
 from pipeline.machine import resolve
 from pipeline.reading import parse, parse_override, read_config, read_toml, run_tyro
-from pipeline.studies import Measured, Study, study
+from pipeline.studies import Measured, Study, hint, study
 
 Text = Annotated[str, tyro.conf.arg(metavar="TEXT")]
 
@@ -41,6 +41,8 @@ class StudyFlags:
     """Folder of the caches; empty means caches in the folder of all studies."""
     seeds: tuple[int, ...] = ()
     """Seeds in place of the study's."""
+    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="VARIANT ...")] = ()
+    """Run only these variants, in the study's order; the table says which are left out. Empty runs all."""
     hours: float = 0.0
     """Stop after so many hours, in the middle of a run if need be; the same command goes on. 0: no limit."""
     list: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -78,6 +80,13 @@ class Request:
     stop: threading.Event = field(default_factory=threading.Event)
 
     @property
+    def asked(self) -> tuple[Run, ...]:
+        """The runs of this call, each with what `--only` leaves to be measured of it."""
+        only = self.flags.only
+        runs = (replace(run, measures={k: v for k, v in run.measures.items() if k in only}) for run in self.runs)
+        return tuple(run for run in runs if run.measures) if only else self.runs
+
+    @property
     def root(self) -> Path:
         """The folder of all studies."""
         return studies_root(self.flags)
@@ -107,6 +116,9 @@ def read_study(args: Sequence[str]) -> Request:
             f"study {flags.name} chooses settings, so it may not see DATA_VAL = {flags.data_val}; leave it out, a "
             "tenth of DATA is held back"
         )
+    for name in flags.only:
+        if name not in asked.variants:
+            raise ConfigError(f"study {flags.name} has no variant {name}; {hint(name, asked.variants)}")
     return Request(flags, asked, tuple(grid(flags, asked)))
 
 

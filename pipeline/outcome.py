@@ -186,7 +186,8 @@ def table_md(study: Study, name: str, facts: Sequence[str], found: Sequence[Line
         out += ["", f"What found caches have cost is not known and counts as 0, so seconds are too small: {names}."]
     if bad := [row for row in rows if row.state != "done"]:
         out += ["", "## Not there", ""]
-        out += [f"- {row.variant}, seed {row.seed}: {row.state} {row.values.get('why', '')}".rstrip() for row in bad]
+        told = [f"{row.variant}, seed {row.seed}: {row.state}: {row.values.get('why', '')}" for row in bad]
+        out += [f"- {text.rstrip(': ')}" for text in told]
     return "\n".join(out) + "\n"
 
 

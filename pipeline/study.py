@@ -58,13 +58,14 @@ def carry_out(request: Request, now: Callable[[], float] = time.monotonic) -> No
     out = console()
     failed: dict[str, str] = {}
     assert Wanted(request.runs[0].config, request.runs[0].paths).data, "images that are not there are refused at once"
-    for number, run in enumerate(request.runs, 1):
+    runs = request.asked
+    for number, run in enumerate(runs, 1):
         if stop.is_set():
             break
         try:
             if finished(run):
                 continue
-            out.print(f"study {request.flags.name}: run {number} of {len(request.runs)}: {run.label}", markup=False)
+            out.print(f"study {request.flags.name}: run {number} of {len(runs)}: {run.label}", markup=False)
             work(request, run, stop)
         except Interrupted as error:
             out.print(f"{run.label}: {error}", markup=False)
@@ -84,7 +85,7 @@ def carry_out(request: Request, now: Callable[[], float] = time.monotonic) -> No
         raise Interrupted(f"interrupted: {len(rows) - len(undone)} of {len(rows)} rows are done; {GO_ON}")
     if failed:
         first = ": ".join(next(iter(failed.items())))
-        raise RunFailed(f"{len(failed)} of {len(request.runs)} runs failed, first {first}; the same command retries")
+        raise RunFailed(f"{len(failed)} of {len(runs)} runs failed, first {first}; the same command retries")
     if undone and stop.is_set():
         out.print(f"{hours:g} hours are up: {len(rows) - len(undone)} of {len(rows)} rows are done; {GO_ON}")
 
@@ -95,7 +96,7 @@ GO_ON = "the same command goes on from there"
 def work(request: Request, run: Run, stop: threading.Event) -> None:
     """Bring a run to its end: take what other runs have finished, train the rest, hand on what is new.
 
-    Afterwards its caches go, except those that runs of its seed which are still to come will read.
+    Afterwards its caches go, except those that runs of its seed which are still to come in this call will read.
     """
     with at_work(Job(request.flags.name, run.config, run.paths, stop=stop, yes=True)) as desk:
         take_parts(desk, request.pool)
@@ -103,7 +104,7 @@ def work(request: Request, run: Run, stop: threading.Event) -> None:
             ensure(desk, run)
         finally:
             publish(desk.wanted, request.pool)
-    for other in request.runs:
+    for other in request.asked:
         if other.seed == run.seed and other != run and not finished(other):
             with suppress(RunBusy), at_work(Job(request.flags.name, other.config, other.paths)) as desk:
                 take_parts(desk, request.pool)

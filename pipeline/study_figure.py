@@ -35,8 +35,14 @@ def mean_curve(curves: Sequence[Sequence[Mapping[str, Any]]], key: str) -> list[
     return found
 
 
+def drawn(lines: Sequence[Line]) -> list[Line]:
+    """The variants that a figure has room for: those with a finished seed, all where none has one."""
+    return [line for line in lines if line.seeds] or list(lines)
+
+
 def draw_study(title: str, lines: Sequence[Line], rows: Sequence[Row], path: Path) -> None:
-    """Write the figure as PNG."""
+    """Write the figure as PNG, of the variants that have finished a seed, if any has."""
+    lines = drawn(lines)
     keys = [key for key in MEASURES if any(key in line.means for line in lines)] or ["knn_top1"]
     height = 4.4 + 0.32 * len(lines)
     figure, axes = plt.subplots(

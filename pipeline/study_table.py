@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,16 @@ def all_rows(request: Request) -> list[Row]:
     """The rows of all runs, by variant in the study's order, then by seed."""
     assert request.study is not None
     order = list(request.study.variants)
-    found = [row for run in request.runs for row in rows_of(run)]
+    found = [left_out(row, request) for run in request.runs for row in rows_of(run)]
     return with_control(request.study, sorted(found, key=lambda row: (order.index(row.variant), row.seed)))
+
+
+def left_out(row: Row, request: Request) -> Row:
+    """A row that is not there since this call was not asked for it says so; any other as it is."""
+    only = request.flags.only
+    if not only or row.variant in only or row.state in ("done", "failed"):
+        return row
+    return replace(row, values=row.values | {"why": "left out by --only"})
 
 
 def write_results(request: Request) -> list[Row]:
@@ -178,7 +187,7 @@ def show_runs(request: Request) -> None:
     assert request.study is not None
     out = table("run", "seed", "measured", "epochs", "state")
     left = 0
-    for run in request.runs:
+    for run in request.asked:
         states = {row.variant: row.state for row in rows_of(run)}
         left += any(state != "done" for state in states.values())
         told = ", ".join(dict.fromkeys(states.values()))
@@ -187,7 +196,7 @@ def show_runs(request: Request) -> None:
     console().print(request.study.question, markup=False)
     console().print(" ".join((STUDIES[request.flags.name].__doc__ or "").split()), markup=False)
     console().print(out)
-    console().print(f"{left} of {len(request.runs)} runs are still to do; equal stages are trained once.")
+    console().print(f"{left} of {len(request.asked)} runs are still to do; equal stages are trained once.")
 
 
 def show_results(request: Request, rows: Sequence[Row]) -> None:

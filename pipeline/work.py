@@ -65,6 +65,8 @@ def train_stage(desk: Desk, stage: int) -> None:
     if raised := wanted.raised_heads(stage):
         names, cut = ", ".join(head.name for head in raised), wanted.segments[stage].cut
         desk.log.message(f"stage {stage}: {names}: block {cut} of the average in place of frozen ones")
+    if wanted.renewed(wanted.asked(stage)[0]):
+        desk.log.message(f"stage {stage}: its decoders begin anew, decoder.carry = false")
     with ring_of(desk, stage) as ring:
         train(
             desk,
@@ -135,7 +137,7 @@ def _arm(
         tag=tag,
         segments=segments,
         memory=config.cache.memory,
-        make=lambda part: build_model(build, part.cut, config.train.device, part.entry),
+        make=lambda part: build_model(build, part.cut, config.train.device, part.entry, wanted.renewed(part)),
         optimizer=lambda model: optimizer_of(wanted, model, freezes),
         train=config.train,
         rates=rates(wanted, freezes),
@@ -147,6 +149,7 @@ def _arm(
         keep={epoch: paths.epoch(epoch) for epoch in kept_epochs(config.train.save_epochs, segments)},
         settling=settling,
         begin=lambda model: begin_from_file(wanted, model, tell),
+        heads_of=wanted.renewed,
     )
 
 

@@ -62,6 +62,13 @@ class Arm:
     """What ends an adaptive stage."""
     begin: Callable[[Learner], None] = lambda model: None
     """What is done to a model that starts from no state, such as loading a checkpoint file."""
+    heads_of: Callable[[Segment], int] = lambda segment: 0
+    """The stage that a segment's heads were drawn for, as `make` draws them; 0: they are those that all began with."""
+
+    def renews_heads(self, place: int) -> bool:
+        """Whether the segment at a place begins with new heads. What an arm starts from comes from another stage."""
+        drawn = self.heads_of(self.segments[place])
+        return drawn > 0 and (place == 0 or drawn != self.heads_of(self.segments[place - 1]))
 
     @property
     def label(self) -> str:

@@ -119,7 +119,7 @@ def apply_tensors(model: Learner, optimizer: torch.optim.Optimizer, tensors: dic
     """The reverse of `model_tensors`. What a state holds of heads and moments that no longer learn is left behind.
 
     A head that it does not hold keeps its first weights: in stage 0 its block was frozen in place, and it is back in an
-    arm that freezes nothing.
+    arm that freezes nothing, or all heads begin anew.
     """
 
     def found(prefix: str) -> dict[str, Tensor]:
@@ -145,6 +145,11 @@ def apply_tensors(model: Learner, optimizer: torch.optim.Optimizer, tensors: dic
                 }
     if isinstance(optimizer, ScheduleFree):
         optimizer.take_up(scalars)
+
+
+def without_heads(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state without its heads and their moments, so that a model which it is applied to keeps its own, new ones."""
+    return {name: value for name, value in tensors.items() if not name.startswith(("decoder/", "optim/heads."))}
 
 
 def state_digest(progress: Progress, tensors: dict[str, Tensor]) -> str:

@@ -4,8 +4,10 @@ shard of one view, wherever it runs, and leaves a receipt; a build goes on at th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -22,6 +24,7 @@ from cache.loader import prefetch
 from cache.manifest import MANIFEST, CacheManifest, read_manifest
 from cache.place import place_of
 from cache.reader import MEMORY
+from cache.rounding import room
 from cache.size import check_space
 from cache.writer import (
     NO_LIMIT,
@@ -63,11 +66,15 @@ class EncodeJob:
     batch: int
     device: str
     threads: int
+    """Torch threads of a worker."""
     loader_threads: int
     rand_augment: float = 0.0
     """Magnitude of RandAugment on every view; the spec's view transform names it."""
     limit: ErrorLimit = NO_LIMIT
     """What the cache may lose; `build` adds what its parent has lost."""
+    together: bool = False
+    """Whether two tasks of a worker run the frozen blocks at once, each with half of its threads: 1.2 times as fast on
+    two cores, since none waits for another that writes. Otherwise, on a GPU or beside training, one at a time."""
     memory: int = MEMORY
     """Bytes of the parent, and of a cache that rows are taken over from, that each reader may map."""
 
@@ -158,11 +165,6 @@ class Part:
     prefix_BSD: Tensor | None = None
     """The parent's prefix, where the model has one."""
 
-    def block(self, features_BLD: Tensor, prefix_BSD: Tensor) -> RowBlock:
-        features, prefix = (part.float().cpu().numpy() for part in (features_BLD, prefix_BSD))
-        kept = prefix if prefix.shape[1] else None
-        return RowBlock(features, self.crop_B5, self.keys, self.token_ids_BL, self.pixels_BLP, kept)
-
 
 @lru_cache(maxsize=2)
 def frozen_encoder(weights: str, weights_hash: str, cut: int, model: ModelConfig, device: str) -> Encoder:
@@ -189,7 +191,7 @@ def training_images(data: DataConfig, index_folder: str, digest: str) -> ImageLi
 
 
 SETUP, FORWARD = Lock(), Lock()
-"""One thread of a process at a time makes what all share, and one runs the frozen blocks."""
+"""One thread of a process at a time makes what all share, and one runs the frozen blocks unless it is `together`."""
 
 
 Load = Callable[[np.ndarray], Part]
@@ -200,10 +202,10 @@ def encode_shard(task: tuple[EncodeJob, Shard, Taken | None], load: Load | None 
     `load` is for whoever has at hand what the frozen blocks take of some rows.
 
     Two threads of a process are enough to keep it at the frozen blocks: while one runs them, the other writes the shard
-    before, then loads the first batches of the shard after. No more than two shards are in memory.
+    before, then loads the first batches of the shard after, or runs them too. No more than two shards are in memory.
     """
     job, shard, taken = task
-    torch.set_num_threads(job.threads)
+    torch.set_num_threads(-(-job.threads // 2) if job.together else job.threads)
     folder, layout = place_of(job.folder), job.layout
     rows = np.arange(shard.first_row, shard.first_row + shard.rows)
     if taken is None:
@@ -230,19 +232,26 @@ def encode_shard(task: tuple[EncodeJob, Shard, Taken | None], load: Load | None 
 
 
 def encode_rows(job: EncodeJob, view: int, rows: np.ndarray, load: Load | None = None) -> RowBlock:
-    """What the frozen blocks give for some rows of a view, and what is stored beside it."""
+    """What the frozen blocks give for some rows of a view, and what is stored beside it. Features lie in memory of the
+    calling thread, which its next call uses again."""
     spec = job.layout.spec
     with SETUP:
         encoder = frozen_encoder(job.weights, spec.weights, spec.cut, job.model, job.device)
         load = load or loader(job, view)
     batches = [rows[start : start + job.batch] for start in range(0, len(rows), job.batch)]
-    blocks = []
-    with prefetch(load, batches, job.loader_threads, 2) as loaded, FORWARD, torch.inference_mode():
+    features_NLD = room("encoded", (len(rows), spec.num_tokens, spec.width))
+    left, beside = iter(features_NLD.split(job.batch)), []
+    turn = nullcontext() if job.together else FORWARD
+    with prefetch(load, batches, job.loader_threads, 2) as loaded, turn, torch.inference_mode():
         for part in loaded:
             with autocast(job.device, spec.dtype):
-                features, prefix = frozen_forward(encoder, job, part)
-            blocks.append(part.block(features, prefix))
-    return RowBlock.join(blocks)
+                features_BLD, prefix_BSD = frozen_forward(encoder, job, part)
+            next(left).copy_(features_BLD)
+            prefix = prefix_BSD.float().cpu().numpy() if prefix_BSD.shape[1] else None
+            beside.append((part.crop_B5, part.keys, part.token_ids_BL, part.pixels_BLP, prefix))
+    crops, keys, *parts = zip(*beside, strict=True)
+    others = (None if of_part[0] is None else np.concatenate(of_part) for of_part in parts)
+    return RowBlock(features_NLD.numpy(), np.concatenate(crops), tuple(chain.from_iterable(keys)), *others)
 
 
 def frozen_forward(encoder: Encoder, job: EncodeJob, part: Part) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ from stages.checkpoint import (
     read_state,
     save_state,
     state_digest,
+    without_heads,
 )
 from stages.compiling import compile_learner, compiles
 from stages.config import TrainConfig
@@ -59,14 +60,15 @@ class Build:
     """Tokens of an image that the encoder mostly sees; 0 means all."""
 
 
-def build_model(build: Build, cut: int, device: str, entry: int | None = None) -> MaskedModel:
+def build_model(build: Build, cut: int, device: str, entry: int | None = None, stage: int = 0) -> MaskedModel:
     """The masked model at a cut, its weights a pure function of the seed. Heads of frozen blocks are left out.
 
     entry: the block at which inputs enter where that is not the cut, since blocks before it freeze in place.
+    stage: the one that heads are drawn for; what else there is does not depend on it.
     """
     encoder = build_encoder(build.model, build.seed)
     specs = learning_heads(build.heads, cut, entry)
-    heads = build_heads(specs, build.decoder, encoder, build.model.patch_size, build.seed)
+    heads = build_heads(specs, build.decoder, encoder, build.model.patch_size, build.seed, stage)
     model = MaskedModel(encoder, heads, cut, entry)
     model.set_attention(build.model.attention, device, build.visible or encoder.num_tokens)
     model.to(device)
@@ -136,7 +138,8 @@ def train_arm(arm: Arm, hooks: Hooks, team: Team = SOLO) -> tuple[Progress, Lear
             compile_learner(model)
         optimizer = arm.optimizer(model)
         if tensors is not None:
-            apply_tensors(model, optimizer, tensors)
+            renews = not done and not progress.step and arm.renews_heads(progress.segment)
+            apply_tensors(model, optimizer, without_heads(tensors) if renews else tensors)
         if done:
             return progress, model
         to_training(optimizer)

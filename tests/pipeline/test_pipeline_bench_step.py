@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import bench_step
-from pipeline.bench_step import PARTS, Step, bench_steps, largest_difference, part_of, profile_step
+from pipeline.bench_step import PARTS, Step, bench_steps, kernel_bounds, largest_difference, part_of, profile_step
 from pipeline.decide import Wanted
 from pipeline.layout import RunPaths
 from tests.pipeline.toy import toy
@@ -30,6 +30,12 @@ def test_a_step_s_time_is_put_down_to_its_operations(finished: Path) -> None:
     spent = profile_step(Step.of(Wanted(toy(), RunPaths(finished)), 2), steps=1)
     assert set(spent) == {*PARTS, "other"}
     assert all(spent[part] > 0 for part in PARTS)
+
+
+def test_the_bound_by_kernels_is_the_ratio_of_their_times_round_by_round(finished: Path) -> None:
+    milliseconds = {0: [60.0, 66.0], 1: [40.0, 33.0], 3: [20.0, 30.0]}
+    parts = {f"cut {cut}, ours": {"matrix multiplication": found} for cut, found in milliseconds.items()}
+    assert kernel_bounds(Wanted(toy(), RunPaths(finished)), parts) == {1: [1.5, 2.0], 3: [3.0, 2.2]}
 
 
 @pytest.mark.parametrize(

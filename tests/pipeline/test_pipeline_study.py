@@ -21,7 +21,7 @@ from pipeline.layout import RunPaths
 from pipeline.outcome import Row, claims, lines, table_md, with_control
 from pipeline.pool import part_key
 from pipeline.studies import STUDIES, Study, Variant, row, study
-from pipeline.study_figure import mean_curve
+from pipeline.study_figure import drawn, mean_curve
 from stages.schedule import plan_stages
 from tests.pipeline.toy import TOY, StopAfter, job, same, toy, weights
 
@@ -84,6 +84,7 @@ def test_equal_settings_are_one_run_and_settings_go_from_study_to_set_to_variant
         (["tiny", "--set", "cache.views=4"], "study tiny sets cache.views itself"),
         (["tiny", "--set", "seed=4"], "study tiny sets seed itself"),
         (["tiny", "--set", "mask.ratio=2"], "study tiny, variant e2e: mask.ratio = 2.0 is outside"),
+        (["tiny", "--only", "e2e", "ones"], "study tiny has no variant ones; did you mean one?"),
         (["tiny", "--hours", "-1"], "--hours = -1 is outside [0, inf)"),
         (["plans", "--data-val", "val.tar"], "study plans chooses settings, so it may not see DATA_VAL = val.tar"),
     ],
@@ -150,6 +151,25 @@ def test_runs_share_what_is_equal_stop_go_on_and_lose_nothing(
     assert "e2e-seed-0 was scored with eval.knn_k = 20, this call has 5" in capsys.readouterr().err
 
 
+def test_some_rows_first_then_the_rest(
+    studies: None, trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["study", "tiny", "--run", str(tmp_path), "--seeds", "0"]
+    assert main([*words, "--only", "one", "e2e"]) == 0
+    assert trained == ["e2e-seed-0/stage-0", "e2e-seed-0/e2e", "one-seed-0/stage-1"], "nothing of the cached row `two`"
+    out, table = capsys.readouterr().out, (tmp_path / "tiny" / "table.md").read_text()
+    assert "run 1 of 2: e2e, seed 0" in out and "run 2 of 2: one, seed 0" in out
+    assert "- two, seed 0: unfinished: left out by --only" in table and "- one, seed 0" not in table
+    assert [row["state"] for row in results(tmp_path)] == ["done", "unfinished", "done"]
+    assert main([*words, "--only", "two", "--list"]) == 0
+    out = capsys.readouterr().out
+    assert "1 of 1 runs are still to do" in out and "one" not in [line.split()[0] for line in out.splitlines()]
+    trained.clear()
+    assert main(words) == 0 and trained == ["e2e-seed-0/stage-1"]
+    assert [row["state"] for row in results(tmp_path)] == ["done"] * 3
+    assert "## Not there" not in (tmp_path / "tiny" / "table.md").read_text()
+
+
 def numbers_are_those_of_the_records(root: Path) -> None:
     found = {(row["variant"], int(row["seed"])): row for row in results(root)}
     assert {row["state"] for row in found.values()} == {"done"}
@@ -196,7 +216,7 @@ def test_a_run_that_fails_is_told_and_loses_no_other(
     assert float(last["total_seconds"]) == pytest.approx(record["train_seconds"] + record["cache_seconds"])
     states = {row["variant"]: (row["state"], row["why"]) for row in results(tmp_path)}
     assert states["good"] == ("done", "") and states["bad"][0] == "failed" and "loss=nan" in states["bad"][1]
-    assert "- bad, seed 0: failed RunFailed" in (tmp_path / "tiny" / "table.md").read_text()
+    assert "- bad, seed 0: failed: RunFailed" in (tmp_path / "tiny" / "table.md").read_text()
 
 
 def test_another_study_takes_what_is_there_and_a_run_of_three_arms_is_compared(
@@ -326,7 +346,14 @@ def test_only_seeds_that_both_have_finished_are_paired() -> None:
     unfinished = [broken if (one.variant, one.seed) == ("near", 2) else one for one in rows]
     near = lines(asked, unfinished)[1]
     assert near.seeds == (0, 1) and near.control["knn_top1"].seeds == 2
-    assert "- near, seed 2: failed it broke" in table_md(asked, "q", [], lines(asked, unfinished), unfinished)
+    assert "- near, seed 2: failed: it broke" in table_md(asked, "q", [], lines(asked, unfinished), unfinished)
+
+
+def test_a_figure_has_no_empty_rows_for_what_has_not_run() -> None:
+    asked, rows = three_seeds()
+    found = lines(asked, [row for row in rows if row.variant != "near"])
+    assert [line.variant for line in drawn(found)] == ["e2e", "far"]
+    assert [line.variant for line in drawn(lines(asked, []))] == ["e2e", "near", "far"]
 
 
 def test_the_curve_of_seeds_is_their_mean_point_by_point() -> None:

@@ -55,6 +55,7 @@ def test_bench_gives_rates_of_every_arm_at_every_cut(
     monkeypatch.setattr(bench, "stage_rates", lambda *args, **_: stage_rates(*args, seconds=0.05, rounds=2))
     monkeypatch.setattr(bench, "ROUNDS", 2)
     monkeypatch.setattr(bench_step, "ROUNDS", 1)
+    monkeypatch.setattr(bench_step, "PROFILES", 2)
     monkeypatch.setattr(bench_step, "compiler", lambda: None)
     monkeypatch.setattr(bench_others, "PEERS_PYTHON", copy / "none")
     bench.run_bench(job(copy, toy(**{"bench.rows": 16, "bench.rounds": 1, "bench.shards": 1})))
@@ -65,6 +66,8 @@ def test_bench_gives_rates_of_every_arm_at_every_cut(
         assert all(len(rates) == 2 and min(rates) > 0 for rates in row["images_per_second"].values())
         assert len(row["cached_waiting"]) == 2 and all(0 < share < 1 for share in row["cached_waiting"])
     assert found[1]["flop_bound"] > found[0]["flop_bound"] > 1
+    bounds = json.loads((copy / "bench.json").read_text())["kernel_bounds"]
+    assert bounds.keys() == {"1", "3"} and all(len(bound) == 2 for bound in bounds.values())
     methods = json.loads((copy / "bench.json").read_text())["methods"]
     assert methods["pixels, one decoder"] == {"live": [1.0, 1.0], "cached": [1.0, 1.0]}
     assert all(len(values) == 2 and min(values) > 0 for ratios in methods.values() for values in ratios.values())
@@ -74,6 +77,7 @@ def test_bench_gives_rates_of_every_arm_at_every_cut(
     assert only_cached == absent | {"features", "teacher, frozen"}
     out = capsys.readouterr().out
     assert "cached / step alone" in out and "cached waits" in out and "cut 3: the step bounds" in out
+    assert "of the kernels' bound" in out
 
 
 def test_what_bounds_is_the_slower_of_step_and_loader() -> None:

@@ -43,14 +43,14 @@ def masked(folder: Path, images: ImageList, heads: Any = (PIXELS,), cuts: Any = 
     segments = parts(*cuts, epochs=2)
     teacher = partial(EmaTeacher, momentum=0.9) if heads is TAUGHT else None
     drop = changes.pop("drop", None)
+    stage_of = changes.setdefault("heads_of", lambda segment: 0)
     build = Build(0, MODEL, DECODER, heads, teacher, drop)
     mask = changes.pop("mask", MaskConfig())
     how = Sampling(0, 8, DataConfig(), MODEL, mask, heads, total_steps=20, averages=teacher is not None)
     source = LiveImages(images, how)
     found = arm(folder, images, segments, **changes)
-    return replace(
-        found, make=lambda part: build_model(build, part.cut, "cpu", part.entry), source=lambda segment: source
-    )
+    make = lambda part: build_model(build, part.cut, "cpu", part.entry, stage_of(part))  # noqa: E731
+    return replace(found, make=make, source=lambda segment: source)
 
 
 def plain_descent(model: Learner) -> torch.optim.Optimizer:
@@ -83,6 +83,7 @@ ARMS: dict[str, Callable[[Path, ImageList], Arm]] = {
     "a moving average, frozen in place": partial(masked, heads=TAUGHT, cuts=(0, 1)),
     "depth dropped": partial(masked, drop=DepthDrop(0, 0.5, 0.8, 20), optimizer=plain_descent),
     "schedule-free": partial(masked, lr_schedule="schedule_free", cuts=(0, 2)),
+    "new heads at a stage": partial(masked, cuts=(0, 1), heads_of=lambda segment: segment.cut),
     "fine-tuned, mixed": partial(classified, accumulate=2),
 }
 ONCE = ("plain", "several heads, a growing ratio", "fine-tuned, mixed")

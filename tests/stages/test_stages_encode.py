@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from threading import Condition, Lock
+from threading import Barrier, Condition, Lock
 
 import numpy as np
 import pytest
@@ -181,6 +181,29 @@ def test_a_shard_is_computed_while_the_one_before_is_written(
     one = job(tmp_path / "a", weights, encoder, 2, 4)
     with task_runner(ClusterConfig()) as run:
         assert list(build(one, IMAGES, run))[-1] == (6, 6)
+
+
+def test_two_shards_are_computed_at_once_where_the_job_says_so_to_the_same_bytes(
+    tmp_path: Path, weights: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.cluster import task_runner
+    from pipeline.config import ClusterConfig
+
+    alone = built(job(tmp_path / "a" / "cache", weights, encoder, 2, 4))
+    forward, both, threads = encode.frozen_forward, Barrier(2), set()
+
+    def watched(*args):
+        both.wait(20)  # every batch of the six shards meets one of another: none waits for a turn
+        threads.add(torch.get_num_threads())
+        return forward(*args)
+
+    monkeypatch.setattr(encode, "frozen_forward", watched)
+    together = replace(job(tmp_path / "b" / "cache", weights, encoder, 2, 4), threads=4, together=True)
+    with task_runner(ClusterConfig()) as run:
+        assert list(build(together, IMAGES, run))[-1] == (6, 6)
+    assert threads == {2}
+    files = [path.relative_to(alone) for path in alone.rglob("*") if path.is_file()]
+    assert all((alone / file).read_bytes() == (tmp_path / "b" / "cache" / file).read_bytes() for file in files)
 
 
 @pytest.mark.slow
