@@ -64,7 +64,7 @@ def encode_ways(job: EncodeJob, shards: Sequence[Shard]) -> dict[str, Callable[[
 
     def two_at_once() -> None:
         with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(partial(forward, threads=-(-job.threads // 2)), parts.values()))
+            list(pool.map(partial(forward, threads=job.task_threads), parts.values()))
 
     def encode(load: Load | None) -> None:
         drop_receipts(Path(job.folder))  # a shard that is there would be thrown away

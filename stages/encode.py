@@ -78,6 +78,11 @@ class EncodeJob:
     memory: int = MEMORY
     """Bytes of the parent, and of a cache that rows are taken over from, that each reader may map."""
 
+    @property
+    def task_threads(self) -> int:
+        """Torch threads of one task."""
+        return -(-self.threads // 2) if self.together else self.threads
+
 
 RunTasks = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
@@ -205,7 +210,7 @@ def encode_shard(task: tuple[EncodeJob, Shard, Taken | None], load: Load | None 
     before, then loads the first batches of the shard after, or runs them too. No more than two shards are in memory.
     """
     job, shard, taken = task
-    torch.set_num_threads(-(-job.threads // 2) if job.together else job.threads)
+    torch.set_num_threads(job.task_threads)
     folder, layout = place_of(job.folder), job.layout
     rows = np.arange(shard.first_row, shard.first_row + shard.rows)
     if taken is None:
@@ -246,7 +251,9 @@ def encode_rows(job: EncodeJob, view: int, rows: np.ndarray, load: Load | None =
         for part in loaded:
             with autocast(job.device, spec.dtype):
                 features_BLD, prefix_BSD = frozen_forward(encoder, job, part)
-            next(left).copy_(features_BLD)
+            into = next(left)
+            assert features_BLD.shape == into.shape, "or copying would repeat what is too small"
+            into.copy_(features_BLD)
             prefix = prefix_BSD.float().cpu().numpy() if prefix_BSD.shape[1] else None
             beside.append((part.crop_B5, part.keys, part.token_ids_BL, part.pixels_BLP, prefix))
     crops, keys, *parts = zip(*beside, strict=True)

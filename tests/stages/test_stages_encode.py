@@ -21,7 +21,7 @@ from models.targets import normalize_images, patchify
 from models.vit import Encoder, build_encoder, frozen_hash
 from stages import encode
 from stages.config import DataConfig
-from stages.encode import EncodeJob, build, encode_shard
+from stages.encode import EncodeJob, build, encode_rows, encode_shard
 from stages.images import open_data
 from stages.views import image_batch
 from tests.encoding import encode_job, tiny_spec
@@ -204,6 +204,13 @@ def test_two_shards_are_computed_at_once_where_the_job_says_so_to_the_same_bytes
     assert threads == {2}
     files = [path.relative_to(alone) for path in alone.rglob("*") if path.is_file()]
     assert all((alone / file).read_bytes() == (tmp_path / "b" / "cache" / file).read_bytes() for file in files)
+
+
+def test_fewer_rows_than_asked_for_are_not_repeated(tmp_path: Path, weights: Path, encoder: Encoder) -> None:
+    one = job(tmp_path / "cache", weights, encoder, 2, 4)
+    load = encode.loader(one, 0)
+    with pytest.raises(AssertionError, match="repeat what is too small"):
+        encode_rows(one, 0, np.arange(5), lambda rows: load(rows[:1]))
 
 
 @pytest.mark.slow
