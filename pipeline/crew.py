@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -19,7 +21,7 @@ from cache.rank import Rank
 from pipeline.config import ConfigError
 from pipeline.decide import Wanted, difference
 from pipeline.job import Job, RunFailed
-from pipeline.ranks import local_rank, on_own_device, refuse_what_ranks_cannot
+from pipeline.ranks import local_rank, on_own_device, rank_here, refuse_what_ranks_cannot
 from pipeline.tuned import Tuning
 from pipeline.work import baseline_arm, parent_of, stage_arm
 from stages.arm import Arm, Hooks
@@ -30,6 +32,9 @@ from stages.train import train_arm
 
 STEP_PATIENCE = timedelta(minutes=30)
 """How long ranks wait for each other within a step. What takes longer, the leader's own work, waits elsewhere."""
+
+PARTING = 10.0
+"""Seconds for which the keeper of the ranks' store, about to end, waits for others that have not read its last word."""
 
 WORD = "last word"
 """Where in the ranks' store the first rank that fails says why."""
@@ -139,18 +144,24 @@ def ending(error: BaseException, status: int | None, text: str) -> tuple[int | N
     word = _read_word()
     if _team and lost(error):
         if word:
-            return int(word["status"]), ""
-        text = (
-            "a rank has died without a word, killed or out of memory; what was saved is kept, the same command goes on "
-            "from there"
-        )
-        return 1, _once(text)
+            status, text = int(word["status"]), ""
+        else:
+            status = 1
+            text = _once(
+                "a rank has died without a word, killed or out of memory; what was saved is kept, the same command "
+                "goes on from there"
+            )
+        _leave(dead=not word)
+        return status, text
     if word is None:
         _write_word(1 if status is None else status)
+    text = text if status is None else _once(text)
     if _team and _team[0].leads and not _team[0].busy:
         with suppress(Exception):  # who has died already cannot be told
             _team[0].told({"end": 1 if status is None else status})
-    return status, text if status is None else _once(text)
+            return status, text  # the others end in `follow`
+    _leave()
+    return status, text
 
 
 def lost(error: BaseException) -> bool:
@@ -168,6 +179,24 @@ def _once(text: str) -> str:
     except (RuntimeError, OSError):
         return text
     return text if first else ""
+
+
+def _leave(dead: bool = False) -> None:
+    """The last that a rank asks of the store. Without torchrun the store ends with rank 0, which therefore waits a
+    while for the others, all or all but a dead one, to have read what it holds."""
+    here = rank_here()
+    with suppress(RuntimeError, OSError):
+        store = store_of()
+        left = store.add("left", 1)
+        until = time.monotonic() + PARTING
+        while not here.rank and not kept_by_torchrun() and left < here.ranks - dead and time.monotonic() < until:
+            time.sleep(0.02)
+            left = store.add("left", 0)
+
+
+def kept_by_torchrun() -> bool:
+    """Whether the ranks' store is torchrun's own, which outlives all of them."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _read_word() -> dict[str, Any] | None:

@@ -5,24 +5,31 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pipeline.crew
 import pipeline.work
 import stages.train
 from pipeline.__main__ import main
 from pipeline.ranks import rank_here
 
 
-def call(out: Path, args: list[str], more: dict[int, list[str]], dies: int | None = None) -> int:
+def call(
+    out: Path, args: list[str], more: dict[int, list[str]], dies: int | None = None, late: int | None = None
+) -> int:
     """The exit status of a call, `more` being what single ranks are asked besides. Rank `dies` is killed in its third
-    step."""
+    step, rank `late` asks the ranks' store when the others may have ended."""
     rank = rank_here().rank
     file = os.open(out / f"rank-{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
     if rank == dies:
         pipeline.work.train_arm.__globals__["train_step"] = Deadly(stages.train.train_step)
+    if rank == late:
+        pipeline.crew.store_of = after_a_second(pipeline.crew.store_of)
     return main([*args, *more.get(rank, [])])
 
 
@@ -37,3 +44,16 @@ class Deadly:
             os.kill(os.getpid(), signal.SIGKILL)
         self.left -= 1
         return self.step(*args)
+
+
+def after_a_second(function: Callable[[], Any]) -> Callable[[], Any]:
+    """What the function returns, the first time a second later."""
+    delays = [1.0]
+
+    def late() -> Any:
+        found = function()
+        if delays:
+            time.sleep(delays.pop())
+        return found
+
+    return late

@@ -118,8 +118,10 @@ def test_make_starts_ranks() -> None:
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_a_call_that_ranks_cannot_share_is_refused_once(copy: Path, tmp_path: Path) -> None:
-    assert on_ranks(3, call, tmp_path, ["stage", "2", *asked(copy)], {}) == [2, 2, 2]
+@pytest.mark.parametrize("late", [None, 1])
+def test_a_call_that_ranks_cannot_share_is_refused_once(late: int | None, copy: Path, tmp_path: Path) -> None:
+    """Also where rank 0, which keeps what the ranks tell each other, is done before another has looked."""
+    assert on_ranks(3, call, tmp_path, ["stage", "2", *asked(copy)], {}, None, late) == [2, 2, 2]
     (line,) = complaints(words(tmp_path, 3))
     assert line.startswith("train.batch_size = 16 does not divide among 3 ranks; use a multiple of 3")
 
