@@ -16,12 +16,17 @@ from pipeline.studies import Study
 Record = dict[str, Any]
 MEASURES = {"knn_top1": "kNN", "linear_top1": "linear probe", "top1": "fine-tuned"}
 """The scores of a row, shares from 0 to 1, and how tables call them."""
+LOSSES = {"final_loss": "loss", "place_loss": "loss without context", "mean_loss": "loss of the mean"}
+"""The loss of a row's last epoch, and those of predictors that see nothing of an image (`stages/blind.py`)."""
 COLUMNS = (
     *("variant", "seed", "state", "knn_top1", "linear_top1", "top1", "total_seconds", "train_seconds", "cache_seconds"),
-    *("evaluate_seconds", "cache_bytes", "epochs", "images", "final_loss", "knn_peak", "knn_peak_epoch"),
+    *("evaluate_seconds", "cache_bytes", "epochs", "images", *LOSSES, "knn_peak", "knn_peak_epoch"),
     *("knn_top1_e2e_stopped", "linear_top1_e2e_stopped", "probe_images", "run", "why"),
 )
 """The columns of results.csv; the last says why a run failed."""
+
+SUMMARISED = (*MEASURES, "total_seconds", "cache_bytes", "knn_peak_epoch", *LOSSES)
+"""What the table gives means over seeds of."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ def measured(parts: Sequence[Record]) -> tuple[Record, tuple[Record, ...]]:
     arm = arm_summary(list(parts))
     curve = tuple(arm.pop("curve"))
     values = arm | {"final_loss": parts[-1]["final_loss"], "probe_images": curve[-1]["probe_images"] if curve else 0}
+    values |= {f"{kind}_loss": parts[-1].get("blind_losses", {}).get(kind) for kind in ("place", "mean")}
     told = [point for point in curve if point["knn_top1"] is not None]
     if told:
         peak = max(told, key=lambda point: point["knn_top1"])
@@ -85,7 +91,7 @@ class Line:
     against: str
     seeds: tuple[int, ...]
     means: Mapping[str, tuple[float, float | None]]
-    """By measure and for `total_seconds`: the mean, and half of its 95 % interval; None with one seed."""
+    """By what is summarised: the mean, and half of its 95 % interval; None with one seed."""
     control: Mapping[str, Paired]
     """By score: the variant less what it is compared with."""
     stopped: Mapping[str, Paired]
@@ -103,7 +109,7 @@ def lines(study: Study, rows: Sequence[Row]) -> list[Line]:
         means: dict[str, tuple[float, float | None]] = {}
         control: dict[str, Paired] = {}
         stopped: dict[str, Paired] = {}
-        for key in (*MEASURES, "total_seconds", "cache_bytes", "knn_peak_epoch"):
+        for key in SUMMARISED:
             if values := list(by_seed(own, key).values()):
                 means[key] = interval(values) if len(values) > 1 else (values[0], None)
         for key in MEASURES:
@@ -138,7 +144,7 @@ def table_csv(found: Sequence[Line]) -> str:
     """A line for every variant: means and differences, each with half of its 95 % interval, empty with one seed."""
     out = io.StringIO()
     heads = ["variant", "against", "seeds"]
-    for key in (*MEASURES, "total_seconds", "cache_bytes", "knn_peak_epoch"):
+    for key in SUMMARISED:
         heads += [key, f"{key}_half"]
     for kind in ("control", "e2e_stopped"):
         for key in MEASURES:
@@ -163,12 +169,15 @@ def table_md(study: Study, name: str, facts: Sequence[str], found: Sequence[Line
     heads = ["variant", "seeds", "seconds", *(MEASURES[key] for key in keys), "against"]
     heads += [f"{MEASURES[key]}, difference" for key in keys]
     heads += [f"{MEASURES[key]}, less e2e stopped" for key in keys if key != "top1"] if stopped else []
+    losses = LOSSES if study.losses else {}
+    heads += losses.values()
     out = [f"# {name}: {study.question}", "", *facts, "", md_row(heads), md_row(["---"] * len(heads))]
     for line in found:
         cells = [line.variant, str(len(line.seeds)), seconds(line)]
         cells += [said(line.means.get(key)) for key in keys]
         cells += [line.against or "–", *(difference(line.control.get(key)) for key in keys)]
         cells += [difference(line.stopped.get(key)) for key in keys if key != "top1"] if stopped else []
+        cells += [number(line.means.get(key)) for key in losses]
         out.append(md_row(cells))
     out += [
         "",
@@ -214,6 +223,14 @@ def said(found: tuple[float, float | None] | None) -> str:
     return f"{100 * mean:.1f}" + (f" ± {100 * half:.1f}" if half is not None else "")
 
 
+def number(found: tuple[float, float | None] | None) -> str:
+    """`0.512 ± 0.004`, a loss."""
+    if found is None:
+        return "–"
+    mean, half = found
+    return f"{mean:.3f}" + (f" ± {half:.3f}" if half is not None else "")
+
+
 def difference(pair: Paired | None) -> str:
     """`+1.2 ± 0.4`, points; bold where it is claimed."""
     if pair is None:
@@ -226,5 +243,3 @@ def difference(pair: Paired | None) -> str:
 
 def md_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import base64
 import datetime
+import re
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from cache.manifest import atomic_write
 from pipeline import __version__
@@ -57,6 +59,7 @@ def render(story: Story) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["commands"] = with_commands
     return environment.get_template("report.html.j2").render(
         title=first_line(story),
         name=story.paths.root.name,
@@ -161,6 +164,11 @@ def warnings(story: Story) -> Iterator[str]:
             f"One seed is no proof. With {FEWEST_SEEDS} or more (runs in the same folder, alike but for the seed) "
             "differences have intervals over them; `make study NAME=seeds` makes such runs."
         )
+
+
+def with_commands(line: str) -> Markup:
+    """A line whose commands stand between backticks, as HTML."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(line))))
 
 
 def missing(story: Story) -> Iterator[tuple[str, str]]:

@@ -41,6 +41,8 @@ class Study:
     chooses: bool = False
     """Whether its numbers choose settings: it is then refused evaluation images (DATA_VAL), and scores on a tenth of
     the training images that is held back."""
+    losses: bool = False
+    """Whether the table tells each row's last loss beside those of predictors that see nothing of an image."""
 
     @property
     def end_to_end(self) -> str:
@@ -167,9 +169,7 @@ def multiscale() -> Study:
         variants[f"{name}-late"] = Variant({**heads})
         variants[f"{name}-early"] = Variant({**heads, "schedule.epochs": [4, 4, 4, 8]}, against=f"{name}-late")
         variants[f"{name}-e2e"] = Variant({**heads}, "e2e", against=f"{name}-late")
-    return Study(
-        "Do local heads allow earlier freezing?", variants, "one-late", {**SHORT, "target.kind": "hog"}
-    )
+    return Study("Do local heads allow earlier freezing?", variants, "one-late", {**SHORT, "target.kind": "hog"})
 
 
 def freezeout() -> Study:
@@ -329,7 +329,8 @@ def leak() -> Study:
     """Full mode against grouped and pooled, for features and pixels: final loss, and probes after training.
 
     Compared: each with four groups of the same target. The loss of full mode lies below that of groups because the task
-    is easier, so only probes compare; losses of a decoder without context are not among the settings. Data: SHORT.
+    is easier, so only probes compare; each loss stands beside that of the mean target and that of the mean at every
+    place, the least that a decoder without context can come to. Data: SHORT.
     """
     variants = {}
     for target in ("pixels", "features"):
@@ -337,7 +338,7 @@ def leak() -> Study:
             against = "" if groups == 4 else f"{target}-groups-4"
             settings = {"target.kind": target, "mask.groups": groups}
             variants[f"{target}-groups-{groups}"] = Variant(settings, against=against)
-    return Study("How strong is full mode's leak?", variants, "pixels-groups-4", SHORT)
+    return Study("How strong is full mode's leak?", variants, "pixels-groups-4", SHORT, losses=True)
 
 
 STUDIES: dict[str, Callable[[], Study]] = {

@@ -178,6 +178,14 @@ def parts_table(story: Story) -> Table:
     known = [cache_cost(record) if "cache_seconds" in record else None for record in story.records.values()]
     costs = [Cell(said(seconds, ".1f")) for seconds in known]
     rows.insert(6, ("building caches, s", costs))
+    if any("blind_losses" in record for record in story.records.values()):
+        for label, kind in (("loss without context", "place"), ("loss of the mean", "mean")):
+            cells = [
+                Cell(said(blind.get(kind), ".4f"), f"{file_of(name)}#blind_losses.{kind}" if blind else "")
+                for name, record in story.records.items()
+                for blind in [record.get("blind_losses", {})]
+            ]
+            rows.append((label, cells))
     reasons = [(record.get("ended") or {}).get("why", "") for record in story.records.values()]
     if any(reasons):
         rows.append(("ended early", [Cell(why or "–") for why in reasons]))

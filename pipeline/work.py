@@ -35,6 +35,7 @@ from pipeline.ring import ring_of
 from pipeline.seconds import cache_costs
 from stages.adaptive import Settle
 from stages.arm import Arm, Hooks, Result
+from stages.blind import blind_record
 from stages.book import Diverged
 from stages.checkpoint import CheckpointError, Progress
 from stages.encode import frozen_encoder
@@ -173,6 +174,10 @@ def train(
     done.record.update(costs())
     last = done.progress.curve[-1]
     scores = {name: last[name] for name in ("knn_top1", "linear_top1")}
+    trained = done.progress.totals
+    segment = arm.segments[len(trained) - 1]
+    if blind := blind_record(done.model, arm.source(segment), segment, trained[-1].steps, arm.train):
+        done.record["blind_losses"] = blind
     finish_record(paths, done, done.model.encoder.vit.state_dict(), scores)
     if isinstance(done.model, MaskedModel):
         steps = sum(part.steps for part in done.progress.totals)

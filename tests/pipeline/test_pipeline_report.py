@@ -20,7 +20,7 @@ from pipeline.charts import Stretch, stretches
 from pipeline.claims import PROBES
 from pipeline.config import ConfigError
 from pipeline.layout import RunPaths
-from pipeline.report import render, write_report
+from pipeline.report import render, with_commands, write_report
 from pipeline.sceptic import refresh
 from pipeline.story import read_story, step_events
 from pipeline.tables import CURVE, PART_ROWS
@@ -90,7 +90,7 @@ def value_at(root: Path, source: str) -> Any:
 FORMS = {key: form for _, key, form in PART_ROWS} | dict(CURVE)
 FORMS |= {"cache_seconds": ".1f", "total_seconds": ".1f", "images": ",d", "ratio": ".2f", "flop_bound": ".2f"}
 FORMS |= {f"{arm}_images_per_second": ".0f" for arm in ("e2e", "freeze", "cached")}
-FORMS |= {"accumulated_error": ".2e", "num_samples": ",d"}
+FORMS |= {"accumulated_error": ".2e", "num_samples": ",d", "place": ".4f", "mean": ".4f"}
 
 
 def expected(source: str, value: Any) -> str:
@@ -309,6 +309,10 @@ def test_hostile_strings_are_text(copy: Path) -> None:
     text = write_report(RunPaths(copy)).read_text()
     assert "<script" not in text and "<img src=x" not in text
     assert page(copy).text.count(evil) >= 2
+
+
+def test_commands_in_a_warning_are_marked_and_nothing_else_is_html() -> None:
+    assert with_commands("<b> `make study NAME=x` `") == "&lt;b&gt; <code>make study NAME=x</code> `"
 
 
 def test_images_without_labels_have_no_scores(copy: Path) -> None:

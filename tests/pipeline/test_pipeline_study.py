@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from pipeline.decide import Wanted
 from pipeline.grid import Request, read_study
 from pipeline.job import Interrupted
 from pipeline.layout import RunPaths
-from pipeline.outcome import Row, claims, lines, table_md, with_control
+from pipeline.outcome import Row, claims, lines, measured, table_md, with_control
 from pipeline.pool import part_key
 from pipeline.studies import STUDIES, Study, Variant, row, study
 from pipeline.study_figure import drawn, mean_curve
 from stages.schedule import plan_stages
-from tests.pipeline.toy import TOY, StopAfter, job, same, toy, weights
+from tests.pipeline.toy import TOY, StopAfter, job, record, same, toy, weights
 
 SMALL = TOY | {"eval.every": 1, "train.lr_schedule": "constant", "schedule.cuts": [0, 3], "schedule.epochs": [1, 2]}
 
@@ -365,3 +366,18 @@ def test_the_curve_of_seeds_is_their_mean_point_by_point() -> None:
         (3.0, pytest.approx(0.21), pytest.approx(half, rel=1e-4)),
     ]
     assert mean_curve(curves[:1], "k") == [(1, 0.1, 0.0), (2, 0.2, 0.0)]
+
+
+def test_losses_stand_beside_those_of_predictors_that_see_nothing(finished: Path) -> None:
+    """In a study that asks for them; every part of a run has them."""
+    found, _ = measured([record(finished, name) for name in ("stage-0", "stage-1", "stage-2")])
+    blind = record(finished, "stage-2")["blind_losses"]
+    assert (found["place_loss"], found["mean_loss"]) == (blind["place"], blind["mean"])
+    assert blind["heads"] == {"block4_pixels": {"mean": blind["mean"], "place": blind["place"]}}
+    # a normalised patch of 4 x 4 x 3 values has unbiased variance 1: 47 / 48 about its own mean, 0
+    assert 0.5 < blind["place"] < blind["mean"] <= 47 / 48
+    assert all("blind_losses" in record(finished, name) for name in ("stage-0", "arms/e2e", "arms/freeze"))
+    rows = [Row("e2e", 0, "done", found | {"final_loss": 0.25, "place_loss": 0.875, "mean_loss": 0.9})]
+    asked = Study("q", {"e2e": row("e2e")}, "e2e", losses=True)
+    assert "| 0.250 | 0.875 | 0.900 |" in table_md(asked, "q", [], lines(asked, rows), rows)
+    assert "loss" not in table_md(replace(asked, losses=False), "q", [], lines(asked, rows), rows)

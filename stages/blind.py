@@ -1,0 +1,83 @@
+"""What predictors that see nothing of an image would lose: one constant for all tokens, and one for every place. A loss
+says little by itself; beside these it says how much of the target was found out from what is visible. Where features
+have seen hidden tokens (full mode), a loss far below them is no achievement.
+
+Shapes: B batch, S places of a target's grid, T values of a target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.batch import MaskedBatch, coarse
+from models.config import HeadSpec
+from models.learner import Learner
+from models.mim import MaskedModel
+from stages.config import TrainConfig
+from stages.device import autocast
+from stages.segment import Segment
+from stages.sources import Source
+
+IMAGES = 512
+"""Images that the losses are of. The constants are fitted on the targets that they are scored on, so with three of four
+tokens hidden the loss of places is about a four hundredth too low."""
+
+
+class Blind(NamedTuple):
+    """Losses of the best predictors that see nothing, as `masked_loss` counts."""
+
+    mean: float
+    """Of one constant: the mean target of all scored tokens."""
+    place: float
+    """Of a constant for every place: the least that a decoder without context can come to."""
+
+
+class Tally:
+    """The sums over batches that both losses follow from, in float64."""
+
+    def __init__(self) -> None:
+        self.weight_S = self.sum_ST = self.squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, target_BST: Tensor, weight_BS: Tensor) -> None:
+        """Count a batch's targets, each by its weight in the loss."""
+        target, weight = target_BST.double(), weight_BS.double()
+        self.weight_S = self.weight_S + weight.sum(dim=0).cpu()
+        self.sum_ST = self.sum_ST + torch.einsum("bs,bst->st", weight, target).cpu()
+        self.squares = self.squares + (weight * target.square().sum(dim=-1)).sum().cpu()
+
+    def losses(self) -> Blind:
+        """Mean squared errors per value, by sum of squares less what the means explain."""
+        weight, values = self.weight_S.sum(), self.sum_ST.shape[-1]
+        by_mean = self.sum_ST.sum(dim=0).square().sum() / weight
+        by_place = (self.sum_ST.square().sum(dim=-1) / self.weight_S.clamp_min(1e-12)).sum()
+        mean, place = (float((self.squares - explained) / (weight * values)) for explained in (by_mean, by_place))
+        return Blind(mean, place)
+
+
+def blind_losses(batches: Iterable[MaskedBatch], heads: Iterable[HeadSpec]) -> dict[str, Blind]:
+    """By head; every hidden token counts, also where only a share of them is decoded."""
+    tallies = {head.name: (head.key, Tally()) for head in heads}
+    for batch in batches:
+        for key, tally in tallies.values():
+            tally.add(batch.targets[key], coarse(batch.scored_BL) if key[1] < 1 else batch.scored_BL)
+    return {name: tally.losses() for name, (_, tally) in tallies.items()}
+
+
+@torch.no_grad()
+def blind_record(model: Learner, source: Source, segment: Segment, steps: int, train: TrainConfig) -> dict[str, Any]:
+    """{"mean", "place", "heads": {name: {"mean", "place"}}} of the last of the `steps` that a segment was trained, all
+    heads together by the weights that their losses ended with. Empty where nothing is hidden, or nothing trained."""
+    if not isinstance(model, MaskedModel) or not steps:
+        return {}
+    device = next(model.parameters()).device
+    first = max(0, steps - max(1, IMAGES // train.batch_size))
+    loaded = [source.load(segment, step) for step in range(first, steps)]
+    with autocast(device, train.precision):
+        heads = blind_losses((source.mask(model, inputs.to(device)) for inputs in loaded), model.specs)
+    weights = dict(zip(model.loss_names, model.loss_weights(loaded[-1].progress), strict=True))
+    total = {kind: sum(weights[name] * getattr(blind, kind) for name, blind in heads.items()) for kind in Blind._fields}
+    return total | {"heads": {name: blind._asdict() for name, blind in heads.items()}}

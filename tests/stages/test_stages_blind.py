@@ -1,0 +1,57 @@
+"""What predictors that see nothing lose: the closed form is the loss of the constants that it stands for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models.batch import MaskedBatch, masked_loss
+from models.config import HeadSpec
+from models.masking import keep_lowest
+from stages.blind import blind_losses
+
+PIXELS, COARSE = HeadSpec(12, "pixels"), HeadSpec(6, "hog", 0.5)
+BATCH, TOKENS, VALUES = 32, 16, 5
+
+
+def batches(count: int) -> list[MaskedBatch]:
+    """Targets that differ by place, and within a place; three of four tokens hidden."""
+    draw = torch.Generator().manual_seed(3)
+    found = []
+    for _ in range(count):
+        mask = keep_lowest(torch.rand(BATCH, TOKENS, generator=draw), 4)
+        place = torch.arange(TOKENS).reshape(1, -1, 1) / 4.0
+        targets = {
+            PIXELS.key: place + torch.randn(BATCH, TOKENS, VALUES, generator=draw),
+            COARSE.key: 2 + place[:, ::4] * torch.randn(BATCH, TOKENS // 4, VALUES, generator=draw),
+        }
+        found.append(MaskedBatch(torch.empty(BATCH, 4, 0), mask, mask.hidden, targets))
+    return found
+
+
+@pytest.mark.parametrize("head", [PIXELS, COARSE], ids=lambda head: head.name)
+def test_the_closed_form_is_the_loss_of_the_best_constants(head: HeadSpec) -> None:
+    made = batches(4)
+    target, weight = (torch.cat(parts) for parts in zip(*(batch.scored_at(head.key) for batch in made), strict=True))
+    mean = (target * weight[..., None]).sum((0, 1)) / weight.sum()
+    place = (target * weight[..., None]).sum(0) / weight.sum(0)[:, None]
+    found = blind_losses(made, [PIXELS, COARSE])[head.name]
+    assert found.mean == pytest.approx(float(masked_loss(mean.expand_as(target), target, weight)), rel=1e-5)
+    assert found.place == pytest.approx(float(masked_loss(place.expand_as(target), target, weight)), rel=1e-5)
+    for worse in (place + 0.1, place - 0.1):
+        assert float(masked_loss(worse.expand_as(target), target, weight)) > found.place
+
+
+def test_places_explain_what_differs_by_place_and_nothing_else() -> None:
+    found = blind_losses(batches(40), [PIXELS])[PIXELS.name]
+    assert found.place == pytest.approx(1.0, abs=0.02), "noise of variance 1 within a place"
+    assert found.mean == pytest.approx(1.0 + (torch.arange(16) / 4.0).var(correction=0).item(), rel=0.03)
+
+
+def test_what_is_visible_does_not_count() -> None:
+    (batch,) = batches(1)
+    target = batch.targets[PIXELS.key].clone()
+    target[batch.scored_BL == 0] = 1e6
+    changed = MaskedBatch(batch.visible_BKD, batch.mask, batch.scored_BL, {PIXELS.key: target})
+    before, after = blind_losses([batch], [PIXELS]), blind_losses([changed], [PIXELS])
+    assert after[PIXELS.name] == pytest.approx(before[PIXELS.name], rel=1e-9)
