@@ -125,7 +125,7 @@ class Pacer:
         source = live_source(wanted, segment)
         if team.rank.ranks > 1:
             source = of_rank(source, team.rank, self.train.accumulate)
-        self.source = InMemory.of(source, segment, BATCHES)
+        self.source = InMemory.of(source, segment, BATCHES, self.train.device)
 
     def __call__(self, seconds: float) -> float:
         torch.set_num_threads(self.threads)

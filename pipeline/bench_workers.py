@@ -72,7 +72,7 @@ def measure(wanted: Wanted, workers: int, shards: int, rounds: int) -> Rounds:
 @contextmanager
 def pinned(workers: int) -> Iterator[RunTasks]:
     """Worker processes of this machine, each bound to a core of its own."""
-    with task_runner(ClusterConfig(workers=workers)) as run:
+    with task_runner(ClusterConfig(workers=workers), "cpu") as run:
         assert isinstance(run, Crew)
         for core, worker in zip(sorted(os.sched_getaffinity(0)), run.client.nthreads(), strict=False):
             run.client.run(bind, core, workers=[worker])

@@ -103,7 +103,7 @@ def mend_cache(desk: Desk, need: Need, damages: Sequence[Damage]) -> None:
 def sweeping(desk: Desk, stop: Callable[[], bool] = lambda: False) -> AbstractContextManager[RunTasks]:
     """The run's cluster, at work. Its sweeps raise Interrupted once they are to `stop`, whatever workers do."""
     config = desk.wanted.config
-    return task_runner(config.cluster, desk.log.message, config.train.device, stop)
+    return task_runner(config.cluster, config.train.device, desk.log.message, stop)
 
 
 @contextmanager

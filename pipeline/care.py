@@ -56,7 +56,7 @@ def hashing(job: Job, tell: Callable[[str], None]) -> Iterator[Run]:
         return
     from pipeline.cluster import task_runner
 
-    with task_runner(cluster, tell) as run:
+    with task_runner(cluster, "cpu", tell) as run:
         yield run
 
 

@@ -31,8 +31,8 @@ CONNECT = "20s"
 @contextmanager
 def task_runner(
     config: ClusterConfig,
+    device: str,
     tell: Callable[[str], None] = lambda line: None,
-    device: str = "cpu",
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[RunTasks]:
     """A function that maps over tasks on the cluster and yields results as they come; leaving cancels what is left, and

@@ -36,7 +36,7 @@ from pipeline.feeds import live_source, sampling, source_for
 from pipeline.machine import available_cores, processor
 from pipeline.predict import GIGA, TERA, OnProfile
 from pipeline.profile import BlockRate, CodecRate, DeviceProfile
-from pipeline.rates import fresh_model
+from pipeline.rates import fresh_model, unwatched
 from stages.compiling import compiler
 from stages.config import TrainConfig
 from stages.device import autocast, synchronize
@@ -53,6 +53,8 @@ BLOCKS, FLOPS = 3, {"cpu": 2e10, "cuda": 4e12}
 """Blocks that are timed at once, and about how much they compute."""
 IMAGES, ROWS = 64, 48
 """Images that are cut, and rows that are rounded, written and read."""
+PATIENCE = 1.0
+"""Seconds from which on a run says enough by itself."""
 PHOTO = (500, 375)
 """Size of the JPEG that stands for images that are not here, ImageNet's usual one."""
 
@@ -102,15 +104,19 @@ def measure_profile(wanted: Wanted, folder: Path, images: ImageList | None) -> D
 
 
 def seconds_of(work: Callable[[], object], train: TrainConfig, runs: int = 3) -> float:
-    """The median of some runs after one to warm up."""
+    """The median of some runs after one to warm up; of one run where that is already PATIENCE seconds long. On a GPU a
+    run is so short work several times over, handed to it without waiting in between, as training does."""
     torch.set_num_threads(train.threads)
-    device, times = torch.device(train.device), []
-    for _ in range(1 + runs):
+    device, many = torch.device(train.device), 1
+    times: list[float] = []
+    while len(times) < 1 + (runs if not times or times[0] < PATIENCE else 1):
         synchronize(device)
         started = time.perf_counter()
-        work()
+        for _ in range(many):
+            work()
         synchronize(device)
-        times.append(time.perf_counter() - started)
+        times.append((time.perf_counter() - started) / many)
+        many = max(1, min(unwatched(train.device), int(PATIENCE / 10 / times[-1])))
     return statistics.median(times[1:])
 
 
@@ -281,7 +287,7 @@ def measure_start(wanted: Wanted) -> float:
     from pipeline.cluster import task_runner
 
     started = time.perf_counter()
-    with task_runner(wanted.config.cluster):
+    with task_runner(wanted.config.cluster, wanted.config.train.device):
         build_encoder(wanted.config.model, 0)
     return time.perf_counter() - started
 

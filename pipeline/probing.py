@@ -53,7 +53,7 @@ def scored(wanted: Wanted, there: dict[str, StagePaths]) -> Iterator[tuple[str, 
     from stages.spread import spread_features
 
     threads = torch_threads(config.cluster, config.train)
-    with task_runner(config.cluster, console().print, config.train.device) as run:
+    with task_runner(config.cluster, config.train.device, console().print) as run:
         for name, paths in there.items():
             file = str(paths.model.absolute())
             digest = frozen_hash(load_file(file), ALL)

@@ -127,7 +127,7 @@ def built(
     job = replace(job, limit=NO_LIMIT)  # what a fresh encoder's features lose says nothing of a trained one's
     images = wanted.data.train.only(range(layout.num_samples))
     started, marks = time.perf_counter(), []
-    with task_runner(wanted.config.cluster) as run:
+    with task_runner(wanted.config.cluster, wanted.config.train.device) as run:
         for done, _ in build(job, images, run):
             marks.append((rows_of(layout, done), time.perf_counter()))
     return paced(layout.num_samples, time.perf_counter() - started, marks)

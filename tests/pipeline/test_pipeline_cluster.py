@@ -54,7 +54,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def straight(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of the cache as one worker inside this process makes it."""
     one = job(tmp_path_factory.mktemp("straight") / "cache", str(weights))
-    with task_runner(ClusterConfig()) as run:
+    with task_runner(ClusterConfig(), "cpu") as run:
         assert list(build(one, IMAGES, run))[-1] == (SHARDS, SHARDS)
     return files(Path(one.folder))
 
@@ -68,7 +68,7 @@ def one(tmp_path: Path, weights: Path) -> EncodeJob:
 def test_a_worker_killed_in_the_middle_of_a_task_costs_its_task(
     tmp_path: Path, one: EncodeJob, straight: dict[str, bytes]
 ) -> None:
-    with cluster_of(tmp_path, workers=2) as cluster, task_runner(cluster.config) as run:
+    with cluster_of(tmp_path, workers=2) as cluster, task_runner(cluster.config, "cpu") as run:
         steps = build(one, IMAGES, instead(run, workers.killed_once))
         assert list(steps) == [(done, SHARDS) for done in range(1, SHARDS + 1)]
         dead = [process.exitcode for process in cluster.others if process.exitcode is not None]
@@ -80,7 +80,7 @@ def test_a_scheduler_that_comes_back_is_given_what_is_left(
     tmp_path: Path, one: EncodeJob, straight: dict[str, bytes]
 ) -> None:
     told: list[str] = []
-    with cluster_of(tmp_path, workers=1) as cluster, task_runner(cluster.config, told.append) as run:
+    with cluster_of(tmp_path, workers=1) as cluster, task_runner(cluster.config, "cpu", told.append) as run:
         steps = build(one, IMAGES, instead(run, workers.slow))
         assert next(steps) == (1, SHARDS)
         assert cluster.scheduler is not None
@@ -106,7 +106,7 @@ def test_a_lost_client_runs_again_and_makes_only_what_is_missing(
         client.kill()
         client.join()
         made = len(list(receipts.glob("view*.json")))
-        with task_runner(cluster.config) as run:
+        with task_runner(cluster.config, "cpu") as run:
             found = list(build(one, IMAGES, run))
     assert 2 <= made < SHARDS and SHARDS - made - 1 <= len(found) <= SHARDS - made and found[-1] == (SHARDS, SHARDS)
     assert files(Path(one.folder)) == straight
@@ -117,7 +117,7 @@ def test_a_straggler_is_tried_elsewhere_and_comes_too_late_to_write(
     tmp_path: Path, one: EncodeJob, straight: dict[str, bytes]
 ) -> None:
     told: list[str] = []
-    with cluster_of(tmp_path, workers=2) as cluster, task_runner(cluster.config, told.append) as run:
+    with cluster_of(tmp_path, workers=2) as cluster, task_runner(cluster.config, "cpu", told.append) as run:
         assert len(list(build(one, IMAGES, instead(run, workers.late_once)))) == SHARDS
         assert files(Path(one.folder)) == straight
         (tmp_path / "go").touch()  # now it gives its files their names, were it not too late
@@ -132,7 +132,7 @@ def test_weights_come_once_to_every_worker_that_does_not_see_them(
 ) -> None:
     monkeypatch.chdir(weights.parent)  # where the workers are not
     one = job(tmp_path / "cache", weights.name)
-    with cluster_of(tmp_path, workers=2) as cluster, task_runner(cluster.config) as run:
+    with cluster_of(tmp_path, workers=2) as cluster, task_runner(cluster.config, "cpu") as run:
         until(lambda: len(run.client.nthreads()) == 2)
         steps = build(one, IMAGES, instead(run, workers.slow))
         assert next(steps) == (1, SHARDS)
@@ -168,7 +168,7 @@ def test_weights_that_were_altered_on_their_way_are_refused(
 def test_a_task_that_kills_its_workers_ends_the_run_in_one_line(tmp_path: Path, one: EncodeJob) -> None:
     with (
         cluster_of(tmp_path, workers=1, allowed_failures=0) as cluster,
-        task_runner(cluster.config) as run,
+        task_runner(cluster.config, "cpu") as run,
         pytest.raises(RunFailed, match="1 workers died one after the other over one task"),
     ):
         list(build(one, IMAGES, instead(run, workers.always_killed)))
@@ -178,7 +178,7 @@ def test_a_scheduler_that_does_not_answer_is_the_users_mistake(monkeypatch: pyte
     monkeypatch.setattr("pipeline.cluster.CONNECT", "1s")
     config = ClusterConfig(address=f"tcp://127.0.0.1:{workers.free_port()}")
     refused = pytest.raises(ConfigError, match=r"no Dask scheduler answers at tcp://127.*correct cluster\.address")
-    with refused, task_runner(config):
+    with refused, task_runner(config, "cpu"):
         raise AssertionError
 
 
@@ -191,7 +191,7 @@ def test_few_tasks_are_submitted_at_a_time() -> None:
             drawn += 1
             yield number
 
-    with task_runner(ClusterConfig(ahead=4)) as run:
+    with task_runner(ClusterConfig(ahead=4), "cpu") as run:
         results = []
         for result in run(lambda number: number * number, tasks()):
             most = max(most, drawn - done)
@@ -210,7 +210,7 @@ def test_an_error_of_a_task_ends_the_map_and_cancels_the_rest() -> None:
             raise ValueError("three")
         return number
 
-    with task_runner(ClusterConfig()) as run, pytest.raises(ValueError, match="three"):
+    with task_runner(ClusterConfig(), "cpu") as run, pytest.raises(ValueError, match="three"):
         list(run(fail, range(1000)))
     assert len(began) < 20
 
@@ -225,7 +225,7 @@ def test_verify_and_repair_spread_over_worker_processes(
     shard = one.layout.shards[4]
     bad = Path(one.folder) / one.layout.files(shard)[0]
     bad.write_bytes(b"x" + bad.read_bytes()[1:])
-    with cluster_of(tmp_path, workers=1) as cluster, task_runner(cluster.config) as run:
+    with cluster_of(tmp_path, workers=1) as cluster, task_runner(cluster.config, "cpu") as run:
         damages = verify_cache(Path(one.folder), run)
         assert [(damage.file, damage.what) for damage in damages] == [(one.layout.files(shard)[0], "is altered")]
         assert list(mend(one, IMAGES, damages, run)) == [(1, 1)]
@@ -270,7 +270,7 @@ def test_probe_features_come_from_workers_to_the_same_bits(
     encoder.set_attention("cpu")
     how = (data, config, 16, "cpu", "float32", 0)
     digest = frozen_hash(ENCODER.vit.state_dict(), ALL)
-    with cluster_of(tmp_path, workers=1) as cluster, task_runner(cluster.config) as run:
+    with cluster_of(tmp_path, workers=1) as cluster, task_runner(cluster.config, "cpu") as run:
         compute = spread_features(run, weights.name, digest, MODEL, threads=1)
         there = compute(encoder, IMAGES, 2, 16, "cpu", "float32", True)
         assert score(encoder, *how, compute) == score(encoder, *how)

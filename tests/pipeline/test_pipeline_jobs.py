@@ -45,7 +45,7 @@ def test_the_number_of_jobs_follows_the_work(monkeypatch: pytest.MonkeyPatch) ->
     from dask_jobqueue import SLURMCluster
 
     monkeypatch.setattr(SLURMCluster, "adapt", lambda self, **bounds: adapted.append(bounds))
-    with task_runner(ClusterConfig(**SLURM, **MORE)) as run:
+    with task_runner(ClusterConfig(**SLURM, **MORE), "cpu") as run:
         assert run._room == 24  # type: ignore[attr-defined]  # enough for four workers to be asked for
     assert adapted == [{"minimum": 0, "maximum": 4}]
 

@@ -182,7 +182,7 @@ def build_slowly(job: EncodeJob, images: Any, config: ClusterConfig) -> None:
     """A client that builds a cache, slowly."""
     from pipeline.cluster import task_runner
 
-    with task_runner(config) as run:
+    with task_runner(config, "cpu") as run:
         for _ in build(job, images, instead(run, slow)):
             pass
 

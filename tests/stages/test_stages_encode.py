@@ -179,7 +179,7 @@ def test_a_shard_is_computed_while_the_one_before_is_written(
     monkeypatch.setattr(encode, "frozen_forward", watched)
     monkeypatch.setattr(encode, "write_rows", late)
     one = job(tmp_path / "a", weights, encoder, 2, 4)
-    with task_runner(ClusterConfig()) as run:
+    with task_runner(ClusterConfig(), "cpu") as run:
         assert list(build(one, IMAGES, run))[-1] == (6, 6)
 
 
@@ -199,7 +199,7 @@ def test_two_shards_are_computed_at_once_where_the_job_says_so_to_the_same_bytes
 
     monkeypatch.setattr(encode, "frozen_forward", watched)
     together = replace(job(tmp_path / "b" / "cache", weights, encoder, 2, 4), threads=4, together=True)
-    with task_runner(ClusterConfig()) as run:
+    with task_runner(ClusterConfig(), "cpu") as run:
         assert list(build(together, IMAGES, run))[-1] == (6, 6)
     assert threads == {2}
     files = [path.relative_to(alone) for path in alone.rglob("*") if path.is_file()]
@@ -223,7 +223,7 @@ def test_worker_processes_write_the_same_bytes_as_one_worker_inside(
     folders = []
     for workers in (0, 2):
         one = job(tmp_path / str(workers) / "cache", weights, encoder, 2, 4)
-        with task_runner(ClusterConfig(workers=workers)) as run:
+        with task_runner(ClusterConfig(workers=workers), "cpu") as run:
             assert [total for _, total in build(one, IMAGES, run)] == [6] * 6
         folders.append(Path(one.folder))
     files = [path.relative_to(folders[0]) for path in folders[0].rglob("*") if path.is_file()]
