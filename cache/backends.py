@@ -36,9 +36,11 @@ class Files(Protocol):
         shard: Shard,
         pieces: Iterable[Stored],
         keys: Sequence[str],
+        last_crcs: dict[str, int],
     ) -> Iterator[tuple[str, Iterable[Buffer]]]:
         """A shard's files in the order of `Layout.files`, each by name and in parts, of its rows, some at a time. To be
-        written one after the other: the rows are taken while the first is."""
+        written one after the other: the rows are taken while the first is. Fills `last_crcs` (ShardEntry), by name,
+        where the backend has them."""
         ...
 
 

@@ -11,7 +11,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,6 +44,9 @@ class ShardEntry:
     batch: int = 0
     """Of a shard of features: samples that passed the frozen blocks at once, on which their last bits depend; 0 where
     that is not known."""
+    last_crc: int = field(default=0, compare=False)
+    """Of a Zarr shard: the crc32c behind its last chunk, by which a reader tells it from another whole one of its size;
+    0 where that is not known. Says no more than the checksum, so that entries without it are equal."""
 
 
 @dataclass(frozen=True)

@@ -37,4 +37,4 @@ class ZarrCache(RowReader):
 
     def _open_shard(self, name: str, chunks: int) -> ShardReader:
         path = self.folder / name
-        return ShardReader(path, self._open(name), chunks)
+        return ShardReader(path, self._open(name), chunks, self._entries[name].last_crc)
