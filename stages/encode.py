@@ -99,7 +99,6 @@ def build(
     folder, layout = place_of(job.folder), job.layout
     job, parent = inherited(job)
     parent_kin = parent.kin if parent else ""
-    check_space(folder, layout)
     create_store(folder, layout, images.labels, images.keys, images.digests)
     donor = None
     if missing := missing_shards(folder, layout, run):
@@ -107,6 +106,7 @@ def build(
         donor = find_donor(folder, layout, kin, images.labels, images.keys, images.digests, job.memory)
     if donor:
         missing = [shard for shard in missing if not donor.link(folder, layout, shard)]
+    check_space(folder, layout, missing)  # what is linked takes no room
 
     def taken(shard: Shard) -> Taken | None:
         return donor.taken(layout, shard) if donor else None
