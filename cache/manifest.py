@@ -20,7 +20,7 @@ import numpy as np
 from cache.errors import CacheError, DamagedCache, MissingCache, StaleCache
 from cache.layout import Layout
 from cache.lock import aside
-from cache.place import blocks_of, is_remote, is_there, new_object, place_of, read_bytes, size_of
+from cache.place import blocks_of, describe, is_remote, is_there, new_object, place_of, read_bytes, size_of
 from models.spec import FeatureSpec
 
 Buffer = bytes | memoryview
@@ -193,6 +193,20 @@ def read_manifest(folder: str | os.PathLike[str]) -> CacheManifest:
         return CacheManifest.from_dict(values)
     except ValueError as error:
         raise StaleCache(f"{path} was written by another version ({error}); build the cache again") from None
+
+
+def manifest_stamp(folder: Path) -> tuple[int | str, ...]:
+    """By what a manifest is known again without being read: a new one is a new file. Empty where there is none, or its
+    store tells no versions."""
+    path = folder / MANIFEST
+    if is_remote(path):
+        size, version = describe(path) or (0, "")
+        return (size, version) if version else ()
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def check_spec(manifest: CacheManifest, wanted: FeatureSpec) -> None:

@@ -60,9 +60,11 @@ class RowReader(ABC):
     """A CacheReader but for where its rows lie. Raises MissingCache, DamagedCache or StaleCache when it cannot be
     opened."""
 
-    def __init__(self, folder: Path, verify: bool = False, memory: int = MEMORY) -> None:
+    def __init__(
+        self, folder: Path, verify: bool = False, memory: int = MEMORY, manifest: CacheManifest | None = None
+    ) -> None:
         self.folder, self._memory = folder, memory
-        self.manifest: CacheManifest = read_manifest(folder)
+        self.manifest: CacheManifest = manifest or read_manifest(folder)
         self._layout = self.manifest.layout
         self._arrays = {array.name: array for array in self._layout.arrays}
         self._entries = {entry.name: entry for entry in self.manifest.shards}

@@ -14,7 +14,7 @@ import numpy as np
 from cache import reader
 from cache.errors import DamagedCache
 from cache.layout import DIGESTS, KEYS, LABELS, RowArray, Shard
-from cache.manifest import checksum
+from cache.manifest import CacheManifest, checksum
 from cache.place import read_bytes
 from cache.reader import Chunks, RowReader
 from cache.tar import TarShard
@@ -23,8 +23,10 @@ from cache.tar import TarShard
 class TarCache(RowReader):
     """The CacheReader of a WebDataset cache. Raises MissingCache, DamagedCache or StaleCache when it does not open."""
 
-    def __init__(self, folder: Path, verify: bool = False, memory: int = reader.MEMORY) -> None:
-        super().__init__(folder, verify, memory)
+    def __init__(
+        self, folder: Path, verify: bool = False, memory: int = reader.MEMORY, manifest: CacheManifest | None = None
+    ) -> None:
+        super().__init__(folder, verify, memory, manifest)
         arrays = self._layout.arrays
         self._sizes = [array.chunk_bytes for array in arrays for _ in range(array.splits)]
         starts = accumulate((array.splits for array in arrays), initial=0)

@@ -11,6 +11,7 @@ from numcodecs import VLenUTF8
 
 from cache import reader
 from cache.layout import CRC_BYTES, STORE, RowArray
+from cache.manifest import CacheManifest
 from cache.place import read_bytes
 from cache.reader import Chunks, RowReader
 from cache.shard import ShardReader
@@ -19,8 +20,10 @@ from cache.shard import ShardReader
 class ZarrCache(RowReader):
     """The CacheReader of a Zarr cache. Raises MissingCache, DamagedCache or StaleCache when it cannot be opened."""
 
-    def __init__(self, folder: Path, verify: bool = False, memory: int = reader.MEMORY) -> None:
-        super().__init__(folder, verify, memory)
+    def __init__(
+        self, folder: Path, verify: bool = False, memory: int = reader.MEMORY, manifest: CacheManifest | None = None
+    ) -> None:
+        super().__init__(folder, verify, memory, manifest)
         self._shard: Callable[[str, int], ShardReader] = lru_cache(reader.OPEN_SHARDS)(self._open_shard)
 
     def _samples(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
