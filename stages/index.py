@@ -256,6 +256,7 @@ def entries_of_tar(file: Path, name: str = "") -> Iterator[Entry]:
     called = name or str(file)
     first: dict[str, tarfile.TarInfo] = {}
     images: dict[str, tarfile.TarInfo] = {}
+    beside: dict[str, list[str]] = {}
     labels: dict[str, int] = {}
     try:
         with tarfile.open(file, "r:") as tar:
@@ -270,6 +271,8 @@ def entries_of_tar(file: Path, name: str = "") -> Iterator[Entry]:
                     if key in images:
                         raise DataError(f"{called} has two images of key {key}; a key names one image, rename one")
                     images[key] = member
+                elif suffix.rpartition(".")[2].lower() in IMAGE_SUFFIXES:  # such as a.seg.png beside a.jpg
+                    beside.setdefault(key, []).append(member.name)
                 elif suffix == "cls":
                     labels[key] = _label(tar.extractfile(member), called, member.name)
     except tarfile.TarError as error:
@@ -277,6 +280,11 @@ def entries_of_tar(file: Path, name: str = "") -> Iterator[Entry]:
     if not _ends(file):
         raise DataError(f"{called} is cut short, it lacks a tar's end; copy it again")
     for key, member in first.items():
+        if key not in images and len(others := beside.get(key, [])) > 1:
+            raise DataError(
+                f"{called} has two images of key {key}, {others[0]} and {others[1]}: a key ends at the first dot of a "
+                "name; rename them"
+            )
         member = images.get(key, member)  # what has no image is met as a file that is none
         yield Entry(key, labels.get(key, -1), called, member.offset_data, member.size)
 
