@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
-from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
+from weakref import WeakMethod
 
 import numpy as np
 
@@ -31,7 +30,7 @@ class TarCache(RowReader):
         self._sizes = [array.chunk_bytes for array in arrays for _ in range(array.splits)]
         starts = accumulate((array.splits for array in arrays), initial=0)
         self._first = dict(zip((array.name for array in arrays), starts, strict=False))
-        self._shard: Callable[[int, int], TarShard] = lru_cache(reader.OPEN_SHARDS)(self._open_shard)
+        self._opener = WeakMethod(self._open_shard)
 
     def _samples(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         labels, digests = (np.load(io.BytesIO(read_bytes(self.folder / name))) for name in (LABELS, DIGESTS))
@@ -39,7 +38,7 @@ class TarCache(RowReader):
 
     def _locate(self, array: RowArray, view: int, row: int) -> tuple[Chunks, int]:
         number, place = divmod(row, self._layout.shard_rows)
-        return self._shard(view, number), place * len(self._sizes) + self._first[array.name]
+        return reader.open_shard(self._opener, view, number), place * len(self._sizes) + self._first[array.name]
 
     def _open_shard(self, view: int, number: int) -> TarShard:
         tar, index = self._layout.files(Shard(view, number * self._layout.shard_rows, 0))

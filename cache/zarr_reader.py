@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
+from weakref import WeakMethod
 
 import numpy as np
 from numcodecs import VLenUTF8
@@ -24,7 +23,7 @@ class ZarrCache(RowReader):
         self, folder: Path, verify: bool = False, memory: int = reader.MEMORY, manifest: CacheManifest | None = None
     ) -> None:
         super().__init__(folder, verify, memory, manifest)
-        self._shard: Callable[[str, int], ShardReader] = lru_cache(reader.OPEN_SHARDS)(self._open_shard)
+        self._opener = WeakMethod(self._open_shard)
 
     def _samples(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         digests = np.frombuffer(self._static("digests/c/0/0"), np.uint8).reshape(len(self), -1)
@@ -35,7 +34,7 @@ class ZarrCache(RowReader):
 
     def _locate(self, array: RowArray, view: int, row: int) -> tuple[Chunks, int]:
         shard_rows = self._layout.shard_rows
-        shard = self._shard(self._layout.file(array, view, row), shard_rows * array.splits)
+        shard = reader.open_shard(self._opener, self._layout.file(array, view, row), shard_rows * array.splits)
         return shard, row % shard_rows * array.splits
 
     def _open_shard(self, name: str, chunks: int) -> ShardReader:
