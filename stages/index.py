@@ -1,7 +1,6 @@
 """The index of a source of images: where every sample lies and what its bytes hash to. Made by reading everything once,
-kept as JSON, and made again when a file's size, times or inode have changed. The time of an inode's last change (ctime)
-is set by the kernel alone: an image that was edited in place cannot have its old one, whatever the clock and `touch`
-say. What lies behind URLs is indexed by `remote`, with what is here."""
+kept as JSON, and made again when a file's size, times or inode have changed (`stamps`). What lies behind URLs is
+indexed by `remote`, with what is here."""
 
 from __future__ import annotations
 
@@ -12,7 +11,6 @@ import json
 import os
 import re
 import tarfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -25,10 +23,9 @@ from PIL import Image, UnidentifiedImageError
 from cache.errors import CacheError
 from cache.manifest import atomic_write
 from stages.errors import DataError
+from stages.stamps import let_the_clock_tick, stamp_of
 
 INDEX_VERSION = 2
-TICK_NS = 20_000_000
-"""Longer than the steps of the clock that stamps files: a file this old gets another time from its next change."""
 IMAGE_SUFFIXES = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"})
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 TORCHVISION = {
@@ -74,7 +71,7 @@ def indexed(source: str, on_bad: str, index_file: Path | None) -> tuple[Index, R
     header = header_of(source, on_bad, stamps)
     kept = kept_index(index_file, header)
     if kept is None:
-        _let_the_clock_tick(stamps)
+        let_the_clock_tick(max((stamp[3] for stamp in stamps), default=0))
         entries, classes = _found(source, files)
         kept = as_index(source, *inspect_all(entries, read, on_bad), classes)
         if changed := [path for path, stamp in zip(files, stamps, strict=True) if _stamp(path) != stamp]:
@@ -96,19 +93,10 @@ def keep_index(index_file: Path | None, header: dict[str, Any], index: Index) ->
 
 
 def _stamp(path: Path) -> list[Any]:
-    """What of a file changes when it does: its size, the times of its content and of its inode, and its inode."""
     try:
-        found = path.stat()
+        return [str(path), *stamp_of(path)]
     except OSError as error:
         raise DataError(f"{path} is gone ({error.strerror}); restore it, or run again without it") from error
-    return [str(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
-
-
-def _let_the_clock_tick(stamps: list[list[Any]]) -> None:
-    """Wait until a change of any file would show in its times, which one within the same tick leaves as they are."""
-    age = time.time_ns() - max((stamp[3] for stamp in stamps), default=0)
-    if 0 <= age < TICK_NS:
-        time.sleep((TICK_NS - age) / 1e9)
 
 
 def kept_index(index_file: Path | None, header: dict[str, Any]) -> Index | None:
