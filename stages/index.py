@@ -125,6 +125,8 @@ def inspect_all(
 ) -> tuple[list[Entry], list[tuple[str, str]]]:
     """Read, hash and decode every sample: (those that are images, what is none and why). What is none stops the run or
     is left out, as `on_bad` says."""
+    entries = list(entries)
+    refuse_odd_names(entries)
     good, skipped = [], []
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         for entry, reason in pool.map(lambda entry: _inspect(entry, read), entries):
@@ -169,6 +171,23 @@ def _inspect(entry: Entry, read: Reader) -> tuple[Entry, str]:
     except Exception as error:  # on damaged files Pillow's formats raise more than they say
         return entry, " ".join(str(error).split()) or type(error).__name__
     return entry, ""
+
+
+def refuse_odd_names(entries: Iterable[Entry]) -> None:
+    """DataError for the first name that is not encoded as UTF-8, as those of other systems may be: a key is hashed and
+    stored as text."""
+    for entry in entries:
+        if not _is_text(entry.file):
+            raise DataError(f"the name {entry.file!r} is no UTF-8; rename it")
+        if not _is_text(entry.key):
+            raise DataError(f"the name {entry.key!r} in {entry.file!r} is no UTF-8; rename it")
+
+
+def _is_text(name: str) -> bool:
+    try:
+        return name.isascii() or bool(name.encode())
+    except UnicodeEncodeError:  # Python keeps bytes that it cannot read as lone surrogates
+        return False
 
 
 def content_hash(content: bytes | Image.Image) -> str:

@@ -159,17 +159,6 @@ def test_duplicate_keys_are_refused(tmp_path, picture, pack) -> None:
     assert "two images of key 7" in refusal(pack(tmp_path / "c.tar", {"7.png": picture(), "7.jpg": picture()}))
 
 
-def test_images_whose_names_differ_behind_the_first_dot_are_refused(tmp_path, picture, pack) -> None:
-    """They would all be one sample, and all but the first be lost."""
-    names = [f"x/photo.{number:03d}.JPG" for number in range(3)]
-    path = pack(tmp_path / "a.tar", {name: picture(n, "JPEG") for n, name in enumerate(names)})
-    for how in ("stop", "skip"):
-        assert f"{path} has two images of key x/photo, {names[0]} and {names[1]}: " in refusal(path, on_bad=how)
-    beside = {"a.png": picture(0), "a.seg.png": picture(1), "a.depth.png": picture(2), "b.rgb.png": picture(3)}
-    images = open_images(str(pack(tmp_path / "b.tar", beside)))
-    assert images.keys == ("a", "b") and [images.read(entry) for entry in images.entries] == [picture(0), picture(3)]
-
-
 def test_a_label_that_is_no_number_is_refused(tmp_path, picture, pack) -> None:
     path = pack(tmp_path / "a.tar", {"1.png": picture(), "1.cls": b"cat"})
     assert "1.cls" in refusal(path) and "'cat'" in refusal(path)
