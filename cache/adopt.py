@@ -9,12 +9,12 @@ import secrets
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from cache.backends import open_cache
+from cache.backends import open_cache, shared_reader
 from cache.errors import CacheError
 from cache.layout import Layout, Shard
 from cache.manifest import MANIFEST, ShardEntry, find_damage, read_manifest, sync_folder
@@ -45,7 +45,7 @@ class Taken:
     @property
     def keys(self) -> tuple[str, ...]:
         """Of the rows that are taken."""
-        return tuple(donor_reader(self.folder, self.memory).keys[np.array(self.rows)[self.places]])
+        return tuple(shared_reader(self.folder, self.memory).keys[np.array(self.rows)[self.places]])
 
     @property
     def new(self) -> np.ndarray:
@@ -55,13 +55,8 @@ class Taken:
     def stored(self, layout: Layout) -> dict[str, np.ndarray]:
         """The rows that are taken, of every array, as they are stored. DamagedCache where a checksum does not hold."""
         rows = np.array(self.rows)[self.places]
-        donor = donor_reader(self.folder, self.memory)
+        donor = shared_reader(self.folder, self.memory)
         return {array.name: donor.stored(array.name, rows, self.view) for array in layout.arrays}
-
-
-@lru_cache(maxsize=1)  # a build has one, and what is mapped counts as memory
-def donor_reader(folder: str, memory: int) -> CacheReader:
-    return open_cache(folder, memory=memory)
 
 
 @dataclass(frozen=True)

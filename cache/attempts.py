@@ -16,8 +16,16 @@ from pathlib import Path
 from cache.errors import CacheError, MissingCache
 from cache.layout import Layout, Shard
 from cache.lock import hold_shard
-from cache.manifest import MANIFEST, Buffer, CacheManifest, ShardEntry, begin_stream, find_damage, read_manifest
-from cache.place import is_remote, is_there
+from cache.manifest import (
+    Buffer,
+    CacheManifest,
+    ShardEntry,
+    begin_stream,
+    find_damage,
+    manifest_stamp,
+    read_manifest,
+)
+from cache.place import is_remote
 from cache.receipts import read_receipt, receipt_name, write_receipt
 
 
@@ -99,19 +107,14 @@ Finished = tuple[CacheManifest, dict[str, ShardEntry]]
 def finished(folder: Path) -> Finished | None:
     """The manifest of a finished cache and its files by name, read once while it stays the same; None where there is
     none to go by."""
-    path = folder / MANIFEST
     try:
-        if not is_there(path):
-            return None
-        if is_remote(path):
-            return _read.__wrapped__(folder, None)
-        found = path.stat()
-        return _read(folder, (found.st_mtime_ns, found.st_size, found.st_ino))
-    except (CacheError, FileNotFoundError):
+        stamp = () if is_remote(folder) else manifest_stamp(folder)
+        return _read(folder, stamp) if stamp else _read.__wrapped__(folder, stamp)
+    except CacheError:
         return None
 
 
 @lru_cache(maxsize=1)
-def _read(folder: Path, stamp: tuple[int, int, int] | None) -> Finished:
+def _read(folder: Path, stamp: tuple[int | str, ...]) -> Finished:
     manifest = read_manifest(folder)
     return manifest, {entry.name: entry for entry in manifest.shards}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from cache.layout import Layout, Shard, Stored
-from cache.manifest import Buffer, read_manifest
+from cache.manifest import Buffer, manifest_stamp, read_manifest
 from cache.place import place_of
 from cache.reader import MEMORY, RowReader
 from cache.store import CacheReader
@@ -36,9 +37,11 @@ class Files(Protocol):
         shard: Shard,
         pieces: Iterable[Stored],
         keys: Sequence[str],
+        last_crcs: dict[str, int],
     ) -> Iterator[tuple[str, Iterable[Buffer]]]:
         """A shard's files in the order of `Layout.files`, each by name and in parts, of its rows, some at a time. To be
-        written one after the other: the rows are taken while the first is."""
+        written one after the other: the rows are taken while the first is. Fills `last_crcs` (ShardEntry), by name,
+        where the backend has them."""
         ...
 
 
@@ -64,4 +67,22 @@ def open_cache(path: str | os.PathLike[str], verify: bool = False, memory: int =
     StoreUnreachable.
     """
     folder = place_of(path)
-    return READERS[read_manifest(folder).backend](folder, verify, memory)
+    manifest = read_manifest(folder)
+    return READERS[manifest.backend](folder, verify, memory, manifest)
+
+
+def shared_reader(path: str, memory: int) -> CacheReader:
+    """The process's reader of a cache that the tasks of a build read, opened once and again where its manifest is a new
+    one. Errors as `open_cache`; `close_shared` when the build is over."""
+    stamp = manifest_stamp(place_of(path))
+    return _shared(path, memory, stamp) if stamp else open_cache(path, memory=memory)
+
+
+@lru_cache(maxsize=2)  # what a cache continues, and what it takes over; what is mapped counts as memory
+def _shared(path: str, memory: int, stamp: tuple[int | str, ...]) -> CacheReader:
+    return open_cache(path, memory=memory)
+
+
+def close_shared() -> None:
+    """Lets go of the shared readers of this process, and of their files, which may be removed now."""
+    _shared.cache_clear()

@@ -4,12 +4,14 @@ of caches, so that removing a cache never removes a lock that somebody waits for
 they write other shards of the same build. Free of torch.
 
 The lock is `flock`, which the kernel releases however a process ends. Several hosts on a shared file system exclude
-each other as far as that file system passes `flock` on (NFS 4 and Lustre with `-o flock` do); where it does not, and in
-an object store, two builders write the same files one after the other, each whole, and lose nothing but time.
+each other as far as that file system passes `flock` on (NFS 4 and Lustre with `-o flock` do); where it does not, or has
+no `flock` at all, and in an object store, two builders write the same files one after the other, each whole, and lose
+nothing but time.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -26,6 +28,8 @@ from cache.place import is_remote
 
 ASIDE = ".permafrost"
 POLL_SECONDS = 0.1
+NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP})
+"""What a file system without `flock` answers."""
 
 
 class CacheBusy(CacheError):
@@ -36,6 +40,29 @@ def aside(folder: Path, kind: str, suffix: str) -> Path:
     """Where something about a cache lies that is no part of it."""
     whole = folder.absolute()
     return whole.parent / ASIDE / kind / f"{whole.name}{suffix}"
+
+
+def take(path: Path, seconds: float = -1) -> FileLock:
+    """The lock of a file, to be released; Timeout where another process has it for so many seconds. Where the file
+    system has no locks nothing is held: a marker in their place would outlive its process, and nobody on another host
+    could tell."""
+    lock = FileLock(path, timeout=seconds, thread_local=False, poll_interval=0.01, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return lock
+
+
+@contextmanager
+def locked(path: Path, seconds: float = -1) -> Iterator[bool]:
+    """The same for as long as the block lasts; whether anything is held."""
+    lock = take(path, seconds)
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -101,8 +128,7 @@ def hold_shard(folder: Path, name: str) -> Iterator[None]:
     path = aside(folder, "locks", f"-{zlib.crc32(name.encode()) % SHARD_LOCKS:02d}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, thread_local=False)
-        lock.acquire(poll_interval=0.01)
+        lock = take(path)
     except OSError as error:
         raise CacheError(f"cannot write {path}: {error.strerror}; make it writable for all workers") from error
     try:
@@ -112,12 +138,10 @@ def hold_shard(folder: Path, name: str) -> Iterator[None]:
 
 
 def _acquired(path: Path) -> FileLock | None:
-    lock = FileLock(path, timeout=0, thread_local=False)
     try:
-        lock.acquire()
+        return take(path, 0)
     except Timeout:
         return None
-    return lock
 
 
 def _holder(path: Path) -> str:

@@ -11,7 +11,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +20,7 @@ import numpy as np
 from cache.errors import CacheError, DamagedCache, MissingCache, StaleCache
 from cache.layout import Layout
 from cache.lock import aside
-from cache.place import blocks_of, is_remote, is_there, new_object, place_of, read_bytes, size_of
+from cache.place import blocks_of, describe, is_remote, is_there, new_object, place_of, read_bytes, size_of
 from models.spec import FeatureSpec
 
 Buffer = bytes | memoryview
@@ -44,6 +44,9 @@ class ShardEntry:
     batch: int = 0
     """Of a shard of features: samples that passed the frozen blocks at once, on which their last bits depend; 0 where
     that is not known."""
+    last_crc: int = field(default=0, compare=False)
+    """Of a Zarr shard: the crc32c behind its last chunk, by which a reader tells it from another whole one of its size;
+    0 where that is not known. Says no more than the checksum, so that entries without it are equal."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,20 @@ def read_manifest(folder: str | os.PathLike[str]) -> CacheManifest:
         return CacheManifest.from_dict(values)
     except ValueError as error:
         raise StaleCache(f"{path} was written by another version ({error}); build the cache again") from None
+
+
+def manifest_stamp(folder: Path) -> tuple[int | str, ...]:
+    """By what a manifest is known again without being read: a new one is a new file. Empty where there is none, or its
+    store tells no versions."""
+    path = folder / MANIFEST
+    if is_remote(path):
+        size, version = describe(path) or (0, "")
+        return (size, version) if version else ()
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def check_spec(manifest: CacheManifest, wanted: FeatureSpec) -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol, runtime_checkable
+from weakref import WeakMethod, finalize
 
 import numpy as np
 import torch
@@ -29,8 +31,9 @@ from cache.ranges import LocalFile, MappedFile, RangeFile
 from cache.rounding import restore
 from cache.store import FeatureBatch
 
-# Each is a file descriptor, of which a process often has 1,024; ImageNet has 5,000 shards per array and view.
 OPEN_SHARDS = 256
+"""Of all readers of a process together. Each is a file descriptor, of which a process often has 1,024; ImageNet has
+5,000 shards per array and view."""
 
 REQUESTS = 16
 """Rows that are asked for at once where they lie in an object store."""
@@ -56,13 +59,27 @@ class PackedChunks(Chunks, Protocol):
         ...
 
 
+@lru_cache(OPEN_SHARDS)
+def open_shard(opener: WeakMethod[Callable[..., Chunks]], *place: Hashable) -> Chunks:
+    """What a reader's method opens, kept for its next row. The reader is held weakly: its shards go when it does."""
+    opened = opener()
+    assert opened is not None, "its reader asks"
+    return opened(*place)
+
+
+def _close_shards() -> None:
+    open_shard.cache_clear()  # of all readers: one goes seldom, and opening is cheap
+
+
 class RowReader(ABC):
     """A CacheReader but for where its rows lie. Raises MissingCache, DamagedCache or StaleCache when it cannot be
     opened."""
 
-    def __init__(self, folder: Path, verify: bool = False, memory: int = MEMORY) -> None:
+    def __init__(
+        self, folder: Path, verify: bool = False, memory: int = MEMORY, manifest: CacheManifest | None = None
+    ) -> None:
         self.folder, self._memory = folder, memory
-        self.manifest: CacheManifest = read_manifest(folder)
+        self.manifest: CacheManifest = manifest or read_manifest(folder)
         self._layout = self.manifest.layout
         self._arrays = {array.name: array for array in self._layout.arrays}
         self._entries = {entry.name: entry for entry in self.manifest.shards}
@@ -72,6 +89,7 @@ class RowReader(ABC):
                 _require_whole(folder, entry)
         self.labels, self.keys, self.digests = self._samples()
         self._local = threading.local()
+        finalize(self, _close_shards).atexit = False
         self._mapped = sum(entry.bytes for entry in self._entries.values()) <= memory
 
     @abstractmethod

@@ -5,7 +5,7 @@ Source: the Zarr v3 sharding codec, version 1.0."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -24,32 +24,39 @@ def crc32c(content: Buffer | np.ndarray) -> bytes:
     return checksums.crc32c(content).to_bytes(CRC_BYTES, "little")
 
 
-def encode_shard(chunks: Iterable[Buffer | None], chunks_per_shard: int) -> Iterator[Buffer]:
-    """A shard file, part by part; chunks that are None, and those after the last given, are marked missing."""
+def encode_shard(chunks: Iterable[Buffer | None], chunks_per_shard: int) -> Generator[Buffer, None, int]:
+    """A shard file, part by part; chunks that are None, and those after the last given, are marked missing. Returns the
+    crc32c behind the last chunk, 0 where there is none."""
     index = np.full((chunks_per_shard, 2), MISSING, "<u8")
-    offset = 0
+    offset, last = 0, bytes(CRC_BYTES)
     for number, chunk in enumerate(chunks):
         if chunk is not None:
             size = memoryview(chunk).nbytes + CRC_BYTES
             index[number] = offset, size
             yield chunk
-            yield crc32c(chunk)
+            yield (last := crc32c(chunk))
             offset += size
     yield index.tobytes()
     yield crc32c(index.tobytes())
+    return int.from_bytes(last, "little")
 
 
 class ShardReader:
-    """An open shard file; a chunk's crc32c is checked when it is read. DamagedCache when it is not whole."""
+    """An open shard file; a chunk's crc32c is checked when it is read. DamagedCache when it is not whole, or, where
+    `last_crc` is not 0, another than the one whose last chunk has that crc32c: the last comes with the index, in one
+    request."""
 
-    def __init__(self, path: Path, file: RangeFile, chunks_per_shard: int) -> None:
+    def __init__(self, path: Path, file: RangeFile, chunks_per_shard: int, last_crc: int = 0) -> None:
         self.path, self._file = path, file
+        last = np.empty(CRC_BYTES if last_crc else 0, np.uint8)
         tail = np.empty(chunks_per_shard * INDEX_ENTRY_BYTES + CRC_BYTES, np.uint8)
-        if file.size < len(tail):
+        if file.size < len(last) + len(tail):
             raise self._damage("is empty" if not file.size else "has a damaged index")
-        file.read_into(file.size - len(tail), [tail])
+        file.read_into(file.size - len(last) - len(tail), [part for part in (last, tail) if len(part)])
         if crc32c(tail[:-CRC_BYTES]) != tail[-CRC_BYTES:].tobytes():
             raise self._damage("has a damaged index")
+        if int.from_bytes(last.tobytes(), "little") != last_crc:
+            raise self._damage("is not the shard that was written there")
         index = tail[:-CRC_BYTES].view("<u8").reshape(chunks_per_shard, 2)
         self._places: list[tuple[int, int, int]] = list(zip(*index.T.tolist(), _run_ends(index).tolist(), strict=True))
 

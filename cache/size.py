@@ -6,11 +6,12 @@ from __future__ import annotations
 import math
 import os
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from cache.errors import CacheError
-from cache.layout import Layout, RowArray
-from cache.place import files_below, free_bytes
+from cache.layout import Layout, RowArray, Shard
+from cache.place import free_bytes
 from cache.tar import COLUMNS, END, npy_header, padding
 
 # Measured on caches written here; only their order of magnitude matters beside the arrays.
@@ -50,10 +51,11 @@ def cache_bytes(layout: Layout) -> int:
     return arrays + metadata + files * MANIFEST_ENTRY_BYTES + layout.num_samples * (8 + DIGEST_BYTES + KEY_BYTES)
 
 
-def check_space(folder: Path, layout: Layout) -> None:
-    """CacheError, with the numbers, when what is still to be written of a cache does not fit the disk of its folder."""
+def check_space(folder: Path, layout: Layout, missing: Iterable[Shard]) -> None:
+    """CacheError, with the numbers, when the shards that are still to be written do not fit the disk of the folder."""
     free = free_bytes(folder)
-    needed = cache_bytes(layout) - sum(size for _, size in files_below(folder))
+    rows = sum(shard.rows for shard in missing)
+    needed = cache_bytes(layout) * rows // (layout.num_samples * layout.spec.views)
     if needed > free:
         raise CacheError(
             f"the cache at {os.fspath(folder)} needs {needed / 1e9:.1f} GB more, its disk has {free / 1e9:.1f} GB; "

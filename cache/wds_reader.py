@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
-from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
+from weakref import WeakMethod
 
 import numpy as np
 
 from cache import reader
 from cache.errors import DamagedCache
 from cache.layout import DIGESTS, KEYS, LABELS, RowArray, Shard
-from cache.manifest import checksum
+from cache.manifest import CacheManifest, checksum
 from cache.place import read_bytes
 from cache.reader import Chunks, RowReader
 from cache.tar import TarShard
@@ -23,13 +22,15 @@ from cache.tar import TarShard
 class TarCache(RowReader):
     """The CacheReader of a WebDataset cache. Raises MissingCache, DamagedCache or StaleCache when it does not open."""
 
-    def __init__(self, folder: Path, verify: bool = False, memory: int = reader.MEMORY) -> None:
-        super().__init__(folder, verify, memory)
+    def __init__(
+        self, folder: Path, verify: bool = False, memory: int = reader.MEMORY, manifest: CacheManifest | None = None
+    ) -> None:
+        super().__init__(folder, verify, memory, manifest)
         arrays = self._layout.arrays
         self._sizes = [array.chunk_bytes for array in arrays for _ in range(array.splits)]
         starts = accumulate((array.splits for array in arrays), initial=0)
         self._first = dict(zip((array.name for array in arrays), starts, strict=False))
-        self._shard: Callable[[int, int], TarShard] = lru_cache(reader.OPEN_SHARDS)(self._open_shard)
+        self._opener = WeakMethod(self._open_shard)
 
     def _samples(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         labels, digests = (np.load(io.BytesIO(read_bytes(self.folder / name))) for name in (LABELS, DIGESTS))
@@ -37,7 +38,7 @@ class TarCache(RowReader):
 
     def _locate(self, array: RowArray, view: int, row: int) -> tuple[Chunks, int]:
         number, place = divmod(row, self._layout.shard_rows)
-        return self._shard(view, number), place * len(self._sizes) + self._first[array.name]
+        return reader.open_shard(self._opener, view, number), place * len(self._sizes) + self._first[array.name]
 
     def _open_shard(self, view: int, number: int) -> TarShard:
         tar, index = self._layout.files(Shard(view, number * self._layout.shard_rows, 0))

@@ -28,9 +28,15 @@ def static_files(
 
 
 def shard_files(
-    folder: Path, layout: Layout, shard: Shard, pieces: Iterable[Stored], keys: Sequence[str]
+    folder: Path,
+    layout: Layout,
+    shard: Shard,
+    pieces: Iterable[Stored],
+    keys: Sequence[str],
+    last_crcs: dict[str, int],
 ) -> Iterator[tuple[str, Iterable[Buffer]]]:
-    """The files of a shard, the tar first, each by name and in parts; the rows are taken while the first is written."""
+    """The files of a shard, the tar first, each by name and in parts; the rows are taken while the first is written. A
+    tar is known by the checksums of its index, which is hashed when it is opened, so `last_crcs` stays empty."""
     labels = rows_of(folder / LABELS, shard)
     tar, index_name = layout.files(shard)
     index: list[tuple[int, int, int, int]] = []

@@ -201,9 +201,10 @@ def write_stored(
 
     size = sum(array.shard_bytes(shard.rows, layout.shard_rows) for array in layout.arrays)
     with attempt(folder, layout, shard) as mine:
-        for name, parts in files_of(layout.backend).shard_files(folder, layout, shard, checked(), keys):
+        crcs: dict[str, int] = {}
+        for name, parts in files_of(layout.backend).shard_files(folder, layout, shard, checked(), keys, crcs):
             written, digest = mine.stream(folder / name, parts, size)
-            entry = ShardEntry(name, shard.first_row, shard.rows, written, digest)
+            entry = ShardEntry(name, shard.first_row, shard.rows, written, digest, last_crc=crcs.get(name, 0))
             if not mine.entries:
                 entry = replace(entry, moments=tuple(Moments.join(found)), batch=batch)
             mine.entries.append(entry)

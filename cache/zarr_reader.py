@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
+from weakref import WeakMethod
 
 import numpy as np
 from numcodecs import VLenUTF8
 
 from cache import reader
 from cache.layout import CRC_BYTES, STORE, RowArray
+from cache.manifest import CacheManifest
 from cache.place import read_bytes
 from cache.reader import Chunks, RowReader
 from cache.shard import ShardReader
@@ -19,9 +19,11 @@ from cache.shard import ShardReader
 class ZarrCache(RowReader):
     """The CacheReader of a Zarr cache. Raises MissingCache, DamagedCache or StaleCache when it cannot be opened."""
 
-    def __init__(self, folder: Path, verify: bool = False, memory: int = reader.MEMORY) -> None:
-        super().__init__(folder, verify, memory)
-        self._shard: Callable[[str, int], ShardReader] = lru_cache(reader.OPEN_SHARDS)(self._open_shard)
+    def __init__(
+        self, folder: Path, verify: bool = False, memory: int = reader.MEMORY, manifest: CacheManifest | None = None
+    ) -> None:
+        super().__init__(folder, verify, memory, manifest)
+        self._opener = WeakMethod(self._open_shard)
 
     def _samples(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         digests = np.frombuffer(self._static("digests/c/0/0"), np.uint8).reshape(len(self), -1)
@@ -32,9 +34,9 @@ class ZarrCache(RowReader):
 
     def _locate(self, array: RowArray, view: int, row: int) -> tuple[Chunks, int]:
         shard_rows = self._layout.shard_rows
-        shard = self._shard(self._layout.file(array, view, row), shard_rows * array.splits)
+        shard = reader.open_shard(self._opener, self._layout.file(array, view, row), shard_rows * array.splits)
         return shard, row % shard_rows * array.splits
 
     def _open_shard(self, name: str, chunks: int) -> ShardReader:
         path = self.folder / name
-        return ShardReader(path, self._open(name), chunks)
+        return ShardReader(path, self._open(name), chunks, self._entries[name].last_crc)

@@ -3,7 +3,7 @@ Zarr: any reader opens it. The steps of a build are in cache.writer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,15 @@ def static_files(
 
 
 def shard_files(
-    folder: Path, layout: Layout, shard: Shard, pieces: Iterable[Stored], keys: Sequence[str]
+    folder: Path,
+    layout: Layout,
+    shard: Shard,
+    pieces: Iterable[Stored],
+    keys: Sequence[str],
+    last_crcs: dict[str, int],
 ) -> Iterator[tuple[str, Iterator[Buffer]]]:
-    """The files of a shard, features first, by name and in parts; the rows are taken while the first is written."""
+    """The files of a shard, features first, by name and in parts; the rows are taken while the first is written. Fills
+    `last_crcs` with the crc32c behind the last chunk of each, once it is written."""
     features, *others = layout.arrays
     kept: dict[str, list[np.ndarray]] = {array.name: [] for array in others}
 
@@ -66,12 +72,15 @@ def shard_files(
                 values.append(piece[name])
             yield piece[features.name]
 
-    yield layout.file(features, shard.view, shard.first_row), _encode(first(), features, layout)
-    for array in others:
-        yield layout.file(array, shard.view, shard.first_row), _encode(kept[array.name], array, layout)
+    def parts(name: str, array: RowArray, rows: Iterable[np.ndarray]) -> Iterator[Buffer]:
+        last_crcs[name] = yield from _encode(rows, array, layout)
+
+    for array in layout.arrays:
+        name = layout.file(array, shard.view, shard.first_row)
+        yield name, parts(name, array, first() if array is features else kept[array.name])
 
 
-def _encode(pieces: Iterable[np.ndarray], array: RowArray, layout: Layout) -> Iterator[Buffer]:
+def _encode(pieces: Iterable[np.ndarray], array: RowArray, layout: Layout) -> Generator[Buffer, None, int]:
     pack = array.compression.encode()
     # Splits cut the first axis of an entry, so the inner chunks of rows, in order, are one contiguous array.
     flat = (np.ascontiguousarray(rows, array.dtype).reshape(len(rows) * array.splits, -1) for rows in pieces)

@@ -195,7 +195,7 @@ def manifest_of(shards: int, folder: Path) -> dict[str, Any]:
     create_store(folder, layout, np.arange(shards), keys, np.zeros((shards, 32), np.uint8))
     for shard in layout.shards:
         names = layout.files(shard)
-        entries = [ShardEntry(name, shard.first_row, 1, 10**7, "ab" * 32) for name in names]
+        entries = [ShardEntry(name, shard.first_row, 1, 10**7, "ab" * 32, last_crc=2**31) for name in names]
         found_6 = tuple(1234.5678 / (number + shard.first_row + 1) for number in range(6))
         entries[0] = replace(entries[0], moments=found_6, batch=64)
         (folder / RECEIPTS / f"{receipt_name(shard)}.json").write_bytes(sealed_receipt(layout, entries))

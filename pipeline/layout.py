@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
+from cache.lock import locked
 from cache.place import place_of
 from pipeline.config import ConfigError
 
@@ -125,26 +126,27 @@ class RunPaths:
         kind, _, which = name.partition(" ")
         return self.stage(int(which)) if kind == "stage" else self.arm(which)
 
-    @contextlib.contextmanager
+    @contextmanager
     def lock(self) -> Iterator[None]:
         """Holds the run for this process; the kernel lets go when the process ends, however it ends. Not re-entrant.
+        On a file system without locks only a process of this host that is still there is seen.
 
         Raises RunBusy at once, naming the process that holds it.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        try:
-            held = FileLock(self.root / ".lock", timeout=0).acquire()
-        except Timeout:
-            process = f"process {self.holder() or 'unknown'}"
-            raise RunBusy(
-                f"run {self.root} is in use by {process}; wait for it, stop it, or take another --run (RUN=)"
-            ) from None
-        with held:
-            self._pid.write_text(str(os.getpid()))
+        with ExitStack() as stack:
             try:
-                yield
-            finally:
-                self._pid.unlink(missing_ok=True)
+                alone = stack.enter_context(locked(self.root / ".lock", 0)) or self.holder() in (None, os.getpid())
+            except Timeout:
+                alone = False
+            if not alone:
+                process = f"process {self.holder() or 'unknown'}"
+                raise RunBusy(
+                    f"run {self.root} is in use by {process}; wait for it, stop it, or take another --run (RUN=)"
+                )
+            self._pid.write_text(str(os.getpid()))
+            stack.callback(self._pid.unlink, missing_ok=True)
+            yield
 
     def holder(self) -> int | None:
         """The process that works in this run, without disturbing it; None when there is none."""

@@ -8,12 +8,12 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
+from cache.lock import locked
 from cache.manifest import atomic_write
 from models.spec import digest
 from pipeline.decide import ARMS, Wanted, judge_arm, judge_stage
@@ -95,10 +95,10 @@ def take(wanted: Wanted, pool: Path) -> list[str]:
     return found
 
 
-def hold(pool: Path) -> FileLock:
+def hold(pool: Path) -> AbstractContextManager[bool]:
     """One process at a time puts parts in or takes them out."""
     pool.mkdir(parents=True, exist_ok=True)
-    return FileLock(pool / ".lock")
+    return locked(pool / ".lock")
 
 
 def link_files(source: Path, target: Path) -> None:

@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
+
+from cache.lock import locked
 
 SPARE = 1 << 30
 """Bytes of the disk that copies leave free: what a run computes matters more."""
@@ -89,7 +91,7 @@ class Copies:
 
     def _look(self, size: int = 0) -> None:
         """Count what is there and, where `size` bytes more would pass the bound, remove the oldest of it."""
-        with suppress(Timeout), FileLock(self.folder / ".lock", timeout=0):  # or another process makes room
+        with suppress(Timeout), locked(self.folder / ".lock", 0):  # or another process makes room
             found = deque(sorted(self._files()))
             total = sum(each for _, each, _ in found)
             if total + size > self.limit:

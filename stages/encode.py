@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache import open_cache
 from cache.adopt import Taken, find_donor
+from cache.backends import close_shared, shared_reader
 from cache.errors import DamagedCache, MissingCache, StaleCache
 from cache.layout import Layout, Shard, Stored
 from cache.loader import prefetch
@@ -99,7 +99,6 @@ def build(
     folder, layout = place_of(job.folder), job.layout
     job, parent = inherited(job)
     parent_kin = parent.kin if parent else ""
-    check_space(folder, layout)
     create_store(folder, layout, images.labels, images.keys, images.digests)
     donor = None
     if missing := missing_shards(folder, layout, run):
@@ -107,6 +106,7 @@ def build(
         donor = find_donor(folder, layout, kin, images.labels, images.keys, images.digests, job.memory)
     if donor:
         missing = [shard for shard in missing if not donor.link(folder, layout, shard)]
+    check_space(folder, layout, missing)  # what is linked takes no room
 
     def taken(shard: Shard) -> Taken | None:
         return donor.taken(layout, shard) if donor else None
@@ -118,9 +118,12 @@ def build(
     done = len(layout.shards) - len(missing)
     if donor and done:
         yield done, len(layout.shards)
-    for _ in run(encode_shard, ((job, shard, taken(shard)) for shard in missing)):  # few are there at a time
-        done += 1
-        yield done, len(layout.shards)
+    try:
+        for _ in run(encode_shard, ((job, shard, taken(shard)) for shard in missing)):  # few are there at a time
+            done += 1
+            yield done, len(layout.shards)
+    finally:
+        close_shared()
     if not (folder / MANIFEST).exists():
         check_inputs(job, images, parent)
     finish(folder, layout, job.limit, parent_kin)
@@ -303,7 +306,7 @@ def from_images(job: EncodeJob, view: int) -> Load:
 def from_cache(job: EncodeJob, view: int) -> Load:
     """A function that reads some rows of the parent cache, and all else that the new shard takes over."""
     assert job.parent is not None
-    parent, spec = open_cache(job.parent, memory=job.memory), job.layout.spec
+    parent, spec = shared_reader(job.parent, job.memory), job.layout.spec
     assert parent.manifest.fingerprint == spec.parent, "the spec names the cache that it continues"
 
     def load(rows: np.ndarray) -> Part:

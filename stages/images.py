@@ -21,7 +21,7 @@ from stages import remote
 from stages.config import DataConfig
 from stages.copies import Copies
 from stages.errors import DataError
-from stages.index import Entry, Index, content_hash, indexed
+from stages.index import Entry, Index, content_hash, indexed, refuse_odd_names
 
 SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample"
 HELD_OUT = 10
@@ -150,6 +150,7 @@ def open_images(
         index, read = indexed(source, on_bad, index_file)
     if not index.entries:
         raise DataError(f"{source} has no images; give a folder of images, tars with <key>.png, or a torchvision name")
+    refuse_odd_names(index.entries)  # once more: an index that was kept may be an earlier version's
     _refuse_duplicates(source, index)
     return ImageList(index.entries, index.classes, index.skipped, read)
 

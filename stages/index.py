@@ -1,7 +1,6 @@
 """The index of a source of images: where every sample lies and what its bytes hash to. Made by reading everything once,
-kept as JSON, and made again when a file's size, times or inode have changed. The time of an inode's last change (ctime)
-is set by the kernel alone: an image that was edited in place cannot have its old one, whatever the clock and `touch`
-say. What lies behind URLs is indexed by `remote`, with what is here."""
+kept as JSON, and made again when a file's size, times or inode have changed (`stamps`). What lies behind URLs is
+indexed by `remote`, with what is here."""
 
 from __future__ import annotations
 
@@ -12,7 +11,6 @@ import json
 import os
 import re
 import tarfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -25,10 +23,9 @@ from PIL import Image, UnidentifiedImageError
 from cache.errors import CacheError
 from cache.manifest import atomic_write
 from stages.errors import DataError
+from stages.stamps import let_the_clock_tick, stamp_of
 
 INDEX_VERSION = 2
-TICK_NS = 20_000_000
-"""Longer than the steps of the clock that stamps files: a file this old gets another time from its next change."""
 IMAGE_SUFFIXES = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"})
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 TORCHVISION = {
@@ -74,7 +71,7 @@ def indexed(source: str, on_bad: str, index_file: Path | None) -> tuple[Index, R
     header = header_of(source, on_bad, stamps)
     kept = kept_index(index_file, header)
     if kept is None:
-        _let_the_clock_tick(stamps)
+        let_the_clock_tick(max((stamp[3] for stamp in stamps), default=0))
         entries, classes = _found(source, files)
         kept = as_index(source, *inspect_all(entries, read, on_bad), classes)
         if changed := [path for path, stamp in zip(files, stamps, strict=True) if _stamp(path) != stamp]:
@@ -96,19 +93,10 @@ def keep_index(index_file: Path | None, header: dict[str, Any], index: Index) ->
 
 
 def _stamp(path: Path) -> list[Any]:
-    """What of a file changes when it does: its size, the times of its content and of its inode, and its inode."""
     try:
-        found = path.stat()
+        return [str(path), *stamp_of(path)]
     except OSError as error:
         raise DataError(f"{path} is gone ({error.strerror}); restore it, or run again without it") from error
-    return [str(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
-
-
-def _let_the_clock_tick(stamps: list[list[Any]]) -> None:
-    """Wait until a change of any file would show in its times, which one within the same tick leaves as they are."""
-    age = time.time_ns() - max((stamp[3] for stamp in stamps), default=0)
-    if 0 <= age < TICK_NS:
-        time.sleep((TICK_NS - age) / 1e9)
 
 
 def kept_index(index_file: Path | None, header: dict[str, Any]) -> Index | None:
@@ -137,6 +125,8 @@ def inspect_all(
 ) -> tuple[list[Entry], list[tuple[str, str]]]:
     """Read, hash and decode every sample: (those that are images, what is none and why). What is none stops the run or
     is left out, as `on_bad` says."""
+    entries = list(entries)
+    refuse_odd_names(entries)
     good, skipped = [], []
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         for entry, reason in pool.map(lambda entry: _inspect(entry, read), entries):
@@ -181,6 +171,23 @@ def _inspect(entry: Entry, read: Reader) -> tuple[Entry, str]:
     except Exception as error:  # on damaged files Pillow's formats raise more than they say
         return entry, " ".join(str(error).split()) or type(error).__name__
     return entry, ""
+
+
+def refuse_odd_names(entries: Iterable[Entry]) -> None:
+    """DataError for the first name that is not encoded as UTF-8, as those of other systems may be: a key is hashed and
+    stored as text."""
+    for entry in entries:
+        if not _is_text(entry.file):
+            raise DataError(f"the name {entry.file!r} is no UTF-8; rename it")
+        if not _is_text(entry.key):
+            raise DataError(f"the name {entry.key!r} in {entry.file!r} is no UTF-8; rename it")
+
+
+def _is_text(name: str) -> bool:
+    try:
+        return name.isascii() or bool(name.encode())
+    except UnicodeEncodeError:  # Python keeps bytes that it cannot read as lone surrogates
+        return False
 
 
 def content_hash(content: bytes | Image.Image) -> str:
@@ -256,6 +263,7 @@ def entries_of_tar(file: Path, name: str = "") -> Iterator[Entry]:
     called = name or str(file)
     first: dict[str, tarfile.TarInfo] = {}
     images: dict[str, tarfile.TarInfo] = {}
+    beside: dict[str, list[str]] = {}
     labels: dict[str, int] = {}
     try:
         with tarfile.open(file, "r:") as tar:
@@ -270,6 +278,8 @@ def entries_of_tar(file: Path, name: str = "") -> Iterator[Entry]:
                     if key in images:
                         raise DataError(f"{called} has two images of key {key}; a key names one image, rename one")
                     images[key] = member
+                elif suffix.rpartition(".")[2].lower() in IMAGE_SUFFIXES:  # such as a.seg.png beside a.jpg
+                    beside.setdefault(key, []).append(member.name)
                 elif suffix == "cls":
                     labels[key] = _label(tar.extractfile(member), called, member.name)
     except tarfile.TarError as error:
@@ -277,6 +287,11 @@ def entries_of_tar(file: Path, name: str = "") -> Iterator[Entry]:
     if not _ends(file):
         raise DataError(f"{called} is cut short, it lacks a tar's end; copy it again")
     for key, member in first.items():
+        if key not in images and len(others := beside.get(key, [])) > 1:
+            raise DataError(
+                f"{called} has two images of key {key}, {others[0]} and {others[1]}: a key ends at the first dot of a "
+                "name; rename them"
+            )
         member = images.get(key, member)  # what has no image is met as a file that is none
         yield Entry(key, labels.get(key, -1), called, member.offset_data, member.size)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from cache.backends import files_of
+from cache.backends import close_shared, files_of
 from cache.layout import Shard
 from cache.manifest import atomic_write, check_spec, read_manifest
 from cache.place import place_of
@@ -35,8 +35,11 @@ def mend(job: EncodeJob, images: ImageList, damages: Sequence[Damage], run: RunT
         first, *others = layout.files(shard)
         if not bad.isdisjoint((first, *others)):
             tasks.append((replace(job, layout=layout, batch=batch_of.get(first, job.batch)), shard, None))
-    for count, _ in enumerate(run(encode_shard, tasks), start=1):
-        yield count, len(tasks)
+    try:
+        for count, _ in enumerate(run(encode_shard, tasks), start=1):
+            yield count, len(tasks)
+    finally:
+        close_shared()
     check_inputs(job, images, parent)
     amend(folder, job.limit)
     assert not (folder / RECEIPTS).exists()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache.manifest import atomic_write, sha256_of
 from cache.place import blocks_of, describe, is_there, path_or_url, place_of, size_of
+from stages.stamps import let_the_clock_tick, stamp_of
 
 if TYPE_CHECKING:
     from models.vit import Encoder
@@ -25,8 +26,8 @@ class WeightsError(ValueError):
 
 
 def load_weights(encoder: Encoder, path: str, digest: str = "") -> list[str]:
-    """Load a checkpoint file into an encoder; returns what was left out or changed, in words. `digest` is what the
-    content of one behind a URL was known by.
+    """Load a checkpoint file into an encoder; returns what was left out or changed, in words. `digest` is what its
+    content was known by, when the run began.
 
     Raises WeightsError, StoreUnreachable, or ModelError for a key that does not fit.
     """
@@ -42,16 +43,23 @@ def read_checkpoint(path: str, digest: str = "") -> Mapping[str, Any]:
     path = path_or_url(path)
     _stamp(path)
     if "://" not in path:
-        return _read(path, path)
+        content = _read(path, path)
+        _require(Path(path), path, digest)  # afterwards: also what was put there while it was read is another file
+        return content
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / f"weights{Path(path).suffix}"
         place = place_of(path)
         with local.open("wb") as file:
             for block in blocks_of(place, size_of(place)):
                 file.write(block)
-        if digest and sha256_of(local, 0) != digest:
-            raise WeightsError(f"model.weights={path} was changed since the run began; run again, which takes it anew")
+        _require(local, path, digest)
         return _read(str(local), path)
+
+
+def _require(file: Path, path: str, digest: str) -> None:
+    """That a file on disk, which the settings call `path`, is the one that the run began with."""
+    if digest and sha256_of(file, 0) != digest:
+        raise WeightsError(f"model.weights={path} was changed since the run began; run again, which takes it anew")
 
 
 def _read(file: str, path: str) -> Mapping[str, Any]:
@@ -75,7 +83,7 @@ def _read(file: str, path: str) -> Mapping[str, Any]:
 
 
 def weights_digest(path: str, index_file: Path | None) -> str:
-    """sha256 of a file's content, hex; kept in `index_file` by size and time, so that it is read once.
+    """sha256 of a file's content, hex; kept in `index_file` by what its stamp says, so that it is read once.
 
     A file that was read and is gone since is still the file that it was. Raises WeightsError.
     """
@@ -90,7 +98,10 @@ def weights_digest(path: str, index_file: Path | None) -> str:
     stamp = _stamp(path)
     if kept.items() >= stamp.items():
         return str(kept["sha256"])
+    let_the_clock_tick(int(stamp.get("changed", 0)))
     found = sha256_of(place, int(stamp["size"]))
+    if _stamp(path) != stamp:
+        raise WeightsError(f"model.weights={path} was changed while it was read; run again when nothing writes to it")
     if index_file:
         atomic_write(index_file, json.dumps(stamp | {"sha256": found}).encode())
     return found
@@ -106,8 +117,7 @@ def _stamp(path: str) -> dict[str, str | int]:
         raise WeightsError(f"model.weights={path} is {kind}; give a checkpoint file ({', '.join(SUFFIXES)})")
     if file.suffix not in SUFFIXES:
         raise WeightsError(f"model.weights={path} is none of {', '.join(SUFFIXES)}; save the state as one of them")
-    stat = file.stat()
-    return {"path": str(file.absolute()), "size": stat.st_size, "time": stat.st_mtime_ns}
+    return {"path": str(file.absolute()), **stamp_of(file)._asdict()}
 
 
 def _stamp_of_object(path: str) -> dict[str, str | int]:

@@ -22,7 +22,7 @@ from webdataset.tariterators import base_plus_ext
 from cache import open_cache
 from cache.errors import CacheError, DamagedCache, MissingCache, StaleCache, TooCoarse, Unrepresentable
 from cache.layout import Shard
-from cache.manifest import check_spec, read_manifest
+from cache.manifest import check_spec, read_manifest, seal, unseal
 from cache.size import array_bytes, cache_bytes
 from cache.tar import escape_key, unescape_key
 from cache.verify import drop_damaged, verify_cache
@@ -151,6 +151,35 @@ def test_any_altered_byte_is_found(whole: Path, wanted, data: st.DataObject, pla
         path.write_bytes(content)
 
 
+def test_shards_that_were_exchanged_are_never_read(tmp_path: Path, whole: Path, wanted) -> None:
+    """Whole files of equal size, each chunk with a checksum that holds: only the manifest knows which lies where."""
+    here, there = (wanted.layout.files(Shard(view, 0, 3)) for view in (0, 1))
+    for number, names in enumerate([*zip(here, there, strict=True), None]):
+        folder = shutil.copytree(whole, tmp_path / f"{number}" / "cache")
+        for name, other in [names] if names else zip(here, there, strict=True):
+            (folder / name).rename(folder / "aside")
+            (folder / other).rename(folder / name)
+            (folder / "aside").rename(folder / other)
+        reader = open_cache(wanted.at(folder))
+        name = f"({'|'.join(names or here + there)})"
+        for view in (0, 1):
+            with pytest.raises(DamagedCache, match=f"{re.escape(str(wanted.at(folder)))}/{name} .*; run `make repair`"):
+                for array in wanted.layout.arrays:
+                    reader.stored(array.name, np.arange(3), view)
+            assert reader.read([3, 6], view).keys == (wanted.keys[3], wanted.keys[6])
+
+
+def test_a_manifest_that_does_not_know_the_last_checksums_is_read(tmp_path: Path, whole: Path, wanted) -> None:
+    folder = shutil.copytree(whole, tmp_path / "cache")
+    values = unseal((folder / "manifest.json").read_bytes())
+    known = [entry.pop("last_crc") for entry in values["shards"]]
+    assert all(known) is False and any(known) is (wanted.layout.backend == "zarr")
+    (folder / "manifest.json").write_bytes(seal(values))
+    assert read_manifest(wanted.at(folder)) == read_manifest(wanted.at(whole))
+    one, other = (open_cache(wanted.at(place)).read(range(7), 1).features_BLD for place in (folder, whole))
+    np.testing.assert_array_equal(one, other)
+
+
 def test_a_missing_or_truncated_file_is_named_and_repaired_to_the_bit(
     tmp_path: Path, whole: Path, wanted, tree
 ) -> None:
@@ -195,7 +224,7 @@ def test_another_fingerprint_is_refused_by_the_field(whole: Path, wanted) -> Non
 
 
 def test_another_versions_manifest_is_stale_and_built_over(tmp_path: Path, whole: Path, wanted, tree) -> None:
-    from cache.manifest import atomic_write, seal
+    from cache.manifest import atomic_write
 
     folder = shutil.copytree(whole, tmp_path / "cache")
     atomic_write(wanted.at(folder) / "manifest.json", seal({**read_manifest(wanted.at(folder)).to_dict(), "format": 1}))

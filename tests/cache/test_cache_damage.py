@@ -3,6 +3,7 @@ Each ends in a correct cache or in one line that names file and remedy."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +27,7 @@ from hypothesis import strategies as st
 from cache import open_cache
 from cache.errors import CacheError
 from cache.layout import Shard
-from cache.lock import CacheBusy, aside, hold_cache
+from cache.lock import CacheBusy, aside, hold_cache, hold_shard, hold_store
 from cache.manifest import atomic_write, read_manifest, seal
 from cache.users import read_cost, register, users, write_cost
 from cache.verify import remove_cache, verify_cache
@@ -227,6 +229,30 @@ def test_the_second_of_two_builders_waits_and_writes_nothing(tmp_path: Path, exa
     first.join()
     second.join()
     assert order == ["waits", ("first", 6), ("second", 0)] and verify_cache(folder) == []
+
+
+def test_without_flock_nothing_is_locked_and_no_marker_of_the_dead_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A marker file in its place would stay for ever where its host has died, or is another."""
+
+    def lacking(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    folder = tmp_path / "cut-1-00000000"
+    with hold_cache(folder), hold_shard(folder, "view_0-000000000"), hold_store(tmp_path):
+        pass
+    locks = list((tmp_path / ".permafrost").rglob("*.lock"))
+    assert len(locks) == 3
+    for lock in locks:
+        lock.write_text("4321\nelsewhere\n")
+    monkeypatch.setattr("fcntl.flock", lacking)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            with hold_cache(folder), hold_shard(folder, "view_0-000000000"), hold_store(tmp_path), hold_cache(folder):
+                pass
+    assert [lock.read_text() for lock in locks] == ["4321\nelsewhere\n"] * 3
 
 
 WRITES_HALF = """

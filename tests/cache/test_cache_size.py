@@ -34,11 +34,10 @@ def test_what_does_not_fit_is_refused_with_the_numbers(tmp_path: Path, example, 
     layout = example(pixels=False, views=1, groups=1).layout
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("cache.place.shutil.disk_usage", lambda path: usage(0, 0, cache_bytes(layout)))
-    check_space(tmp_path / "not" / "yet", layout)
+    check_space(tmp_path / "not" / "yet", layout, layout.shards)
     monkeypatch.setattr("cache.place.shutil.disk_usage", lambda path: usage(0, 0, cache_bytes(layout) - 1))
     with pytest.raises(
         CacheError, match=r"needs 0\.0 GB more, its disk has 0\.0 GB; lower cache.views \(now 1\)"
     ):
-        check_space(tmp_path / "not" / "yet", layout)
-    (tmp_path / "half").write_bytes(b"x")
-    check_space(tmp_path, layout)  # what is there already needs no room
+        check_space(tmp_path / "not" / "yet", layout, layout.shards)
+    check_space(tmp_path, layout, layout.shards[1:])  # what is there already needs no room

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import gc
 import math
+import os
 import pickle
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +21,7 @@ from cache import open_cache
 from cache.errors import CacheError, DamagedCache, MissingCache
 from cache.manifest import read_manifest
 from cache.ranges import LocalFile
+from cache.reader import MEMORY, open_shard
 from cache.shard import ShardReader
 from cache.store import CacheReader
 
@@ -130,7 +136,8 @@ def test_manifest_describes_the_cache(tmp_path: Path, example) -> None:
 
 
 def test_shared_between_threads_and_pickled(tmp_path: Path, example, monkeypatch) -> None:
-    monkeypatch.setattr("cache.reader.OPEN_SHARDS", 2)  # so that threads also close each other's shards
+    # So that threads also close each other's shards.
+    monkeypatch.setattr("cache.reader.open_shard", lru_cache(2)(open_shard.__wrapped__))
     wanted = example(num_samples=40, shard_rows=4)
     wanted.build(tmp_path)
     reader = pickle.loads(pickle.dumps(open_cache(tmp_path)))
@@ -144,6 +151,39 @@ def test_shared_between_threads_and_pickled(tmp_path: Path, example, monkeypatch
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(agrees, range(200)))
+
+
+def open_below(folder: Path) -> int:
+    """Descriptors of this process that are of files in a folder; a mapped file has one."""
+    found = 0
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # the folder of descriptors itself
+            found += os.readlink(link).startswith(f"{folder}/")
+    return found
+
+
+@pytest.mark.parametrize("backend", ["zarr", "webdataset"])
+@pytest.mark.parametrize("memory", [0, MEMORY])
+def test_open_shards_are_bounded_for_all_readers_and_closed_with_their_reader(
+    tmp_path: Path, example, monkeypatch, backend: str, memory: int
+) -> None:
+    wanted = example(num_samples=12, shard_rows=1, views=1)
+    wanted = replace(wanted, layout=replace(wanted.layout, backend=backend))
+    monkeypatch.setattr("cache.reader.open_shard", lru_cache(20)(open_shard.__wrapped__))
+    wanted.build(tmp_path)
+    readers = [open_cache(tmp_path, memory=memory) for _ in range(3)]
+    gc.collect()
+    gc.disable()  # what a cycle holds would stay open until some day
+    try:
+        for reader in (*readers, *readers):
+            np.testing.assert_array_equal(reader.read(range(12)).features_BLD, wanted.stored_VNLD[0])
+            assert 0 < open_below(tmp_path) <= 20
+        del reader, readers[0]
+        assert readers[0].read([3]).keys == ("sämple/3",) and 0 < open_below(tmp_path) <= 20
+        del readers
+        assert open_below(tmp_path) == 0
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -48,6 +49,28 @@ def test_lock_lets_go_at_the_end_and_after_an_error(tmp_path: Path) -> None:
     with paths.lock():
         assert paths.holder() == os.getpid()
     assert paths.holder() is None
+
+
+def test_without_flock_a_process_of_this_host_is_refused_and_the_dead_are_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    paths = RunPaths(tmp_path / "run")
+    paths.root.mkdir()
+    (paths.root / ".lock").write_text("4321\nelsewhere\n")
+    (paths.root / ".lock.pid").write_text(str(os.getppid()))
+    monkeypatch.setattr("fcntl.flock", lacking)
+    with pytest.raises(RunBusy, match=f"in use by process {os.getppid()};"), paths.lock():
+        pass
+    done = subprocess.Popen(["true"])
+    done.wait()
+    (paths.root / ".lock.pid").write_text(str(done.pid))
+    for _ in range(2):
+        with paths.lock():
+            assert paths.holder() == os.getpid()
+        assert paths.holder() is None
 
 
 def test_second_process_is_refused_and_kill_9_lets_go(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ computed, and the result is what building it from nothing gives."""
 from __future__ import annotations
 
 import os
+from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cache import open_cache
+from cache.errors import CacheError
 from cache.layout import Layout
 from cache.manifest import read_manifest
+from cache.size import cache_bytes
 from cache.verify import drop_damaged, verify_cache
 from models.config import ModelConfig
 from models.vit import Encoder, build_encoder, frozen_hash
@@ -147,6 +150,27 @@ def test_the_oldest_view_is_replaced_in_its_slot(
         assert read_manifest(turned).spec.view_at(slot) == view
         here, there = open_cache(turned).read(range(7), slot), three.read(range(7), view)
         np.testing.assert_array_equal(here.features_BLD, there.features_BLD)
+
+
+def test_only_what_is_new_must_fit_the_disk(
+    tmp_path: Path, make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, forwards: list[int]
+) -> None:
+    """A turn of a ring of three views writes one of them; the others are linked and take nothing."""
+    data = folder_of(tmp_path / "data", NAMES)
+    first = make(tmp_path / "root" / "0", data, views=3)
+    view = cache_bytes(read_manifest(first).layout) // 3
+    usage = namedtuple("usage", "total used free")
+    free = [view - 1]
+    monkeypatch.setattr("cache.place.shutil.disk_usage", lambda path: usage(0, 0, free[0]))
+    forwards.clear()
+    with pytest.raises(CacheError, match=r"needs 0\.0 GB more, its disk has 0\.0 GB"):
+        make(tmp_path / "root" / "1", data, views=3, first_view=1)
+    assert forwards == []
+    free[0] = view
+    make(tmp_path / "root" / "1", data, views=3, first_view=1)
+    assert sum(forwards) == 7
+    free[0] = 0
+    make(tmp_path / "root" / "1", data, views=3, first_view=1)  # it is there
 
 
 def test_a_second_cut_takes_over_though_its_parent_is_another(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cache import open_cache
+from cache import backends, open_cache, reader
 from cache.errors import CacheError, StaleCache, Unrepresentable
 from cache.layout import Layout, Shard
+from cache.manifest import CacheManifest, write_manifest
+from cache.writer import create_store
 from models.config import ModelConfig
 from models.mim import raster_order
 from models.targets import normalize_images, patchify
@@ -92,12 +95,38 @@ def test_a_cache_of_a_cache_is_that_of_the_images_but_for_rounding(
 ) -> None:
     first = built(job(tmp_path / "one", weights, encoder, 1, 4))
     chained = open_cache(built(job(tmp_path / "chained", weights, encoder, 3, 4, parent=first)))
+    links = [link for link in Path("/proc/self/fd").iterdir() if os.path.lexists(link)]
+    assert not any(os.readlink(link).startswith(str(first)) for link in links), "it may be removed, and makes room"
     direct = open_cache(built(job(tmp_path / "direct", weights, encoder, 3, 4)))
     assert chained.manifest.parent == open_cache(first).manifest.fingerprint and direct.manifest.parent == ""
     a, b = (cache.read(range(30), view=1) for cache in (chained, direct))
     assert torch.equal(a.ids_BL, b.ids_BL) and torch.equal(a.pixels_BLP, b.pixels_BLP) and a.keys == b.keys
     difference = (a.features_BLD - b.features_BLD).norm() / b.features_BLD.norm()
     assert 0 < difference < 1e-3
+
+
+def test_a_parent_is_opened_once_and_anew_where_it_was_built_anew(
+    tmp_path: Path, weights: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A manifest may have a million entries: reading it for every shard would take longer than the shard."""
+    first = built(job(tmp_path / "one", weights, encoder, 1, 4))
+    one = job(tmp_path / "two", weights, encoder, 3, 4, parent=first)
+    create_store(Path(one.folder), one.layout, IMAGES.labels, IMAGES.keys, IMAGES.digests)
+    plain, opened = backends.read_manifest, []
+
+    def counted(folder: Path) -> CacheManifest:
+        opened.append(Path(folder))
+        return plain(folder)
+
+    for module in (backends, reader):
+        monkeypatch.setattr(module, "read_manifest", counted)
+    for shard in one.layout.shards[:4]:
+        encode_shard((one, shard, None))
+    assert opened == [first]
+    write_manifest(first, replace(plain(first), accumulated_error=0.01))
+    for shard in one.layout.shards[4:]:
+        encode_shard((one, shard, None))
+    assert opened == [first, first]
 
 
 def test_a_build_in_two_goes_is_byte_for_byte_that_in_one(tmp_path: Path, weights: Path, encoder: Encoder) -> None:

@@ -119,6 +119,30 @@ def test_a_file_is_its_content_and_is_read_once(
         weights_digest(str(moved), index)
 
 
+@pytest.mark.parametrize("how", ["replaced", "in place"])
+def test_another_content_of_equal_size_and_time_is_seen(tmp_path: Path, theirs: torch.nn.Module, how: str) -> None:
+    path, index = written(tmp_path / "a.safetensors", theirs), tmp_path / "weights.json"
+    digest, content, stat = weights_digest(str(path), index), path.read_bytes(), path.stat()
+    other = path if how == "in place" else tmp_path / "b.safetensors"
+    other.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    other.replace(path)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    assert weights_digest(str(path), index) == hashlib.sha256(path.read_bytes()).hexdigest() != digest
+
+
+def test_a_file_that_changes_after_the_run_began_is_not_loaded(tmp_path: Path, theirs: torch.nn.Module) -> None:
+    path = written(tmp_path / "a.safetensors", theirs)
+    encoder, digest = build_encoder(MODEL, seed=0), weights_digest(str(path), None)
+    load_weights(encoder, str(path), digest)
+    before = {name: value.clone() for name, value in encoder.vit.state_dict().items()}
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(WeightsError, match=f"model.weights={path} was changed since the run began; run again, which"):
+        load_weights(encoder, str(path), digest)
+    assert all(torch.equal(value, before[name]) for name, value in encoder.vit.state_dict().items())
+
+
 def test_the_digest_needs_no_torch(tmp_path: Path) -> None:
     import subprocess
     import sys
