@@ -35,15 +35,16 @@ class Rank:
         """The same where place i is mixed with its mirror image, batch_size - 1 - i: a rank takes both or neither.
 
         A rank's places, taken by themselves, have the same mirror images; micro-batch m of all ranks, in some order, is
-        micro-batch m of one.
+        micro-batch m of one. In each they are alike: this rank's part of the first half, and the last but as many of
+        the second, which is what stochastic depth counts on (`models.drop`).
         """
         import numpy as np
 
         if self.ranks == 1:
             return np.arange(batch_size)
         self._check(batch_size, 2 * parts)
-        slices = np.arange(batch_size).reshape(2 * parts, self.ranks, -1)
-        return np.concatenate([slices[:parts, self.rank], slices[parts:, self.ranks - 1 - self.rank]]).ravel()
+        halves = np.arange(batch_size).reshape(parts, 2, self.ranks, -1)
+        return np.stack([halves[:, 0, self.rank], halves[:, 1, self.ranks - 1 - self.rank]], axis=1).ravel()
 
     def _check(self, batch_size: int, parts: int) -> None:
         assert 0 <= self.rank < self.ranks

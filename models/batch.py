@@ -61,7 +61,9 @@ def raster_order(stored_BLD: Tensor, ids_BL: Tensor) -> Tensor:
     return take_tokens(stored_BLD, inverse(ids_BL))
 
 
-def decode_ids(scored_BL: Tensor, noise_BL: Tensor, share: float) -> Tensor:
-    """(B, M): a random share of the scored tokens of every image, at least one, by the lowest noise."""
-    count = max(1, round(int((scored_BL[0] > 0).sum()) * share))
+def decode_ids(scored_BL: Tensor, noise_BL: Tensor, count: int) -> Tensor:
+    """(B, M): `count` random ones of the scored tokens of every image, by the lowest noise.
+
+    Counting them here would make the host wait for a GPU.
+    """
     return torch.where(scored_BL > 0, noise_BL, 2.0).argsort(dim=1)[:, :count]

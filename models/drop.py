@@ -31,17 +31,23 @@ class BranchDrop(DropPath):
     """
 
     gain = 1.0
-    rank, ranks = 0, 1
+    rank, ranks, paired = 0, 1, False
 
     def forward(self, branch_BLD: Tensor) -> Tensor:
         """The branch as its block adds it: some samples dropped, the rest scaled; untouched in eval mode."""
         if self.ranks > 1:
-            batch = len(branch_BLD)
-            scale_B11 = super().forward(branch_BLD.new_ones(self.ranks * batch, 1, 1))
-            dropped_BLD = branch_BLD * scale_B11[self.rank * batch : (self.rank + 1) * batch]
+            drawn = super().forward(branch_BLD.new_ones(self.ranks * len(branch_BLD), 1, 1))
+            dropped_BLD = branch_BLD * self.own(drawn)
         else:
             dropped_BLD = super().forward(branch_BLD)
         return dropped_BLD * self.gain if self.training and self.gain != 1.0 else dropped_BLD
+
+    def own(self, drawn: Tensor) -> Tensor:
+        """Of what is drawn for a micro-batch of all ranks this one's, by the places that it has loaded."""
+        if not self.paired:
+            return drawn.unflatten(0, (self.ranks, -1))[self.rank]
+        halves = drawn.unflatten(0, (2, self.ranks, -1))
+        return torch.cat([halves[0, self.rank], halves[1, self.ranks - 1 - self.rank]])
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,8 @@ class DepthDrop:
     rank: int = 0
     ranks: int = 1
     """Processes that share every micro-batch in equal slices, in order."""
+    paired: bool = False
+    """Whether they share each half of it so, the second in reverse order, as where images are mixed in pairs."""
 
     @property
     def active(self) -> bool:
@@ -69,7 +77,7 @@ class DepthDrop:
         for block in encoder.vit.blocks:
             for place in PLACES:
                 branch = BranchDrop()
-                branch.rank, branch.ranks = self.rank, self.ranks
+                branch.rank, branch.ranks, branch.paired = self.rank, self.ranks, self.paired
                 setattr(block, place, branch)
         encoder.train(encoder.training)  # frozen blocks, and what they now hold, are in eval mode
 

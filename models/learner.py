@@ -43,6 +43,11 @@ class Learner(nn.Module, ABC):
         """How much each entry of a loss weighs when `progress` (0..1) of the run is done."""
 
     @property
+    def idles(self) -> bool:
+        """Whether a step may leave weights without gradient, alike on all ranks; the optimiser leaves them alone."""
+        return self.drop is not None and self.drop.layer_drop > 0
+
+    @property
     @abstractmethod
     def parts(self) -> Mapping[str, Part]:
         """What a saved state holds the weights of, by the prefix of their names in it."""

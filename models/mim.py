@@ -37,6 +37,7 @@ class MaskedModel(Learner):
         super().__init__()
         self.encoder, self.cut, self.entry = encoder, cut, cut if entry is None else entry
         self.heads = nn.ModuleDict({f"block{head.spec.block}": head for head in heads})
+        assert len(self.heads) == len(heads), "two heads behind one block would have one name"
         encoder.freeze(cut)
 
     def forward(self, batch: MaskedBatch) -> Tensor:
@@ -68,6 +69,12 @@ class MaskedModel(Learner):
     def loss_weights(self, progress: float) -> tuple[float, ...]:
         """How much each entry of a loss weighs when `progress` (0..1) of the run is done."""
         return tuple(spec.weight_at(progress) for spec in self.specs)
+
+    @property
+    def idles(self) -> bool:
+        """Also where a decoder that could give pixels is asked for features, before the layer that makes pixels."""
+        waits = (spec.matching and spec.target not in IMAGE_TARGETS for spec in self.specs)
+        return super().idles or any(waits)
 
     @property
     def parts(self) -> Mapping[str, Part]:

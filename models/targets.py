@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, conv2d, layer_norm, normalize, pad
 
 HOG_BINS = 9
+SOBEL = (1.0, 0.0, -1.0, 2.0, 0.0, -2.0, 1.0, 0.0, -1.0)
 Targets = Mapping[tuple[str, float], Tensor]
 """Targets by kind and scale."""
 
@@ -24,9 +25,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @lru_cache(maxsize=64)
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """float32 numbers on a device. Kept there: copying them anew at each step would make the host wait for a GPU."""
+    """float32 numbers on a device. Kept there, and sent from page-locked memory: the host waits for no GPU."""
     with torch.inference_mode(False):  # whoever asks first, training can use them
-        return torch.tensor(values, device=device)
+        here = torch.tensor(values)
+        return (here.pin_memory() if device.type == "cuda" else here).to(device, non_blocking=True)
 
 
 def patchify(images_BCHW: Tensor, patch: int) -> Tensor:
@@ -88,7 +90,7 @@ def hog(images_BCHW: Tensor, num_bins: int = 9, cell: int = 16) -> Tensor:
     """
     batch, channels, height, width = images_BCHW.shape
     planes = pad(images_BCHW.float().reshape(batch * channels, 1, height, width), (1, 1, 1, 1), mode="reflect")
-    sobel = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]], device=planes.device)
+    sobel = constant(SOBEL, planes.device).reshape(3, 3)
     gradient = conv2d(planes, torch.stack([sobel, sobel.T]).unsqueeze(1))
     # Opposite directions are half a turn, num_bins bins, apart: modulo num_bins makes the orientation unsigned.
     angle = torch.atan2(gradient[:, :1], gradient[:, 1:]) / math.pi * num_bins

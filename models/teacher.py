@@ -50,7 +50,8 @@ class Teacher:
 
 
 class EmaTeacher(Teacher):
-    """The moving average of a student. What is frozen in the student is not copied: both use the same parameters.
+    """The moving average of a student. What is frozen in the student is not copied: both use the same parameters, as
+    long as the student is not spread over ranks.
 
     A cached stage has no features from before the cut, so that none are looked at live either.
     """
@@ -77,7 +78,10 @@ class EmaTeacher(Teacher):
         return {name: self.encoder.vit.get_parameter(name) for name in self.names}
 
     @torch.no_grad()
-    def load_state_dict(self, average: Mapping[str, Tensor]) -> Any:
-        """Take over an average that was saved."""
-        for name, mine in self.state_dict().items():
-            mine.copy_(average[name])
+    def load_state_dict(self, weights: Mapping[str, Tensor]) -> Any:
+        """Take over a whole encoder: an average that was saved, and the student's weights of what it lacks.
+
+        They are copied even where this shares them with a student: one that is spread over ranks shares none.
+        """
+        for name, mine in self.encoder.vit.named_parameters():
+            mine.copy_(weights[name])

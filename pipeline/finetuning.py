@@ -117,7 +117,7 @@ def make_classifier(tuning: Tuning, start: StagePaths) -> Classifier:
     classes = num_classes(wanted.data)
     model = build_classifier(encoder, classes, asked.heads, asked.freeze, asked.pool, config.seed)
     model.to(config.train.device)
-    model.drop = DepthDrop(config.seed, asked.drop_path, 0.0, tuning.segment.steps)
+    model.drop = DepthDrop(config.seed, asked.drop_path, 0.0, tuning.segment.steps, paired=asked.mixes)
     model.drop.install(encoder)
     return model
 

@@ -40,8 +40,7 @@ def rank_problems(config: PipelineConfig, verb: str, ranks: int) -> Iterator[str
     train, finetune = config.train, config.finetune
     parts = {"train": (train.batch_size, train.accumulate, 1)}
     if verb == "finetune":
-        mixes = finetune.mixup > 0 or finetune.cutmix > 0
-        parts["finetune"] = (finetune.batch_size, finetune.accumulate, 2 if mixes else 1)
+        parts["finetune"] = (finetune.batch_size, finetune.accumulate, 2 if finetune.mixes else 1)
     for section, (batch, accumulate, images) in parts.items():
         if batch % (ranks * accumulate * images):
             what = " in pairs of images" if images == 2 else ""

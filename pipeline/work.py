@@ -72,10 +72,11 @@ def train_stage(desk: Desk, stage: int) -> None:
         train(
             desk,
             wanted.paths.stage(stage),
-            replace(stage_arm(wanted, stage, desk.log.message), source=lambda part: stage_source(ring, part)),
+            stage_arm(wanted, stage, desk.log.message),
             inputs=wanted.stage_inputs(stage),
             facts={"cut": wanted.cut(stage), "cache": spec.fingerprint if spec else None},
             costs=lambda: cache_costs(wanted, stage),
+            feed=lambda part: stage_source(ring, part),
         )
 
 
@@ -161,16 +162,20 @@ def train(
     inputs: dict[str, Any],
     facts: dict[str, Any],
     costs: Callable[[], dict[str, float | None]] = lambda: {"cache_seconds": 0.0},
+    feed: Callable[[Segment], Source] | None = None,
 ) -> None:
     """Train an arm to its end and write its record, model and final state. Raises Interrupted with the state saved.
 
     costs: what its caches have cost by now; a ring of views goes on costing while it trains.
+    feed: what a segment trains on where asking for it does something, as turning a ring does; the arm's own source
+    only looks.
     """
     wanted = desk.wanted
     if (wanted.record(paths) or {}).get("fingerprint") != arm.inputs:
         forget_epochs(paths)
     record = facts | costs() | {"parent": parent_of(wanted, arm.start), "inputs": inputs}
-    done = carry_out(desk, paths, arm, record, lambda model: evaluate_encoder(wanted, model.encoder))
+    trained_on = replace(arm, source=feed or arm.source)
+    done = carry_out(desk, paths, trained_on, record, lambda model: evaluate_encoder(wanted, model.encoder))
     done.record.update(costs())
     last = done.progress.curve[-1]
     scores = {name: last[name] for name in ("knn_top1", "linear_top1")}

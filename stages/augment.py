@@ -93,7 +93,7 @@ class Mixer:
     """timm's mixup and cutmix over a batch. The images of a step are mixed in pairs, each with a share of the other."""
 
     def __init__(self, config: FinetuneConfig, seed: int) -> None:
-        self.seed, self.mixes = seed, config.mixup > 0 or config.cutmix > 0
+        self.seed, self.mixes = seed, config.mixes
         self.alphas = config.mixup, config.cutmix
 
     def __call__(self, values_BCHW: Tensor, step: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ Shapes: B batch, S places of a target's grid, T values of a target.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,9 @@ from stages.sources import Source
 IMAGES = 512
 """Images that the losses are of. The constants are fitted on the targets that they are scored on, so with three of four
 tokens hidden the loss of places is about a four hundredth too low."""
+
+PIECE = 64
+"""Images at most that are masked at once: a batch is that of all ranks and micro-batches, too much for some devices."""
 
 
 class Blind(NamedTuple):
@@ -73,11 +76,19 @@ def blind_record(model: Learner, source: Source, segment: Segment, steps: int, t
     heads together by the weights that their losses ended with. Empty where nothing is hidden, or nothing trained."""
     if not isinstance(model, MaskedModel) or not steps:
         return {}
-    device = next(model.parameters()).device
+    device, progress = next(model.parameters()).device, 0.0
     first = max(0, steps - max(1, IMAGES // train.batch_size))
-    loaded = [source.load(segment, step) for step in range(first, steps)]
+
+    def pieces() -> Iterator[MaskedBatch]:
+        nonlocal progress
+        for step in range(first, steps):
+            inputs = source.load(segment, step)
+            progress = inputs.progress
+            for piece in inputs.split(-(-train.batch_size // PIECE)):
+                yield source.mask(model, piece.to(device))
+
     with autocast(device, train.precision):
-        heads = blind_losses((source.mask(model, inputs.to(device)) for inputs in loaded), model.specs)
-    weights = dict(zip(model.loss_names, model.loss_weights(loaded[-1].progress), strict=True))
+        heads = blind_losses(pieces(), model.specs)
+    weights = dict(zip(model.loss_names, model.loss_weights(progress), strict=True))
     total = {kind: sum(weights[name] * getattr(blind, kind) for name, blind in heads.items()) for kind in Blind._fields}
     return total | {"heads": {name: blind._asdict() for name, blind in heads.items()}}

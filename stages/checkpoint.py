@@ -119,7 +119,8 @@ def apply_tensors(model: Learner, optimizer: torch.optim.Optimizer, tensors: dic
     """The reverse of `model_tensors`. What a state holds of heads and moments that no longer learn is left behind.
 
     A head that it does not hold keeps its first weights: in stage 0 its block was frozen in place, and it is back in an
-    arm that freezes nothing, or all heads begin anew.
+    arm that freezes nothing, or all heads begin anew. An average of the encoder goes by the encoder where it is not
+    held, or where the encoder no longer learns.
     """
 
     def found(prefix: str) -> dict[str, Tensor]:
@@ -131,7 +132,8 @@ def apply_tensors(model: Learner, optimizer: torch.optim.Optimizer, tensors: dic
         absent = {name for name in wanted if part == "decoder" and name.partition(".")[0] not in known}
         fresh = {name: wanted[name] for name in absent}
         known_now = {name: spread_like(value, wanted[name]) for name, value in held.items() if name in wanted}
-        module.load_state_dict(fresh | known_now)
+        rest = found("encoder/") if part == "teacher" else fresh
+        module.load_state_dict(rest | known_now)
     learning = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     scalars: dict[torch.nn.Parameter, tuple[float, ...]] = {}
     for name, parameter in model.named_parameters():

@@ -206,3 +206,8 @@ class FinetuneConfig:
     heads: tuple[int, ...] = ()
     """After how many blocks a further linear head reads the encoder, for instance [6,9,12]; the last block always has
     one. All are trained together, and each is scored."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed in pairs, the first of a batch with its last, the second with the last but one."""
+        return self.mixup > 0 or self.cutmix > 0

@@ -65,7 +65,7 @@ class Lessons:
     def places(self) -> np.ndarray:
         """The places of the batch of all ranks that this rank takes."""
         config = self.config
-        take = self.rank.paired_places if config.mixup > 0 or config.cutmix > 0 else self.rank.places
+        take = self.rank.paired_places if config.mixes else self.rank.places
         return take(config.batch_size, config.accumulate)
 
     def mix(self, values_BCHW: Tensor, labels_B: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,6 +22,9 @@ from stages.views import centre_batch
 TEMPERATURE = 0.07
 """Of kNN's votes, as in DINO."""
 
+SIMILARITIES = 2**24
+"""Values that kNN holds at once, 64 MB in float32: 50,000 images with 1,281,167 would be 256 GB."""
+
 
 @dataclass(frozen=True)
 class ProbeResult:
@@ -104,13 +107,17 @@ def encoded(
 
 def knn_top1(train_x: np.ndarray, train_y: np.ndarray, val_x: np.ndarray, val_y: np.ndarray, k: int) -> float:
     """Cosine neighbours vote with weight exp(similarity / 0.07). Source: `eval_knn` in facebookresearch/dino."""
-    similarity = _unit(val_x) @ _unit(train_x).T
-    k = min(k, len(train_y))
-    nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-    weights = np.exp(np.take_along_axis(similarity, nearest, axis=1) / TEMPERATURE)
-    votes = np.zeros((len(val_y), int(max(train_y.max(), val_y.max())) + 1))
-    np.add.at(votes, (np.arange(len(val_y))[:, None], train_y[nearest]), weights)
-    return float((votes.argmax(axis=1) == val_y).mean())
+    train, val, k = _unit(train_x), _unit(val_x), min(k, len(train_y))
+    classes, rows = int(max(train_y.max(), val_y.max())) + 1, max(1, SIMILARITIES // len(train_y))
+    right = 0
+    for start in range(0, len(val_y), rows):
+        similarity = val[start : start + rows] @ train.T
+        nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+        weights = np.exp(np.take_along_axis(similarity, nearest, axis=1) / TEMPERATURE)
+        votes = np.zeros((len(similarity), classes))
+        np.add.at(votes, (np.arange(len(votes))[:, None], train_y[nearest]), weights)
+        right += int((votes.argmax(axis=1) == val_y[start : start + rows]).sum())
+    return right / len(val_y)
 
 
 def linear_top1(train_x: np.ndarray, train_y: np.ndarray, val_x: np.ndarray, val_y: np.ndarray) -> float:

@@ -83,9 +83,9 @@ class Ranks(Team):
         if self.sharded:
             self._pass = shard(model, train.device)
             return
-        # A step that skips blocks leaves parameters without gradient, alike on all ranks: AdamW then leaves them alone.
-        skips = model.drop is not None and model.drop.layer_drop > 0
-        self._pass = DistributedDataParallel(Pass(model), find_unused_parameters=skips, gradient_as_bucket_view=True)
+        self._pass = DistributedDataParallel(
+            Pass(model), find_unused_parameters=model.idles, gradient_as_bucket_view=True
+        )
 
     def source(self, make: Callable[[], Source], parts: int) -> Source:
         made = make() if self.leads else None

@@ -171,11 +171,15 @@ class Sampling:
         # numpy picks the rows: indexing a tensor would wake torch's pool of threads in the loader's, which spins.
         return torch.from_numpy(drawn.numpy()[self.rank.places(self.batch_size, self.parts)])
 
-    def scored(self, batch: MaskedBatch, inputs: Inputs) -> MaskedBatch:
-        """The batch with what counts in its loss: a share of the hidden tokens, weighed by how far they are."""
+    def scored(self, batch: MaskedBatch, inputs: Inputs, seen: int) -> MaskedBatch:
+        """The batch with what counts in its loss: a share of the hidden tokens, weighed by how far they are.
+
+        seen: tokens of an image that do not count, since visible ones are among them or have attended to them.
+        """
         mask, tokens = self.mask, self.model.num_tokens
         if inputs.decode_noise is not None:
-            batch = replace(batch, ids_decode_BM=decode_ids(batch.scored_BL, inputs.decode_noise, self.share))
+            count = max(1, round((tokens - seen) * self.share))
+            batch = replace(batch, ids_decode_BM=decode_ids(batch.scored_BL, inputs.decode_noise, count))
         if mask.distance_power or mask.distance_start < 1:
             share = mask.distance_start + (1 - mask.distance_start) * inputs.progress
             distance = distance_to_visible(batch.mask.ids_keep, tokens)
@@ -201,8 +205,8 @@ class LiveImages:
         return replace(inputs, read=reading(every, view, 0, len(self.images)))
 
     def mask(self, model: MaskedModel, inputs: Inputs) -> MaskedBatch:
-        batch = model.from_images(inputs.values, inputs.noise, self.sampling.keep(inputs.progress))
-        return self.sampling.scored(batch, inputs)
+        keep = self.sampling.keep(inputs.progress)
+        return self.sampling.scored(model.from_images(inputs.values, inputs.noise, keep), inputs, seen=keep)
 
 
 @dataclass(frozen=True)
@@ -315,5 +319,6 @@ def mask_features(model: MaskedModel, sampling: Sampling, inputs: Inputs) -> Mas
         features, ids = features[:, own], ids[:, own]
     if noise.shape[1] > size:  # block-wise noise is drawn over the whole grid
         noise = noise.gather(1, ids)
-    batch = model.from_features(features, ids, noise, sampling.keep(inputs.progress), targets, own_prefix)
-    return sampling.scored(batch, inputs)
+    keep = sampling.keep(inputs.progress)
+    batch = model.from_features(features, ids, noise, keep, targets, own_prefix)
+    return sampling.scored(batch, inputs, seen=keep if size == sampling.model.num_tokens else size)

@@ -127,11 +127,11 @@ def train_arm(arm: Arm, hooks: Hooks, team: Team = SOLO) -> tuple[Progress, Lear
         team.same("state to start from", state_digest(progress, tensors or {}))
     seen = (tensors or {}).get(PROBE)
     while True:
-        segment = arm.segments[min(progress.segment, len(arm.segments) - 1)]
+        done = progress.segment == len(arm.segments)
+        segment = arm.segments[len(progress.totals) - 1 if done else progress.segment]  # an early end leaves some out
         model = arm.make(segment)
         if tensors is None:
             arm.begin(model)
-        done = progress.segment == len(arm.segments)
         if not done:
             team.take(model, arm.train)
         if not team.sharded and compiles(arm.train, model, segment.steps):

@@ -133,6 +133,9 @@ def test_pairs_stay_on_a_rank_and_are_its_own_mirror_images(ranks: int, parts: i
     for part in range(parts):
         whole = np.concatenate([places.reshape(parts, -1)[part] for places in every])
         np.testing.assert_array_equal(np.sort(whole), np.arange(48).reshape(parts, -1)[part])
+        for rank, places in enumerate(every):  # the same of each micro-batch, as stochastic depth takes for granted
+            own = Rank(rank, ranks).paired_places(48 // parts)
+            np.testing.assert_array_equal(places.reshape(parts, -1)[part] - part * (48 // parts), own)
 
 
 def test_a_batch_that_ranks_do_not_divide_is_refused() -> None:

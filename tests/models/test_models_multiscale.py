@@ -133,7 +133,7 @@ def test_each_head_has_the_target_that_it_was_given(masked_model: MakeModel, ima
 def test_pruned_decoding_scores_the_decoded_tokens_only(masked_model: MakeModel, images: Tensor) -> None:
     model = masked_model(0, "hog", HeadSpec(2, "pixels", 2.0, matching=False)).eval()
     batch = model.from_images(images, torch.rand(3, TOKENS), KEEP)
-    ids = decode_ids(batch.scored_BL, torch.rand(3, TOKENS), 0.5)
+    ids = decode_ids(batch.scored_BL, torch.rand(3, TOKENS), 6)
     assert ids.shape == (3, 6) and (batch.mask.hidden.gather(1, ids) == 1).all()
     assert all(len(set(row.tolist())) == 6 for row in ids)
     pruned = replace(batch, ids_decode_BM=ids)
@@ -151,7 +151,7 @@ def test_pruned_decoding_scores_the_decoded_tokens_only(masked_model: MakeModel,
 def test_decoded_tokens_are_drawn_evenly_from_the_scored_ones() -> None:
     scored = torch.zeros(400, TOKENS)
     scored[:, 4:] = 1
-    ids = decode_ids(scored, torch.rand(400, TOKENS), 0.25)
+    ids = decode_ids(scored, torch.rand(400, TOKENS), 3)
     counts = torch.bincount(ids.flatten(), minlength=TOKENS)
     assert ids.shape == (400, 3) and counts[:4].sum() == 0
     assert counts[4:].min() > 60 and counts[4:].max() < 145, "100 each, give or take"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -91,16 +92,29 @@ def test_with_momentum_0_the_average_is_the_student_and_with_1_it_stays(student:
         assert torch.equal(teacher.state_dict()["blocks.3.mlp.fc1.weight"], want)
 
 
-def test_a_saved_average_is_taken_over_without_what_has_frozen_since(student: Encoder) -> None:
+def test_a_saved_average_is_taken_over_and_what_no_longer_learns_is_the_student_s(student: Encoder) -> None:
     first = EmaTeacher(student, 0.999)
     saved = {name: torch.full_like(value, 7.0) for name, value in first.state_dict().items()}
     student.freeze(3)
-    before = student.vit.blocks[0].mlp.fc1.weight.detach().clone()
+    theirs = {name: value.clone() for name, value in student.vit.state_dict().items()}
     second = EmaTeacher(student, 0.999)
-    second.load_state_dict(saved)
+    second.load_state_dict(theirs | {name: saved[name] for name in second.names})
     assert all(bool((value == 7).all()) for value in second.state_dict().values())
-    assert torch.equal(student.vit.blocks[0].mlp.fc1.weight, before)
-    assert not bool((student.vit.blocks[3].mlp.fc1.weight == 7).all())
+    assert all(torch.equal(value, theirs[name]) for name, value in student.vit.state_dict().items())
+
+
+def test_what_a_saved_average_lacks_is_the_student_s_also_where_none_is_shared(student: Encoder) -> None:
+    """As where the student's weights are spread over ranks: the average then has frozen ones of its own."""
+    student.freeze(2)
+    saved = {name: torch.full_like(value, 7.0) for name, value in EmaTeacher(student, 0.999).state_dict().items()}
+    theirs = {name: torch.full_like(value, 3.0) for name, value in student.vit.state_dict().items()}
+    for cut in (2, 0):
+        student.freeze(cut)
+        average = EmaTeacher(student, 0.999)
+        average.encoder = copy.deepcopy(average.encoder)
+        average.load_state_dict(theirs | saved)
+        for name, value in average.encoder.vit.state_dict().items():
+            assert bool((value == (7.0 if name in saved else 3.0)).all()), name
 
 
 def test_targets_equal_an_independent_forward(student: Encoder, images: torch.Tensor) -> None:

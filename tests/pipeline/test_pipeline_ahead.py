@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cache.reader import RowReader
-from pipeline import ring, runner, sharing
+from pipeline import ring, runner, sharing, work
 from pipeline.__main__ import main
 from pipeline.ahead import Ahead
 from pipeline.decide import Wanted
@@ -75,8 +75,9 @@ def test_views_made_beside_training_change_no_bit_and_are_no_more_than_allowed(
 ) -> None:
     """Every view that is made ahead waits until a step of the generation before it was loaded: training goes on."""
     plain_write, plain_load, plain_read = encode.write_rows, sources.CachedFeatures.load, RowReader.read
+    plain_train = work.train_arm
     ahead, reads, most, furthest, rows_read = 2, 0, [0], [], {}
-    moved = threading.Condition()
+    moved, trained = threading.Condition(), threading.Event()
 
     def load(self: sources.CachedFeatures, *args: object) -> object:
         nonlocal reads
@@ -96,12 +97,19 @@ def test_views_made_beside_training_change_no_bit_and_are_no_more_than_allowed(
         return done
 
     def read(self: RowReader, rows: np.ndarray, view: int = 0, *more: object) -> object:
-        rows_read.setdefault(self.manifest.spec.view_at(view), []).append(rows.tolist())
+        if not trained.is_set():
+            rows_read.setdefault(self.manifest.spec.view_at(view), []).append(rows.tolist())
         return plain_read(self, rows, view, *more)
+
+    def train(*asked: object) -> object:
+        done = plain_train(*asked)
+        trained.set()
+        return done
 
     monkeypatch.setattr(encode, "write_rows", write)
     monkeypatch.setattr(sources.CachedFeatures, "load", load)
     monkeypatch.setattr(RowReader, "read", read)
+    monkeypatch.setattr(work, "train_arm", train)
     config = toy(**RING | {"cache.refresh_ahead": ahead})
     runner.run_stage(job(begun, config, target=1))
     assert same(weights(straight, "stage-1"), weights(begun, "stage-1"))
@@ -111,6 +119,7 @@ def test_views_made_beside_training_change_no_bit_and_are_no_more_than_allowed(
     assert len(list((begun / "cache").glob("cut-*"))) == 1, "what is not read any more is gone"
     assert record(straight, "stage-1")["inputs"] == record(begun, "stage-1")["inputs"]
     assert_order(record(begun, "stage-1"), rows_read)
+    assert [one["generation"] for one in refreshes(begun)] == [1, 2], "what is measured afterwards turns nothing"
 
 
 def assert_order(found: dict, rows_read: dict[int, list[list[int]]]) -> None:

@@ -144,6 +144,15 @@ def test_a_stage_ends_early_and_later_stages_keep_their_place(tmp_path: Path) ->
     assert told[-1] == rates(course).of_layer(-1, 24 + 11), "the rate of step 35 of 72"
 
 
+def test_an_arm_that_ends_early_is_told_by_the_heads_that_it_ended_with(tmp_path: Path) -> None:
+    """Not by those of the segment that it would have come to, at cut 3, behind which one head is left."""
+    root = tmp_path / "toy"
+    runner.run_arm(job(root, early(**{"heads.blocks": [2, 4]}), target="freeze"))
+    found = record(root, "arms/freeze")
+    assert [part["cut"] for part in found["segments"]] == [1]
+    assert list(found["blind_losses"]["heads"]) == ["block2_pixels", "block4_pixels"]
+
+
 def test_an_early_end_needs_labels(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()

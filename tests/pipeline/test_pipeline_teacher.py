@@ -312,6 +312,26 @@ def test_interrupted_anywhere_an_average_goes_on_with_the_same_bits(ema: Path, t
         assert same(read_state(ema / file)[2], read_state(root / file)[2])
 
 
+def test_an_arm_thaws_what_was_frozen_in_place_and_its_average_goes_on_from_the_student(tmp_path: Path) -> None:
+    """FreezeOut: the embedding and block 0 freeze within stage 0, which keeps no average of them; e2e needs one."""
+    root = tmp_path / "toy"
+    when = {"schedule.kind": "freezeout", "schedule.t0": 0.3, "schedule.scale": "linear", "schedule.epochs": [6]}
+    config = toy(**EMA | when | {"schedule.cuts": [0, 2], "train.warmup_epochs": 0.0})
+    runner.run_arm(job(root, config, target="e2e"))
+    assert [part["cut"] for part in record(root, "stage-0")["segments"]] == [0, 1]
+    start, end = (read_state(root / name / "last/state.safetensors")[2] for name in ("stage-0", "arms/e2e"))
+    assert "teacher/blocks.0.mlp.fc1.weight" not in start
+    run = Wanted(config, RunPaths(root))
+    model = build_model(masked_build(run, 1, cached=False), 0, "cpu")
+    apply_tensors(model, build_adamw(parameter_groups(model, 0.0), config.train), start)
+    assert isinstance(model.teacher, EmaTeacher)
+    for name, value in model.teacher.state_dict().items():
+        thawed = name.startswith(("patch_embed.", "blocks.0."))
+        assert torch.equal(value, start[f"encoder/{name}" if thawed else f"teacher/{name}"]), name
+    moved, held = end["encoder/blocks.0.mlp.fc1.weight"], start["encoder/blocks.0.mlp.fc1.weight"]
+    assert 0 < (end["teacher/blocks.0.mlp.fc1.weight"] - held).norm() < (moved - held).norm(), "it follows from there"
+
+
 def test_cached_and_live_training_agree_with_an_average(ema: Path) -> None:
     equivalence.run_equivalence(job(ema, toy(**EMA)))
     assert equivalence.compare_stage(wanted(ema, EMA), 2).loss_difference < 1e-3

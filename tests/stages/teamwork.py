@@ -35,7 +35,7 @@ from tests.stages.loop import MODEL, TRAIN, StopAfter, arm, hooks, parts, score
 DECODER = DecoderConfig(depth=1, width=12, heads=3)
 PIXELS = HeadSpec(3, "pixels")
 SEVERAL = (HeadSpec(1, "pixels", weight=0.5, weight_end=1.0), HeadSpec(2, "hog", scale=2.0, matching=False), PIXELS)
-TAUGHT = (HeadSpec(3, "teacher", teacher=3), PIXELS)
+TAUGHT = (HeadSpec(2, "pixels"), HeadSpec(3, "teacher", teacher=3))
 
 
 def masked(folder: Path, images: ImageList, heads: Any = (PIXELS,), cuts: Any = (0,), **changes: Any) -> Arm:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
 from models.batch import MaskedBatch, masked_loss
-from models.config import HeadSpec
+from models.config import DecoderConfig, HeadSpec, MaskConfig
 from models.masking import keep_lowest
-from stages.blind import blind_losses
+from models.teacher import EmaTeacher
+from stages import blind
+from stages.blind import blind_losses, blind_record
+from stages.config import DataConfig
+from stages.images import ImageList
+from stages.sources import LiveImages, Sampling
+from stages.train import Build, build_model
+from tests.stages.loop import MODEL, TRAIN, parts
 
 PIXELS, COARSE = HeadSpec(12, "pixels"), HeadSpec(6, "hog", 0.5)
 BATCH, TOKENS, VALUES = 32, 16, 5
@@ -55,3 +67,37 @@ def test_what_is_visible_does_not_count() -> None:
     changed = MaskedBatch(batch.visible_BKD, batch.mask, batch.scored_BL, {PIXELS.key: target})
     before, after = blind_losses([batch], [PIXELS]), blind_losses([changed], [PIXELS])
     assert after[PIXELS.name] == pytest.approx(before[PIXELS.name], rel=1e-9)
+
+
+def test_batches_are_masked_in_pieces_one_load_at_a_time(colours: ImageList, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 5, 5 and 4 images, where a step's 14 are too many; what comes of it is what whole batches come to."""
+    heads = (HeadSpec(1, "pixels", weight=0.5, weight_end=2.0), HeadSpec(3, "teacher", teacher=3))
+    build = Build(0, MODEL, DecoderConfig(depth=1, width=12, heads=3), heads, lambda student: EmaTeacher(student, 0.9))
+    model, (segment,) = build_model(build, 0, "cpu"), parts(0)
+    how = Sampling(0, 14, DataConfig(), MODEL, MaskConfig(), heads, total_steps=10, averages=True)
+    source = LiveImages(colours, how)
+    sizes: list[int] = []
+    loads: list[weakref.ref] = []
+    held: list[int] = []
+
+    class Watched(LiveImages):
+        def load(self, *asked: Any) -> Any:
+            gc.collect()
+            held.append(sum(one() is not None for one in loads))
+            found = super().load(*asked)
+            loads.append(weakref.ref(found))
+            return found
+
+        def mask(self, model: Any, inputs: Any) -> MaskedBatch:
+            sizes.append(len(inputs.values))
+            return super().mask(model, inputs)
+
+    monkeypatch.setattr(blind, "PIECE", 5)
+    monkeypatch.setattr(blind, "IMAGES", 3 * 14)
+    found = blind_record(model, Watched(colours, how), segment, 4, replace(TRAIN, batch_size=14))
+    assert sizes == [5, 5, 4] * 3 and len(held) == 3 and max(held) <= 1
+    with torch.no_grad():
+        whole = blind_losses([source.mask(model, source.load(segment, step)) for step in (1, 2, 3)], heads)
+    assert found["heads"] == {name: pytest.approx(one._asdict(), rel=1e-6) for name, one in whole.items()}
+    weights = dict(zip(model.loss_names, model.loss_weights(0.3), strict=True))
+    assert found["place"] == pytest.approx(sum(weights[name] * one.place for name, one in whole.items()), rel=1e-6)

@@ -198,6 +198,7 @@ def test_an_arm_ends_when_its_knn_no_longer_rises(tmp_path: Path, images: ImageL
     assert [event["lr"] for event in events if "lr" in event][-1] == asked.rates.plain(15), "its place in the schedule"
     again, same = train_arm(asked, hooks())
     assert_same(model, same)
+    assert model.encoder.cut == same.encoder.cut == 1, "the model of the segment that was trained last"
     assert plain(again) == plain(progress), "what has ended is not gone on with"
 
 

@@ -13,6 +13,7 @@ import torch
 from models.config import ModelConfig
 from models.targets import normalize_images
 from models.vit import Encoder, build_encoder
+from stages import probe
 from stages.config import EvalConfig
 from stages.images import Data, ImageList, open_images, spread
 from stages.probe import collapse, evaluate, knn_top1, linear_top1, pooled_features
@@ -54,6 +55,23 @@ def test_knn_is_that_of_plain_loops(k) -> None:
     want = knn_by_loops(train_x, train_y, val_x, val_y, k)
     assert 0.3 < want < 0.95
     assert knn_top1(train_x, train_y, val_x, val_y, k) == pytest.approx(want)
+
+
+@pytest.mark.parametrize(("most", "rows"), [(1, [1] * 7), (59, [2, 2, 2, 1]), (60, [3, 3, 1]), (2**24, [7])])
+def test_knn_compares_few_images_at_a_time(most: int, rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """7 images with 20: as many rows of similarities as make up `most` values, and one at least."""
+    random, plain, seen = np.random.default_rng(4), np.argpartition, []
+    train_y, val_y = random.integers(0, 3, 20), random.integers(0, 3, 7)
+    train_x, val_x = random.normal(size=(20, 4)), random.normal(size=(7, 4))
+
+    def argpartition(values: np.ndarray, *how: int, **more: int) -> np.ndarray:
+        seen.append(values.shape)
+        return plain(values, *how, **more)
+
+    monkeypatch.setattr(np, "argpartition", argpartition)
+    monkeypatch.setattr(probe, "SIMILARITIES", most)
+    assert knn_top1(train_x, train_y, val_x, val_y, 3) == pytest.approx(knn_by_loops(train_x, train_y, val_x, val_y, 3))
+    assert seen == [(count, 20) for count in rows]
 
 
 def test_knn_votes_by_direction_and_nearness() -> None:

@@ -252,3 +252,24 @@ def test_stochastic_depth_drops_the_same_samples_whoever_has_them(
     with torch.no_grad():
         kept = plain.encode(source.mask(plain, source.load(parts(0)[0], 3)).visible_BKD)[3]
     assert not torch.allclose(kept, torch.cat(whole), atol=1e-3), "something was dropped"
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+@pytest.mark.parametrize("ranks", RANKS[1:])
+@pytest.mark.parametrize("mixup", [0.8, 0.0])
+def test_fine_tuning_drops_the_same_samples_whoever_has_them(mixup: float, ranks: int, accumulate: int) -> None:
+    asked, segment = lessons(batch_size=8 * accumulate, accumulate=accumulate, mixup=mixup, cutmix=0.0), SEGMENT
+
+    def logits(rank: Rank) -> tuple[np.ndarray, Tensor]:
+        model, how = classifier().train(), replace(asked, rank=rank)
+        model.drop = DepthDrop(0, 0.6, 0.0, 20, rank.rank, rank.ranks, paired=how.config.mixes)
+        model.drop.install(model.encoder)
+        source = LiveViews(LABELLED, how)
+        micros = source.load(segment, 0).split(accumulate)
+        with model.dropping(3), torch.no_grad():
+            found = [next(model.logits(source.mask(model, micro).tokens_BLD)) for micro in micros]
+        return how.places, torch.cat(found)
+
+    _, whole = logits(Rank())
+    for places, found in map(logits, ranks_of(ranks)):
+        torch.testing.assert_close(found, whole[places], rtol=1e-4, atol=1e-5)
