@@ -192,7 +192,8 @@ def table_md(study: Study, name: str, facts: Sequence[str], found: Sequence[Line
     ]
     if unknown := [row for row in rows if row.values.get("cache_cost_known") is False]:
         names = ", ".join(f"{row.variant}, seed {row.seed}" for row in unknown)
-        out += ["", f"What found caches have cost is not known and counts as 0, so seconds are too small: {names}."]
+        what = "What caches that were found, or taken rows from, have cost is not known and counts as 0"
+        out += ["", f"{what}, so seconds are too small: {names}."]
     if bad := [row for row in rows if row.state != "done"]:
         out += ["", "## Not there", ""]
         told = [f"{row.variant}, seed {row.seed}: {row.state}: {row.values.get('why', '')}" for row in bad]

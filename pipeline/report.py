@@ -144,7 +144,10 @@ def warnings(story: Story) -> Iterator[str]:
             "cache.budget_gb."
         )
     if story.speedup and not story.speedup["arms"]["cached"]["cache_cost_known"]:
-        yield "What a found cache has cost is not known and counts as 0: the cached arm's total is too small."
+        yield (
+            "What a cache that was found, or taken rows from, has cost is not known and counts as 0: the cached arm's "
+            "total is too small."
+        )
     if story.speedup and story.speedup["loader_bound"] < LOADER:
         yield (
             f"Reading features costs: a cached step runs at {story.speedup['loader_bound']:.2f} of its speed on "

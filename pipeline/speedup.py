@@ -236,9 +236,11 @@ def show(found: dict[str, Any]) -> None:
     if len(ranks := {tuple(arm.get("ranks", ())) for arm in found["arms"].values()}) > 1:
         out.print(f"arms were trained on different numbers of ranks, {sorted(ranks)}: their seconds do not compare")
     if shared := cached["cache_seconds_elsewhere"]:
-        out.print(f"of the cache seconds, {shared:.1f} were spent by other runs that share the caches")
+        whose = "other runs that share the caches, or on rows taken over"
+        out.print(f"of the cache seconds, {shared:.1f} were spent by {whose}")
     if not cached["cache_cost_known"]:
-        out.print("what a found cache has cost is not known and counts as 0: the cached arm's total is too small")
+        what = "what a cache that was found, or taken rows from, has cost is not known and counts as 0"
+        out.print(f"{what}: the cached arm's total is too small")
     if live := [str(row["cut"]) for row in by_stage if row.get("live")]:
         out.print(f"cut {', '.join(live)}: no cache, frozen blocks ran live in the cached arm (cache.over_budget=live)")
     ratios = ", ".join(f"cut {row['cut']}: {row['ratio']:.2f} (FLOP bound {row['flop_bound']:.2f})" for row in by_stage)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cache import open_cache
-from cache.adopt import Taken, find_donor
+from cache.adopt import Donor, Taken, find_donor
 from cache.errors import DamagedCache, MissingCache, StaleCache
 from cache.layout import Layout, Shard, Stored
 from cache.loader import prefetch
@@ -88,11 +88,16 @@ RunTasks = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 
 def build(
-    job: EncodeJob, images: ImageList, run: RunTasks, tell: Callable[[str], None] = lambda line: None
+    job: EncodeJob,
+    images: ImageList,
+    run: RunTasks,
+    tell: Callable[[str], None] = lambda line: None,
+    took: Callable[[Donor, int], None] = lambda donor, rows: None,
 ) -> Iterator[tuple[int, int]]:
     """Build what is missing of a cache; yields (shards done, shards in all) after each. Raises CacheError.
 
-    What a finished cache beside it has of the same samples and views is taken over, and told. `run` maps `encode_shard`
+    What a finished cache beside it has of the same samples and views is taken over, and told: `took` hears of the donor
+    before anything is, with 0 rows, and of how many rows (of one view each) once they are. `run` maps `encode_shard`
     over tasks anywhere and yields as they are done. What is made stays when the caller stops. The caller holds the
     cache (cache.lock), the workers do not.
     """
@@ -106,7 +111,9 @@ def build(
         kin = layout.spec.kin(parent_kin)
         donor = find_donor(folder, layout, kin, images.labels, images.keys, images.digests, job.memory)
     if donor:
-        missing = [shard for shard in missing if not donor.link(folder, layout, shard)]
+        took(donor, 0)
+        wanted, missing = missing, [shard for shard in missing if not donor.link(folder, layout, shard)]
+        took(donor, sum(shard.rows for shard in wanted) - sum(shard.rows for shard in missing))
 
     def taken(shard: Shard) -> Taken | None:
         return donor.taken(layout, shard) if donor else None
@@ -118,8 +125,10 @@ def build(
     done = len(layout.shards) - len(missing)
     if donor and done:
         yield done, len(layout.shards)
-    for _ in run(encode_shard, ((job, shard, taken(shard)) for shard in missing)):  # few are there at a time
+    for shard in run(encode_shard, ((job, shard, taken(shard)) for shard in missing)):  # few are there at a time
         done += 1
+        if donor and (old := taken(shard)):
+            took(donor, len(old.places))
         yield done, len(layout.shards)
     if not (folder / MANIFEST).exists():
         check_inputs(job, images, parent)
