@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from cache.manifest import atomic_write
-from pipeline.claims import PROBES
+from pipeline.claims import PROBES, scored_unlike
 from pipeline.config import ConfigError
 from pipeline.decide import ARMS, Wanted, judge_all
 from pipeline.desk import Desk, at_work
@@ -144,11 +145,20 @@ def arm_summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "evaluate_seconds": sum(part["evaluate_seconds"] for part in parts),
         "epochs": sum(part["epochs"] for part in parts),
         "images": sum(part["images"] for part in parts),
+        "scored": distinct(part.get("scored") for part in parts),
         "ranks": sorted({part.get("machine", {}).get("ranks", 1) for part in parts}),
         "knn_top1": parts[-1]["knn_top1"],
         "linear_top1": parts[-1]["linear_top1"],
         "curve": curve,
     }
+
+
+def distinct(values: Iterable[Any]) -> list[Any]:
+    """Every value once, in the order in which they first come."""
+    found: list[Any] = []
+    for value in values:
+        found += [] if value in found else [value]
+    return found
 
 
 def cache_cost(part: dict[str, Any]) -> float:
@@ -223,6 +233,8 @@ def show(found: dict[str, Any]) -> None:
             *(score(arm[key]) for key in ("knn_top1", "linear_top1")),
         )
     out = console()
+    if unlike := scored_unlike([found], found["arms"]):
+        out.print(unlike, markup=False)
     out.print(rows)
     stopped, cached = found["early_stop"], found["arms"]["cached"]
     out.print(
