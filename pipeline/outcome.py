@@ -69,7 +69,8 @@ def tuned(record: Record) -> Record:
     cache = cache_cost(record)
     keys = ("top1", "train_seconds", "evaluate_seconds", "epochs", "images", "final_loss")
     values = {key: record[key] for key in keys}
-    seconds = {"cache_seconds": cache, "total_seconds": record["train_seconds"] + cache}
+    seconds: Record = {"cache_seconds": cache, "total_seconds": record["train_seconds"] + cache}
+    seconds |= {"cache_cost_known": record.get("cache_seconds_elsewhere", 0.0) is not None}
     return values | seconds | {"probe_images": record["evaluated"], "scored": [record.get("scored")]}
 
 

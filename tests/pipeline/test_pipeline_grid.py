@@ -1,4 +1,4 @@
-"""Which images a study may see, and how its table calls those that it was evaluated on."""
+"""Which images a study may see, how its table calls those that it was evaluated on, and what its rows share."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.__main__ import main
 from pipeline.config import ConfigError
 from pipeline.grid import read_study
 from pipeline.reading import parse, to_toml
 from pipeline.recipes import recipe
+from pipeline.speedup import cache_cost
+from pipeline.studies import STUDIES, Study, row
 from pipeline.study_table import facts
+from tests.pipeline.toy import TOY, record
 
 
 @pytest.mark.parametrize(
@@ -42,3 +46,19 @@ def test_a_study_that_chooses_sees_no_evaluation_images(tmp_path: Path, words: l
 )
 def test_the_table_says_what_it_was_evaluated_on(tmp_path: Path, words: list[str], told: str) -> None:
     assert f"- data: {told}" in facts(read_study(["seeds", "--run", str(tmp_path), *words]))
+
+
+def test_rows_that_are_fine_tuned_behind_one_cache_build_it_once_and_both_pay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = TOY | {"schedule.cuts": [0, 3], "schedule.epochs": [1, 1], "finetune.freeze": 2, "finetune.views": 1}
+    common |= {"finetune.epochs": 1, "finetune.batch_size": 16}
+    rows = {"slow": row("finetune", finetune__lr=1e-4), "fast": row("finetune", finetune__lr=1e-3)}
+    monkeypatch.setitem(STUDIES, "two", lambda: Study("q", rows, "slow", common, seeds=(0,)))
+    assert main(["study", "two", "--run", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert told.count("cache finetune: built in") == 1
+    slow, fast = (record(tmp_path / f"two/{name}-seed-0", "finetune") for name in rows)
+    assert slow["cache_seconds"] > 0 and slow["cache_seconds_elsewhere"] == 0
+    assert fast["cache_seconds"] == 0 and fast["cache_seconds_elsewhere"] == pytest.approx(slow["cache_seconds"])
+    assert cache_cost(fast) == pytest.approx(cache_cost(slow)) and not list((tmp_path / "caches").glob("cut-*"))
