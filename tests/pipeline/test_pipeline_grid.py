@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cache.manifest import atomic_write
 from pipeline.__main__ import main
 from pipeline.config import ConfigError
+from pipeline.decide import Wanted
 from pipeline.grid import read_study
+from pipeline.layout import RunPaths
+from pipeline.pool import publish
 from pipeline.reading import parse, to_toml
 from pipeline.recipes import recipe
 from pipeline.speedup import cache_cost
 from pipeline.studies import STUDIES, Study, row
 from pipeline.study_table import facts
-from tests.pipeline.toy import TOY, record
+from tests.pipeline.toy import TOY, record, toy
 
 
 @pytest.mark.parametrize(
@@ -62,3 +68,19 @@ def test_rows_that_are_fine_tuned_behind_one_cache_build_it_once_and_both_pay(
     assert slow["cache_seconds"] > 0 and slow["cache_seconds_elsewhere"] == 0
     assert fast["cache_seconds"] == 0 and fast["cache_seconds_elsewhere"] == pytest.approx(slow["cache_seconds"])
     assert cache_cost(fast) == pytest.approx(cache_cost(slow)) and not list((tmp_path / "caches").glob("cut-*"))
+
+
+def test_a_part_of_another_machine_is_not_filed_under_this_one_s(copy: Path, tmp_path: Path) -> None:
+    """Its seconds would be taken for those of today's threads, its scores for those of today's images."""
+    changes: list[dict[str, Any]] = [{}, {"machine": {"threads": 7}}, {"machine": {"ranks": 2}}]
+    changes += [{"scored": {"eval.val_limit": 7}}, {"machine": None}]
+    file = copy / "stage-1/stage.json"
+    whole = json.loads(file.read_text())
+    found = []
+    for number, change in enumerate(changes):
+        changed = {key: value and whole[key] | value for key, value in change.items()}
+        atomic_write(file, json.dumps(whole | changed).encode())
+        places = publish(Wanted(toy(), RunPaths(copy)), tmp_path / f"pool-{number}")
+        assert {"stage-0", "stage-2", "e2e", "freeze"} <= set(places)
+        found.append("stage-1" in places)
+    assert found == [True, False, True, False, False]
