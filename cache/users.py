@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import socket
 from collections.abc import Iterable
@@ -82,13 +83,16 @@ def users(root: Path) -> list[User]:
 
 
 def read_cost(folder: Path) -> float | None:
-    """Seconds that building a cache has cost in all, by whichever runs; None where nobody noted it."""
+    """Seconds that building a cache has cost in all, by whichever runs; None where nobody noted it, nan where a part
+    is noted as unknown."""
     try:
-        return float(json.loads(read_bytes(aside(folder, "costs", ".json")))["seconds"])
+        seconds = json.loads(read_bytes(aside(folder, "costs", ".json")))["seconds"]
+        return math.nan if seconds is None else float(seconds)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def write_cost(folder: Path, seconds: float) -> None:
-    """Notes what a cache has cost so far. CacheError on a full disk."""
-    atomic_write(aside(folder, "costs", ".json"), json.dumps({"seconds": seconds}).encode())
+    """Notes what a cache has cost so far; nan where that is unknown. CacheError on a full disk."""
+    known = None if math.isnan(seconds) else seconds
+    atomic_write(aside(folder, "costs", ".json"), json.dumps({"seconds": known}).encode())

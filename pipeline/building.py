@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
+from cache.adopt import Donor
 from cache.layout import Layout
 from cache.lock import CacheBusy, hold_cache
-from cache.place import place_of
+from cache.place import is_there, place_of
 from cache.users import read_cost, write_cost
 from cache.verify import Damage
 from cache.writer import ErrorLimit
@@ -47,28 +49,60 @@ def build_cache(desk: Desk, need: Need, paths: StagePaths, beside: Beside | None
 
 
 def _build(desk: Desk, need: Need, paths: StagePaths, job: EncodeJob, beside: Beside | None) -> None:
-    spec, folder, built = job.layout.spec, place_of(job.folder), False
-    spent, started = read_seconds(paths, spec.fingerprint), time.perf_counter()
-    before = (read_cost(folder) or 0.0) if folder.exists() else 0.0
-
-    def account() -> float:
-        seconds = time.perf_counter() - started
-        write_seconds(paths, spec.fingerprint, spent + seconds)
-        write_cost(folder, before + seconds)
-        return spent + seconds
-
+    spec, built = job.layout.spec, False
+    bill = Bill(job, paths)
     pace = Pace(job.layout.num_samples * spec.views)
     tag = need.tag | ({"ahead": True} if beside else {})
     with nullcontext(beside.run) if beside else sweeping(desk) as run:
-        for done, total in build(job, desk.wanted.data.train, run, desk.log.message):
+        for done, total in build(job, desk.wanted.data.train, run, desk.log.message, bill.took):
             built = True
-            desk.log(tag | {"cache": need.name, "cut": spec.cut, "cache_seconds": account()} | pace(done, total))
+            desk.log(tag | {"cache": need.name, "cut": spec.cut, "cache_seconds": bill.note()} | pace(done, total))
             if desk.job.stop.is_set() and done < total:
                 raise Interrupted(
                     f"interrupted: {need.name} has {done} of {total} shards; the same command goes on from there"
                 )
-    told = f"built in {account():.1f} s" if built else "found complete"
+    told = f"built in {bill.note():.1f} s" if built else "found complete"
     desk.log.message(f"{need.name}: {told} ({job.folder})")
+
+
+class Bill:
+    """What a cache that is being built costs: in seconds of this run, and in all, with what other runs have spent on it
+    and what the rows have cost that it takes over from another cache. One that was removed begins at nothing."""
+
+    def __init__(self, job: EncodeJob, paths: StagePaths) -> None:
+        self.spec, self.folder, self.paths = job.layout.spec, place_of(job.folder), paths
+        there = is_there(self.folder)
+        self.spent = read_seconds(paths, self.spec.fingerprint) if there else 0.0
+        self.before = (read_cost(self.folder) or 0.0) if there else 0.0
+        self.started = time.perf_counter()
+
+    def note(self) -> float:
+        """Write down what it has cost by now; returns this run's seconds."""
+        seconds = time.perf_counter() - self.started
+        write_seconds(self.paths, self.spec.fingerprint, self.spent + seconds)
+        write_cost(self.folder, self.before + seconds)
+        return self.spent + seconds
+
+    def took(self, donor: Donor, rows: int) -> None:
+        """Rows were taken over. A ring's views were paid for in the turn before, whose cost its stage counts.
+
+        Before the first are, the cost is noted as unknown: whoever dies in between has not counted what is there.
+        """
+        if self.spec.first_view:
+            return
+        if rows:
+            self.before += rows * cost_of_row(donor)
+        else:
+            write_cost(self.folder, math.nan)
+
+
+def cost_of_row(donor: Donor) -> float:
+    """Seconds that one row of one view of a finished cache has cost; nan where nobody knows, as of a ring's turn, whose
+    other views were paid for elsewhere."""
+    manifest, cost = donor.reader.manifest, read_cost(donor.folder)
+    if cost is None or manifest.spec.first_view:
+        return math.nan
+    return cost / (donor.layout.num_samples * manifest.spec.views)
 
 
 class Pace:

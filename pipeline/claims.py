@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -92,14 +92,49 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float], images: int) 
     return Paired(mean, half, len(both), standard_error(middle, images) if images else math.nan)
 
 
+def scored_so_far(before: dict[str, Any] | None, inputs: str, now: dict[str, Any]) -> dict[str, Any] | None:
+    """How an arm is scored, from first to last: one that goes on may have points that were scored otherwise, which is
+    then said; None where an earlier version began it, which did not note how."""
+    if before is None or before.get("fingerprint") != inputs:
+        return now
+    had = before.get("scored")
+    return had if had is None or had | now == had else now | {"before": had}
+
+
+def ways_unlike(ways: Iterable[Mapping[str, Any] | None]) -> str:
+    """How scores differ in what they were taken on or with, `eval.val_limit 40 or 400`; empty where they do not, and
+    compare. None is a way that an earlier version has not noted: it is known to be like no other."""
+    found = list(ways)
+    if all(way == found[0] for way in found):
+        return ""
+    if None in found:
+        return "in part by an earlier version, which has not noted how"
+    named = [way for way in found if way is not None]
+    told = []
+    for key in sorted({key for way in named for key in way}):
+        values = list(dict.fromkeys(str(way.get(key, "alike")) for way in named))
+        if len(values) > 1:
+            told.append(f"{key} {' or '.join(value[:8] if key.startswith('data') else value for value in values)}")
+    return ", ".join(told)
+
+
+def scored_unlike(runs: Sequence[dict[str, Any]], arms: Iterable[str] = ("e2e", "cached")) -> str:
+    """That arms of comparisons were scored differently, and how; empty where their scores compare."""
+    how = ways_unlike(way for one in runs for arm in arms for way in one["arms"][arm].get("scored", [None]))
+    return f"arms were scored differently ({how}): their scores do not compare, no difference is claimed" if how else ""
+
+
 def contrasts(
     found: dict[str, Any], seeds: Sequence[dict[str, Any]] = (), other: Literal["early_stop", "e2e"] = "early_stop"
 ) -> list[Contrast]:
-    """The cached arm beside e2e, stopped at its total time or at its end, by probe; empty for images without labels.
+    """The cached arm beside e2e, stopped at its total time or at its end, by probe; empty for images without labels,
+    and where the two were scored differently.
 
     seeds: comparisons of runs that differ in their seed only; differences are paired within each of them.
     """
-    result = []
+    result: list[Contrast] = []
+    if scored_unlike(seeds or [found]):
+        return result
     for key, name in PROBES.items():
         pairs = [
             ((one["early_stop"] if other == "early_stop" else one["arms"]["e2e"])[key], one["arms"]["cached"][key])
@@ -116,6 +151,8 @@ def contrasts(
 
 def headline(found: dict[str, Any], seeds: Sequence[dict[str, Any]] = ()) -> str:
     """The first line: the speed-up in total, and what stopping early says about it."""
+    if unlike := scored_unlike(seeds or [found]):
+        return f"{speedup_said(found, seeds)}; {unlike}"
     return f"{speedup_said(found, seeds)}{early_stop_said(contrasts(found, seeds), seeds or [found])}"
 
 

@@ -39,6 +39,12 @@ class Course:
     def data(self) -> Data:
         return open_data(self.config.data, self.paths.index)
 
+    @property
+    def scored(self) -> dict[str, Any]:
+        """How encoders are scored while they are trained. No stage trains again for it, so every record says it."""
+        names = ("train_limit", "val_limit", "knn_k")
+        return {f"eval.{name}": getattr(self.config.eval, name) for name in names} | {"data.val": self.data.val.digest}
+
     @cached_property
     def identity(self) -> dict[str, Any]:
         return model_identity(self.config.model)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,14 +34,21 @@ from stages.train import train_arm
 STEP_PATIENCE = timedelta(minutes=30)
 """How long ranks wait for each other within a step. What takes longer, the leader's own work, waits elsewhere."""
 
+MEETING = timedelta(seconds=60)
+"""How long ranks wait for each other at their start, which all have come to once their settings are read."""
+
 PARTING = 10.0
 """Seconds for which the keeper of the ranks' store, about to end, waits for others that have not read its last word."""
 
 WORD = "last word"
 """Where in the ranks' store the first rank that fails says why."""
 
-_store: list[dist.Store] = []
+_store: list[dist.Store | Exception] = []
 _team: list[Ranks] = []
+
+
+class RankGone(RuntimeError):
+    """A rank that this one would have met has ended, and has said why."""
 
 
 def work_together(job: Job, verb: str, function: Callable[[Job], Any], rank: Rank) -> int:
@@ -70,18 +78,41 @@ def join(job: Job, rank: Rank) -> Ranks:
             )
         torch.cuda.set_device(number)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    meet(rank.ranks)
     store = dist.PrefixStore("ranks", store_of())
     dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.ranks, timeout=STEP_PATIENCE)
     _team[:] = [Ranks(rank, local)]
     return _team[0]
 
 
+def meet(ranks: int) -> None:
+    """Wait until all are here. Raises RankGone once one has ended instead, RunFailed when one has not come in time."""
+    store, latest = store_of(), time.monotonic() + MEETING.total_seconds()
+    here = store.add("here", 1)
+    while here < ranks:
+        if store.check([WORD]):
+            raise RankGone("a rank has ended before all had met")
+        if time.monotonic() > latest:
+            raise RunFailed(
+                f"{here} of {ranks} ranks have met within {MEETING.seconds} s; see what the others are at, then call "
+                "again"
+            )
+        time.sleep(0.02)
+        here = store.add("here", 0)
+
+
 def store_of() -> dist.Store:
-    """The ranks' store: that of torchrun, which outlives all of them, or one that rank 0 keeps."""
+    """The ranks' store: that of torchrun, which outlives all of them, or one that rank 0 keeps. Where it could not be
+    reached it is not waited for again."""
     if not _store:
-        found, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=60))))
-        _store.append(found)
-    return _store[0]
+        try:
+            _store.append(next(iter(dist.rendezvous("env://", timeout=MEETING)))[0])
+        except (RuntimeError, OSError) as error:
+            _store.append(error)
+    found = _store[0]
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 # --- those who follow -------------------------------------------------------------------------------------------------
@@ -142,7 +173,7 @@ def ending(error: BaseException, status: int | None, text: str) -> tuple[int | N
     one was killed.
     """
     word = _read_word()
-    if _team and lost(error):
+    if lost(error) and (_team or word):
         if word:
             status, text = int(word["status"]), ""
         else:
@@ -166,7 +197,7 @@ def ending(error: BaseException, status: int | None, text: str) -> tuple[int | N
 
 def lost(error: BaseException) -> bool:
     """Whether an error says that another rank is gone."""
-    if isinstance(error, dist.DistError):
+    if isinstance(error, dist.DistError | RankGone):
         return True
     broken = ("gloo", "NCCL", "Connection closed by peer")
     return isinstance(error, RuntimeError) and any(name in str(error) for name in broken)
@@ -183,8 +214,11 @@ def _once(text: str) -> str:
 
 def _leave(dead: bool = False) -> None:
     """The last that a rank asks of the store. Without torchrun the store ends with rank 0, which therefore waits a
-    while for the others, all or all but a dead one, to have read what it holds."""
+    while for the others, all or all but a dead one, to have read what it holds. Those that wait for rank 0 itself, in
+    the middle of training, first have to hear that it is gone."""
     here = rank_here()
+    if _team and not here.rank:
+        _let_go(_team[0])
     with suppress(RuntimeError, OSError):
         store = store_of()
         left = store.add("left", 1)
@@ -192,6 +226,19 @@ def _leave(dead: bool = False) -> None:
         while not here.rank and not kept_by_torchrun() and left < here.ranks - dead and time.monotonic() < until:
             time.sleep(0.02)
             left = store.add("left", 0)
+
+
+def _let_go(team: Ranks) -> None:
+    """Close a rank's connections. Torch waits for what is under way on them, for as long as another rank keeps it
+    there, so a thread does, which is waited for a while only and ends with the process."""
+
+    def close() -> None:
+        with suppress(Exception):
+            team.leave()
+
+    thread = threading.Thread(target=close, daemon=True)
+    thread.start()
+    thread.join(PARTING)
 
 
 def kept_by_torchrun() -> bool:

@@ -111,11 +111,6 @@ def read_study(args: Sequence[str]) -> Request:
     asked = study(flags.name)
     if flags.seeds:
         asked = replace(asked, seeds=tuple(dict.fromkeys(flags.seeds)))
-    if asked.chooses and flags.data_val:
-        raise ConfigError(
-            f"study {flags.name} chooses settings, so it may not see DATA_VAL = {flags.data_val}; leave it out, a "
-            "tenth of DATA is held back"
-        )
     for name in flags.only:
         if name not in asked.variants:
             raise ConfigError(f"study {flags.name} has no variant {name}; {hint(name, asked.variants)}")
@@ -142,8 +137,11 @@ def grid(flags: StudyFlags, asked: Study) -> Iterator[Run]:
         try:
             configs[name] = parse(values, base)
             check(configs[name])
+            told = asked.chooses and evaluation_images(flags, configs[name])
         except ConfigError as error:
             raise ConfigError(f"study {flags.name}, variant {name}: {error}") from None
+        if told:
+            raise ConfigError(f"study {flags.name} chooses settings, so it may not see {told} is held back")
     for seed in asked.seeds:
         found: dict[PipelineConfig, Run] = {}
         for name, config in configs.items():
@@ -159,6 +157,18 @@ def grid(flags: StudyFlags, asked: Study) -> Iterator[Run]:
                 refuse_other_scores(paths, previous, whole)
             found[config] = Run(name, seed, whole, paths, {name: arm})
         yield from found.values()
+
+
+def evaluation_images(flags: StudyFlags, config: PipelineConfig) -> str:
+    """The evaluation images that a run would be scored on, and what to do instead; empty where a tenth of the training
+    images is held back."""
+    data = config.data
+    if data.val_source:
+        name = "DATA_VAL" if flags.data_val else "data.val_source"
+        return f"{name} = {data.val_source}; leave it out, a tenth of DATA"
+    if data.has_own_val:
+        return f"the evaluation images of data.source = {data.source}; name other images with DATA, a tenth of which"
+    return ""
 
 
 def refuse_other_scores(paths: RunPaths, had: PipelineConfig, wants: PipelineConfig) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.claims import FEWEST_SEEDS, Paired, interval, paired, points
+from pipeline.claims import FEWEST_SEEDS, Paired, interval, paired, points, ways_unlike
 from pipeline.speedup import arm_summary, cache_cost, stopped_at
 from pipeline.studies import Study
 
@@ -46,6 +46,10 @@ class Row:
         found = self.values.get(key)
         return None if found is None else float(found)
 
+    def unlike(self, other: Row) -> str:
+        """How it was scored otherwise than another; empty where the two compare."""
+        return ways_unlike(way for row in (self, other) for way in row.values.get("scored", [None]))
+
 
 def measured(parts: Sequence[Record]) -> tuple[Record, tuple[Record, ...]]:
     """(values, curve) of an arm from the records of its parts, in order."""
@@ -65,18 +69,20 @@ def tuned(record: Record) -> Record:
     cache = cache_cost(record)
     keys = ("top1", "train_seconds", "evaluate_seconds", "epochs", "images", "final_loss")
     values = {key: record[key] for key in keys}
-    seconds = {"cache_seconds": cache, "total_seconds": record["train_seconds"] + cache}
-    return values | seconds | {"probe_images": record["evaluated"]}
+    seconds: Record = {"cache_seconds": cache, "total_seconds": record["train_seconds"] + cache}
+    seconds |= {"cache_cost_known": record.get("cache_seconds_elsewhere", 0.0) is not None}
+    return values | seconds | {"probe_images": record["evaluated"], "scored": [record.get("scored")]}
 
 
 def with_control(study: Study, rows: Iterable[Row]) -> list[Row]:
     """The rows, each with what end to end of the same seed scores when it is stopped after as many seconds."""
     rows = list(rows)
-    curves = {row.seed: row.curve for row in rows if row.variant == study.end_to_end and row.curve}
+    ends = {row.seed: row for row in rows if row.variant == study.end_to_end and row.curve}
     found = []
     for row in rows:
-        if row.curve and row.seed in curves and row.variant != study.end_to_end:
-            stopped = stopped_at(list(curves[row.seed]), row.values["total_seconds"])
+        end = ends.get(row.seed)
+        if end and row.curve and row.variant != study.end_to_end and not row.unlike(end):
+            stopped = stopped_at(list(end.curve), row.values["total_seconds"])
             more = {f"{key}_e2e_stopped": stopped[key] for key in ("knn_top1", "linear_top1")}
             row = Row(row.variant, row.seed, row.state, row.values | more, row.curve)
         found.append(row)
@@ -96,6 +102,8 @@ class Line:
     """By score: the variant less what it is compared with."""
     stopped: Mapping[str, Paired]
     """By score: the variant less end to end stopped after as many seconds."""
+    unlike: tuple[int, ...] = ()
+    """Seeds whose two rows were scored differently, so that they are not compared."""
 
 
 def lines(study: Study, rows: Sequence[Row]) -> list[Line]:
@@ -105,6 +113,8 @@ def lines(study: Study, rows: Sequence[Row]) -> list[Line]:
         own = [row for row in rows if row.variant == name and row.state == "done"]
         against = variant.against or study.control
         other = [row for row in rows if row.variant == against and row.state == "done"]
+        unlike = [row.seed for row in other for mine in own if mine.seed == row.seed and mine.unlike(row)]
+        other = [row for row in other if row.seed not in unlike]
         images = max((int(row.values.get("probe_images") or 0) for row in own), default=0)
         means: dict[str, tuple[float, float | None]] = {}
         control: dict[str, Paired] = {}
@@ -118,7 +128,7 @@ def lines(study: Study, rows: Sequence[Row]) -> list[Line]:
             if pair := paired(by_seed(own, key), by_seed(own, f"{key}_e2e_stopped"), images):
                 stopped[key] = pair
         seeds = tuple(sorted(row.seed for row in own))
-        found.append(Line(name, against if name != against else "", seeds, means, control, stopped))
+        found.append(Line(name, against if name != against else "", seeds, means, control, stopped, tuple(unlike)))
     return found
 
 
@@ -190,9 +200,14 @@ def table_md(study: Study, name: str, facts: Sequence[str], found: Sequence[Line
         "",
         *(f"- {text}" for text in claims(found)),
     ]
+    for line in found:
+        if line.unlike:
+            pair, which = f"{line.variant} and {line.against}", ", ".join(map(str, line.unlike))
+            out += ["", f"{pair} were scored differently with seed {which}, and are not compared there."]
     if unknown := [row for row in rows if row.values.get("cache_cost_known") is False]:
         names = ", ".join(f"{row.variant}, seed {row.seed}" for row in unknown)
-        out += ["", f"What found caches have cost is not known and counts as 0, so seconds are too small: {names}."]
+        what = "What caches that were found, or taken rows from, have cost is not known and counts as 0"
+        out += ["", f"{what}, so seconds are too small: {names}."]
     if bad := [row for row in rows if row.state != "done"]:
         out += ["", "## Not there", ""]
         told = [f"{row.variant}, seed {row.seed}: {row.state}: {row.values.get('why', '')}" for row in bad]

@@ -71,13 +71,21 @@ def publish(wanted: Wanted, pool: Path) -> list[str]:
     with hold(pool):
         for where, paths, inputs, current in parts(wanted):
             target = pool / part_key(wanted, inputs, where not in ("stage-0", *ARMS))
-            if not current or (target / DONE).exists():
+            if not current or (target / DONE).exists() or not made_so(wanted, paths):
                 continue
             link_files(paths.root, target / "part")
             atomic_write(target / "events.jsonl", "".join(events_of(wanted.paths.events, where)).encode())
             atomic_write(target / DONE, json.dumps({"from": str(wanted.paths.root), "place": where}).encode())
             found.append(where)
     return found
+
+
+def made_so(wanted: Wanted, paths: StagePaths) -> bool:
+    """Whether a part was made on the machine, and scored on the images, that its key would name: a run goes on with
+    what it has, whatever made it. Ranks are in no key, and the comparison of arms names them."""
+    record = wanted.record(paths) or {}
+    machine = {key: value for key, value in (record.get("machine") or {}).items() if key != "ranks"}
+    return machine == described(wanted.config.train) and record.get("scored", wanted.scored) == wanted.scored
 
 
 def take(wanted: Wanted, pool: Path) -> list[str]:

@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 
 from cache.manifest import atomic_write
 from pipeline import __version__
-from pipeline.claims import FEWEST_SEEDS, contrasts, headline, mean_seconds
+from pipeline.claims import FEWEST_SEEDS, contrasts, headline, mean_seconds, scored_unlike
 from pipeline.foretold import foretold_line
 from pipeline.job import Job
 from pipeline.layout import RunPaths
@@ -128,6 +128,8 @@ def control(story: Story) -> list[str]:
 
 def warnings(story: Story) -> Iterator[str]:
     """What a reader must know before believing a number, most serious first."""
+    if story.summaries and (unlike := scored_unlike([{"arms": story.summaries}], story.summaries)):
+        yield f"{unlike[0].upper()}{unlike[1:]}."
     stale = [verdict for verdict in story.verdicts if verdict.state == "stale"]
     for verdict in stale:
         yield f"{verdict.what} is stale: {verdict.reason}."
@@ -144,7 +146,10 @@ def warnings(story: Story) -> Iterator[str]:
             "cache.budget_gb."
         )
     if story.speedup and not story.speedup["arms"]["cached"]["cache_cost_known"]:
-        yield "What a found cache has cost is not known and counts as 0: the cached arm's total is too small."
+        yield (
+            "What a cache that was found, or taken rows from, has cost is not known and counts as 0: the cached arm's "
+            "total is too small."
+        )
     if story.speedup and story.speedup["loader_bound"] < LOADER:
         yield (
             f"Reading features costs: a cached step runs at {story.speedup['loader_bound']:.2f} of its speed on "

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cache.manifest import atomic_write
-from pipeline.claims import FEWEST_SEEDS, PROBES, interval, paired
+from pipeline.claims import FEWEST_SEEDS, PROBES, interval, paired, scored_unlike
 from pipeline.layout import RunPaths
 from pipeline.story import read_json, same_but_seed
 
@@ -52,9 +52,10 @@ def over_seeds(found: Mapping[int, Record]) -> Record:
 
 def differences(found: Mapping[int, Record], control: str) -> Record:
     """By probe, the cached arm less a control: by seed, their mean, its interval, one binomial standard error of a
-    score on the evaluation images, and whether a difference is claimed; empty for images without labels."""
+    score on the evaluation images, and whether a difference is claimed; empty for images without labels, and where
+    arms were scored differently."""
     told: Record = {}
-    for key in PROBES:
+    for key in PROBES if not scored_unlike(list(found.values())) else ():
         ours = {seed: run["arms"]["cached"][key] for seed, run in sorted(found.items())}
         theirs = {seed: CONTROLS[control](run)[key] for seed, run in sorted(found.items())}
         if None in (*ours.values(), *theirs.values()):

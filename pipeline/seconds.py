@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 
 from cache.manifest import atomic_write
@@ -29,7 +30,8 @@ def spent_seconds(paths: StagePaths) -> dict[str, float]:
 
 def cache_costs(wanted: Wanted, stage: int) -> dict[str, float | None]:
     """What the caches have cost that a stage is the first to read, by the fields of its record: the seconds that this
-    run has spent, and those that other runs have; None where the run did not build one and nobody noted its cost."""
+    run has spent, and those that others have, or that were spent on rows that were taken over; None where those are
+    not known."""
     paths, spent, elsewhere = wanted.paths.stage(stage), 0.0, []
     turns, ahead = wanted.turns(stage), wanted.config.cache.refresh_ahead
     needs = [*new_needs(wanted, stage), *(wanted.features(stage, before) for before in range(turns))]
@@ -41,9 +43,17 @@ def cache_costs(wanted: Wanted, stage: int) -> dict[str, float | None]:
         assert spec is not None, "they were built or found"
         own, total = read_seconds(paths, spec.fingerprint), read_cost(wanted.cache_folder(spec))
         spent += own
-        elsewhere.append(max(0.0, total - own) if total is not None else 0.0 if own else None)
+        elsewhere.append(rest_of(total, own))
     waited = {"refresh_wait_seconds": waited_seconds(wanted, stage)} if wanted.refresh(stage) else {}
     return {"cache_seconds": spent, "cache_seconds_elsewhere": sum_known(elsewhere)} | waited
+
+
+def rest_of(total: float | None, own: float) -> float | None:
+    """What a cache has cost beside a run's own seconds; None where that is not known: nobody noted what it has cost,
+    and the run did not build it, or a part is noted as unknown."""
+    if total is None:
+        return 0.0 if own else None
+    return None if math.isnan(total) else max(0.0, total - own)
 
 
 def waited_seconds(wanted: Wanted, stage: int) -> float:

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from cache.manifest import atomic_write
-from pipeline.claims import PROBES
+from pipeline.claims import PROBES, scored_unlike
 from pipeline.config import ConfigError
 from pipeline.decide import ARMS, Wanted, judge_all
 from pipeline.desk import Desk, at_work
@@ -144,11 +145,20 @@ def arm_summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "evaluate_seconds": sum(part["evaluate_seconds"] for part in parts),
         "epochs": sum(part["epochs"] for part in parts),
         "images": sum(part["images"] for part in parts),
+        "scored": distinct(part.get("scored") for part in parts),
         "ranks": sorted({part.get("machine", {}).get("ranks", 1) for part in parts}),
         "knn_top1": parts[-1]["knn_top1"],
         "linear_top1": parts[-1]["linear_top1"],
         "curve": curve,
     }
+
+
+def distinct(values: Iterable[Any]) -> list[Any]:
+    """Every value once, in the order in which they first come."""
+    found: list[Any] = []
+    for value in values:
+        found += [] if value in found else [value]
+    return found
 
 
 def cache_cost(part: dict[str, Any]) -> float:
@@ -223,6 +233,8 @@ def show(found: dict[str, Any]) -> None:
             *(score(arm[key]) for key in ("knn_top1", "linear_top1")),
         )
     out = console()
+    if unlike := scored_unlike([found], found["arms"]):
+        out.print(unlike, markup=False)
     out.print(rows)
     stopped, cached = found["early_stop"], found["arms"]["cached"]
     out.print(
@@ -236,9 +248,11 @@ def show(found: dict[str, Any]) -> None:
     if len(ranks := {tuple(arm.get("ranks", ())) for arm in found["arms"].values()}) > 1:
         out.print(f"arms were trained on different numbers of ranks, {sorted(ranks)}: their seconds do not compare")
     if shared := cached["cache_seconds_elsewhere"]:
-        out.print(f"of the cache seconds, {shared:.1f} were spent by other runs that share the caches")
+        whose = "other runs that share the caches, or on rows taken over"
+        out.print(f"of the cache seconds, {shared:.1f} were spent by {whose}")
     if not cached["cache_cost_known"]:
-        out.print("what a found cache has cost is not known and counts as 0: the cached arm's total is too small")
+        what = "what a cache that was found, or taken rows from, has cost is not known and counts as 0"
+        out.print(f"{what}: the cached arm's total is too small")
     if live := [str(row["cut"]) for row in by_stage if row.get("live")]:
         out.print(f"cut {', '.join(live)}: no cache, frozen blocks ran live in the cached arm (cache.over_budget=live)")
     ratios = ", ".join(f"cut {row['cut']}: {row['ratio']:.2f} (FLOP bound {row['flop_bound']:.2f})" for row in by_stage)

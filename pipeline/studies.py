@@ -39,8 +39,8 @@ class Study:
     recipe: str = "sample"
     seeds: tuple[int, ...] = (0, 1, 2)
     chooses: bool = False
-    """Whether its numbers choose settings: it is then refused evaluation images (DATA_VAL), and scores on a tenth of
-    the training images that is held back."""
+    """Whether its numbers choose settings: it is then refused evaluation images (DATA_VAL, data.val_source, the
+    sample's), and scores on a tenth of the training images that is held back."""
     losses: bool = False
     """Whether the table tells each row's last loss beside those of predictors that see nothing of an image."""
 
@@ -83,7 +83,8 @@ def seeds() -> Study:
     """The sceptic's controls on the sample: three arms, and end to end stopped early, over three seeds.
 
     Compared: the cached arm with end to end at its end, and with end to end stopped at the cached arm's total time.
-    Data: the recipe's (CONFIG, DATA); a tenth is held out, or DATA_VAL. Nothing is chosen.
+    Data: the recipe's (CONFIG, DATA), scored on the sample's own evaluation images, of other data on a tenth that is
+    held out, or on DATA_VAL. Nothing is chosen.
     """
     arms = {"e2e": row("e2e"), "freeze": row("freeze"), "cached": row()}
     return Study("Does the cached arm beat end to end, whole and stopped early?", arms, "e2e", {"eval.every": 1})

@@ -21,6 +21,7 @@ from pipeline.desk import Desk, at_work
 from pipeline.grid import Request, Run
 from pipeline.job import Interrupted, Job, RunFailed
 from pipeline.layout import RunBusy
+from pipeline.needs import Need
 from pipeline.pool import publish, take
 from pipeline.sharing import claim, remove_unused, used
 from pipeline.show import console
@@ -108,8 +109,14 @@ def work(request: Request, run: Run, stop: threading.Event) -> None:
         if other.seed == run.seed and other != run and not finished(other):
             with suppress(RunBusy), at_work(Job(request.flags.name, other.config, other.paths)) as desk:
                 take_parts(desk, request.pool)
-                claim(desk.wanted)
+                claim(desk.wanted, tuned_behind(other, desk.wanted))
     let_go(run)
+
+
+def tuned_behind(run: Run, wanted: Wanted) -> list[Need]:
+    """The cache that the fine-tuning of a run reads; a run that has not been fine-tuned yet does not know of it."""
+    need = tuning_of(wanted).need if "finetune" in run.measures.values() and wanted.decided else None
+    return [need] if need else []
 
 
 def take_parts(desk: Desk, pool: Path) -> None:

@@ -126,6 +126,8 @@ def facts(request: Request) -> list[str]:
     assert request.study is not None
     config, flags = request.runs[0].config, request.flags
     held = f"evaluated on {Path(flags.data_val).name}" if flags.data_val else "evaluated on a tenth that is held back"
+    if config.data.has_own_val and not flags.data_val:
+        held = f"evaluated on the {config.data.source}'s own evaluation images"
     if config.data.val_source and not flags.data_val:
         held = f"evaluated on {config.data.val_source}"
     call = f"make study NAME={flags.name}"

@@ -29,6 +29,11 @@ class DataConfig:
     flip: float = 0.5
     """Chance that a view is mirrored."""
 
+    @property
+    def has_own_val(self) -> bool:
+        """Whether the source brings images to evaluate on, so that none of it are held out."""
+        return self.source == "sample"
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:

@@ -16,8 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+<<<<<<< HEAD
 from cache.adopt import Taken, find_donor
 from cache.backends import close_shared, shared_reader
+=======
+from cache import open_cache
+from cache.adopt import Donor, Taken, find_donor
+>>>>>>> fix-p
 from cache.errors import DamagedCache, MissingCache, StaleCache
 from cache.layout import Layout, Shard, Stored
 from cache.loader import prefetch
@@ -88,11 +93,16 @@ RunTasks = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 
 def build(
-    job: EncodeJob, images: ImageList, run: RunTasks, tell: Callable[[str], None] = lambda line: None
+    job: EncodeJob,
+    images: ImageList,
+    run: RunTasks,
+    tell: Callable[[str], None] = lambda line: None,
+    took: Callable[[Donor, int], None] = lambda donor, rows: None,
 ) -> Iterator[tuple[int, int]]:
     """Build what is missing of a cache; yields (shards done, shards in all) after each. Raises CacheError.
 
-    What a finished cache beside it has of the same samples and views is taken over, and told. `run` maps `encode_shard`
+    What a finished cache beside it has of the same samples and views is taken over, and told: `took` hears of the donor
+    before anything is, with 0 rows, and of how many rows (of one view each) once they are. `run` maps `encode_shard`
     over tasks anywhere and yields as they are done. What is made stays when the caller stops. The caller holds the
     cache (cache.lock), the workers do not.
     """
@@ -105,8 +115,14 @@ def build(
         kin = layout.spec.kin(parent_kin)
         donor = find_donor(folder, layout, kin, images.labels, images.keys, images.digests, job.memory)
     if donor:
+<<<<<<< HEAD
         missing = [shard for shard in missing if not donor.link(folder, layout, shard)]
     check_space(folder, layout, missing)  # what is linked takes no room
+=======
+        took(donor, 0)
+        wanted, missing = missing, [shard for shard in missing if not donor.link(folder, layout, shard)]
+        took(donor, sum(shard.rows for shard in wanted) - sum(shard.rows for shard in missing))
+>>>>>>> fix-p
 
     def taken(shard: Shard) -> Taken | None:
         return donor.taken(layout, shard) if donor else None
@@ -118,12 +134,20 @@ def build(
     done = len(layout.shards) - len(missing)
     if donor and done:
         yield done, len(layout.shards)
+<<<<<<< HEAD
     try:
         for _ in run(encode_shard, ((job, shard, taken(shard)) for shard in missing)):  # few are there at a time
             done += 1
             yield done, len(layout.shards)
     finally:
         close_shared()
+=======
+    for shard in run(encode_shard, ((job, shard, taken(shard)) for shard in missing)):  # few are there at a time
+        done += 1
+        if donor and (old := taken(shard)):
+            took(donor, len(old.places))
+        yield done, len(layout.shards)
+>>>>>>> fix-p
     if not (folder / MANIFEST).exists():
         check_inputs(job, images, parent)
     finish(folder, layout, job.limit, parent_kin)

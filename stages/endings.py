@@ -45,7 +45,7 @@ class Settling:
     rule: Settle
     cut: int
     every: float
-    """Epochs between two checks."""
+    """Epochs between two checks, counted from the first step of the stage."""
     images: Tensor
 
     def steps(self, steps_per_epoch: int) -> int:

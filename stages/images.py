@@ -116,7 +116,7 @@ def open_data(config: DataConfig, index_folder: Path | None = None) -> Data:
     Raises DataError.
     """
     train = open_images(config.source, config.on_bad, _index_file(index_folder, "train"), config.cache_gb)
-    val_source = config.val_source or ("sample:val" if config.source == "sample" else "")
+    val_source = config.val_source or ("sample:val" if config.has_own_val else "")
     if val_source:
         found = open_images(val_source, config.on_bad, _index_file(index_folder, "val"), config.cache_gb)
         val = _with_labels_of(train, found, val_source)

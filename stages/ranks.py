@@ -64,6 +64,11 @@ class Ranks(Team):
         self._asked: tuple[Tensor, Any] | None = None
         self._pass: DistributedDataParallel | FSDPModule | None = None
 
+    def leave(self) -> None:
+        """Close all connections: whoever waits for this rank finds them broken, at once. The last thing it is asked."""
+        del self._control, self._asked, self._pass
+        dist.destroy_process_group()
+
     def threads(self, asked: int) -> int:
         return max(1, asked // self.local)
 

@@ -125,7 +125,7 @@ def train_arm(arm: Arm, hooks: Hooks, team: Team = SOLO) -> tuple[Progress, Lear
     progress, tensors = starting_point(arm)
     if team.rank.ranks > 1:
         team.same("state to start from", state_digest(progress, tensors or {}))
-    seen = (tensors or {}).get(PROBE)
+    watch = Watch(arm.settling, arm.train, (tensors or {}).get(PROBE)) if arm.settling else None
     while True:
         done = progress.segment == len(arm.segments)
         segment = arm.segments[len(progress.totals) - 1 if done else progress.segment]  # an early end leaves some out
@@ -143,12 +143,14 @@ def train_arm(arm: Arm, hooks: Hooks, team: Team = SOLO) -> tuple[Progress, Lear
         if done:
             return progress, model
         to_training(optimizer)
-        train_segment(arm, segment, model, optimizer, progress, hooks, seen, team)
+        train_segment(arm, segment, model, optimizer, progress, hooks, watch, team)
         if progress.step < segment.steps and not progress.ended:
             return progress, model
         to_average(optimizer)
         progress.segment, progress.step = (len(arm.segments) if progress.ended else progress.segment + 1), 0
         tensors = model_tensors(model, optimizer)
+        if watch and progress.segment < len(arm.segments):  # what comes after the arm looks at blocks of its own
+            tensors |= watch.tensors
         if team.leads:
             save_state(arm.state, arm.inputs, progress, tensors)
 
@@ -183,7 +185,7 @@ def train_segment(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     hooks: Hooks,
-    seen: Tensor | None = None,
+    watch: Watch | None = None,
     team: Team = SOLO,
 ) -> None:
     """Train a segment from `progress.step` on, until its end or until told to stop, with its time split into parts."""
@@ -191,7 +193,6 @@ def train_segment(
         progress.totals.append(SegmentTotals())
     source = team.source(lambda: arm.source(segment), arm.train.accumulate)
     book = Book(arm, segment, progress, hooks, model, team)
-    watch = Watch(arm.settling, arm.train, seen) if arm.settling else None
     whole = team.whole(model, lambda: arm.make(segment)) if watch or not segment.steps else None
     if watch and whole:
         watch.look(whole.encoder)
@@ -248,7 +249,8 @@ def take_stock(
     progress, step = book.progress, book.progress.step
     epoch, rest = divmod(step, segment.steps_per_epoch)
     keep = None if rest else arm.keep.get(segment.first_epoch + epoch)
-    check = watch is not None and due(step, watch.settling.steps(segment.steps_per_epoch))
+    so_far = segment.first_step - arm.segments[0].first_step + step
+    check = watch is not None and due(so_far, watch.settling.steps(segment.steps_per_epoch))
     evaluate = evaluation_due(arm, segment, step)
     if rest and not (check or evaluate):
         return

@@ -3,6 +3,7 @@ here is of pytest."""
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -18,10 +19,15 @@ from pipeline.ranks import rank_here
 
 
 def call(
-    out: Path, args: list[str], more: dict[int, list[str]], dies: int | None = None, late: int | None = None
+    out: Path,
+    args: list[str],
+    more: dict[int, list[str]],
+    dies: int | None = None,
+    late: int | None = None,
+    full: int | None = None,
 ) -> int:
     """The exit status of a call, `more` being what single ranks are asked besides. Rank `dies` is killed in its third
-    step, rank `late` asks the ranks' store when the others may have ended."""
+    step, rank `late` asks the ranks' store when the others may have ended, the disk of rank `full` takes no state."""
     rank = rank_here().rank
     file = os.open(out / f"rank-{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(file, 1)
@@ -30,7 +36,15 @@ def call(
         pipeline.work.train_arm.__globals__["train_step"] = Deadly(stages.train.train_step)
     if rank == late:
         pipeline.crew.store_of = after_a_second(pipeline.crew.store_of)
+    if full is not None:
+        pipeline.crew.PARTING = 1000.0  # nobody waits that long for who waits for him
+    if rank == full:
+        stages.train.save_state = no_space
     return main([*args, *more.get(rank, [])])
+
+
+def no_space(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 class Deadly:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.claims import PROBES, contrasts, headline, interval, standard_error
-from pipeline.sceptic import over_seeds
+from pipeline.claims import PROBES, contrasts, headline, interval, scored_so_far, scored_unlike, standard_error
+from pipeline.sceptic import differences, over_seeds
 
 Pair = tuple[float | None, float | None]
 """kNN and linear probe."""
@@ -107,6 +107,41 @@ def test_with_seeds_the_interval_is_theirs() -> None:
     assert (linear.paired.mean, linear.sure) == (0.0, False)
     (knn, _) = contrasts(seeds[0], seeds, "e2e")
     assert knn.paired.mean == pytest.approx(0.507 - 0.55) and knn.sure
+
+
+SCORED = {"eval.val_limit": 400, "eval.knn_k": 20, "data.val": 64 * "a"}
+
+
+@pytest.mark.parametrize(
+    ("other", "how"),
+    [
+        (SCORED | {"eval.val_limit": 40}, "eval.val_limit 400 or 40"),
+        (SCORED | {"data.val": 64 * "b"}, "data.val aaaaaaaa or bbbbbbbb"),
+        (SCORED | {"before": SCORED | {"eval.knn_k": 5}}, "before alike or {'eval.val_limit': 400, 'eval.knn_k': 5"),
+        (None, "in part by an earlier version"),
+    ],
+)
+def test_arms_that_were_scored_differently_are_not_compared(other: Any, how: str) -> None:
+    seeds = [comparison((0.50, 0.60), (0.60, 0.70)) for _ in range(3)]
+    assert headline(seeds[0], seeds).endswith("in kNN and linear probe") and not scored_unlike(seeds)
+    for one in seeds:
+        one["arms"]["e2e"]["scored"], one["arms"]["cached"]["scored"] = [SCORED], [SCORED]
+    assert headline(seeds[0], seeds).endswith("in kNN and linear probe")
+    seeds[1]["arms"]["cached"]["scored"] = [SCORED, other]
+    assert contrasts(seeds[0], seeds) == [] == contrasts(seeds[1])
+    line = headline(seeds[0], seeds)
+    assert f"; arms were scored differently ({how}" in line and line.endswith("no difference is claimed")
+    assert differences(dict(enumerate(seeds)), "e2e") == {}
+
+
+def test_what_goes_on_with_other_settings_is_scored_in_two_ways() -> None:
+    now, record = SCORED | {"eval.knn_k": 5}, {"fingerprint": "a", "scored": SCORED}
+    assert scored_so_far(None, "a", now) == now == scored_so_far(record, "b", now)
+    assert scored_so_far(record, "a", SCORED) == SCORED
+    both = scored_so_far(record, "a", now)
+    assert both == now | {"before": SCORED}
+    assert scored_so_far(record | {"scored": both}, "a", now) == both, "and stays so"
+    assert scored_so_far({"fingerprint": "a"}, "a", now) is None
 
 
 def test_the_controls_over_seeds_are_in_the_comparison_with_their_intervals() -> None:

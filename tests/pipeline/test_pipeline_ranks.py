@@ -191,6 +191,23 @@ def test_a_rank_that_is_killed_ends_the_call_and_the_next_goes_on(
 
 
 @pytest.mark.slow
+def test_a_first_rank_that_fails_while_others_train_says_so_and_ends_them(copy: Path, tmp_path: Path) -> None:
+    shutil.rmtree(copy / "stage-2")
+    often = ["--set", "train.save_every=1e-6"]
+    found = on_ranks(2, call, tmp_path, ["stage", "2", *asked(copy), *often], {}, None, None, 0)
+    assert found == [1, 1]
+    (line,) = complaints(words(tmp_path, 2))
+    assert line == "[Errno 28] No space left on device"
+
+
+def test_a_rank_that_never_comes_ends_the_call(copy: Path, tmp_path: Path) -> None:
+    """It says why by itself, and the others do not wait for half an hour."""
+    assert on_ranks(2, call, tmp_path, ["stage", "2", *asked(copy)], {1: ["--set", "train.lr=-1.0"]}) == [2, 2]
+    (line,) = complaints(words(tmp_path, 2))
+    assert line.startswith("train.lr")
+
+
+@pytest.mark.slow
 def test_torchrun_told_to_stop_stops_all_ranks_with_the_state_saved(tmp_path: Path) -> None:
     root, config = tmp_path / "run", toy(**{"schedule.epochs": [60, 1, 2], "train.save_every": 1000.0})
     root.mkdir()
@@ -203,11 +220,14 @@ def test_torchrun_told_to_stop_stops_all_ranks_with_the_state_saved(tmp_path: Pa
             cwd=tmp_path, env=environment, stdout=out, stderr=subprocess.STDOUT,
         )  # fmt: skip
         events, latest = root / "events.jsonl", time.monotonic() + 120
-        while process.poll() is None and not (events.exists() and events.stat().st_size):
-            assert time.monotonic() < latest, "it has not begun to train"
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        try:
+            while process.poll() is None and not (events.exists() and events.stat().st_size):
+                assert time.monotonic() < latest, "it has not begun to train"
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+        finally:
+            process.kill()
     said = (tmp_path / "out").read_text()
     (line,) = complaints([said])
     (step,) = re.findall(r"interrupted: stage 0 is saved at step (\d+) of 360", line)

@@ -283,6 +283,20 @@ def test_a_stage_that_follows_another_one_is_not_counted(copy: Path) -> None:
     assert [stage["stage"] for stage in read_story(RunPaths(copy)).stages] == [0]
 
 
+def test_arms_that_were_scored_on_other_images_are_said_first(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(copy / "arms/e2e")
+    runner.run_all(job(copy, toy(**{"eval.val_limit": 20})))
+    told = capsys.readouterr().out
+    why = "arms were scored differently (eval.val_limit 40 or 20): their scores do not compare, no difference is "
+    why += "claimed"
+    assert told.index(why) < told.index("speed-up") and "less e2e" not in told
+    found = json.loads((copy / "speedup.json").read_text())
+    assert [len(found["arms"][arm]["scored"]) for arm in ("e2e", "freeze", "cached")] == [2, 1, 1]
+    assert found["seeds"]["cached_less_e2e"] == {} == found["seeds"]["cached_less_early_stop"]
+    told = page(copy)
+    assert told.headline.endswith(f"; {why}") and f"A{why[1:]}." in told.text
+
+
 def test_what_is_stale_is_said(copy: Path) -> None:
     config = copy / "config.toml"
     config.write_text(config.read_text().replace("views = 2", "views = 1", 1))

@@ -16,14 +16,14 @@ import pytest
 from cache.errors import CacheError
 from cache.lock import hold_cache
 from cache.manifest import atomic_write, read_manifest, seal
-from cache.users import read_cost
+from cache.users import read_cost, write_cost
 from cache.verify import verify_cache
 from pipeline import care, runner, speedup
 from pipeline.config import PipelineConfig
 from pipeline.decide import Wanted, judge_all
 from pipeline.job import Interrupted, Job
 from pipeline.layout import RunPaths
-from pipeline.seconds import read_seconds, sum_known
+from pipeline.seconds import read_seconds, sum_known, write_seconds
 from tests.cache.conftest import files_of
 from tests.pipeline.toy import StopAfter, job, record, same, toy, weights
 
@@ -90,6 +90,47 @@ def test_a_build_that_two_runs_share_counts_each_second_once(tmp_path: Path) -> 
     parts = [read_seconds(RunPaths(tmp_path / run).stage(1), fingerprint) for run in ("a", "b")]
     assert min(parts) > 0 and sum(parts) == pytest.approx(read_cost(folder))
     assert record(tmp_path / "b", "stage-1")["cache_seconds_elsewhere"] == pytest.approx(parts[0])
+
+
+@pytest.mark.parametrize(("had", "wants", "share"), [(2, 1, 50.0), (1, 2, 100.0), (2, 3, 100.0)])
+def test_rows_that_are_taken_over_cost_what_they_have_cost(tmp_path: Path, had: int, wants: int, share: float) -> None:
+    """A cache of `had` views has cost 100 s; one of `wants` views owes for those that it takes, interrupted or not."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    runner.run_stage(sharing(first, tmp_path / "store", toy(**{"cache.views": had}), target=1))
+    (donor,) = (tmp_path / "store").glob("cut-1-*")
+    write_cost(donor, 100.0)
+    asked = sharing(second, tmp_path / "store", toy(**{"cache.views": wants}), target=1)
+    with pytest.raises(Interrupted):
+        runner.run_stage(replace(asked, stop=StopAfter(8)))
+    runner.run_stage(asked)
+    found = record(second, "stage-1")
+    assert found["cache_seconds"] < 10 and found["cache_seconds_elsewhere"] == pytest.approx(share)
+    (own,) = set((tmp_path / "store").glob("cut-1-*")) - {donor}
+    assert read_cost(own) == pytest.approx(share + found["cache_seconds"]), "and so do those who take from it"
+
+
+def test_rows_from_a_cache_of_unknown_cost_make_a_cost_unknown(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    runner.run_stage(sharing(tmp_path / "first", store, target=1))
+    shutil.rmtree(store / ".permafrost/costs")
+    for run, views in (("second", 3), ("third", 4)):  # the third takes from the second
+        runner.run_stage(sharing(tmp_path / run, store, toy(**{"cache.views": views}), target=1))
+        found = record(tmp_path / run, "stage-1")
+        assert found["cache_seconds"] > 0 and found["cache_seconds_elsewhere"] is None
+
+
+def test_a_cache_that_was_removed_and_is_built_again_costs_what_it_costs_once(tmp_path: Path) -> None:
+    run = sharing(tmp_path / "a", tmp_path / "store", target=1)
+    runner.run_cache(run)
+    (folder,) = run.paths.cache_root.glob("cut-1-*")
+    fingerprint, paths = read_manifest(folder).fingerprint, run.paths.stage(1)
+    write_seconds(paths, fingerprint, 100.0)
+    write_cost(folder, 100.0)
+    shutil.rmtree(folder)
+    runner.run_stage(run)
+    found = record(tmp_path / "a", "stage-1")
+    assert 0 < found["cache_seconds"] < 10 and found["cache_seconds_elsewhere"] == 0
+    assert read_cost(folder) == pytest.approx(found["cache_seconds"])
 
 
 def test_clearing_up_leaves_what_another_run_uses(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -338,6 +338,23 @@ def test_one_or_two_seeds_claim_nothing_and_say_so() -> None:
     assert "| near | 3 | 75 ± 0 | 43.0 ± 2.5 | e2e | **-7.0 ± 2.5** | **+3.0 ± 2.5** |" in whole
 
 
+def test_rows_that_were_scored_differently_are_not_compared() -> None:
+    study, rows = three_seeds()
+    whole = {line.variant: line for line in lines(study, with_control(study, rows))}
+    scored = [{"eval.val_limit": 40}], [{"eval.val_limit": 400}]
+    plain = ("knn_top1", "total_seconds", "probe_images")
+    rows = [
+        replace(row, values={key: row.values[key] for key in plain} | {"scored": scored[row.variant == "e2e"]})
+        for row in rows
+    ]
+    found = {line.variant: line for line in lines(study, with_control(study, rows))}
+    for name, line in found.items():
+        if whole[name].against == "e2e":
+            assert whole[name].control and whole[name].stopped
+            assert not line.control and not line.stopped and line.unlike == line.seeds
+    assert "were scored differently with seed" in table_md(study, "tiny", [], list(found.values()), rows)
+
+
 def test_only_seeds_that_both_have_finished_are_paired() -> None:
     assert paired({0: 0.5, 1: 0.6}, {2: 0.5}, 100) is None
     found = paired({0: 0.5, 1: 0.6, 3: 0.9}, {1: 0.5, 0: 0.5, 2: 0.1}, 100)

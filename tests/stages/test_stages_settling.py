@@ -88,3 +88,36 @@ def test_schedule_free_is_watched_by_its_averaged_weights(tmp_path: Path, images
     progress, _ = train_arm(asked, how)
     assert relative_change(seen[1], seen[0]) == progress.checks[1]["settle_measure"]
     stopped_and_resumed(lambda folder: replace(asked, state=folder / STATE), tmp_path / "resume", (2, 5))
+
+
+def test_checks_are_counted_through_the_segments_of_a_stage(tmp_path: Path, images: ImageList) -> None:
+    """As where a ring of views turns after every epoch, and blocks are looked at after every second."""
+    turning, whole = (parts(0, 0, 0, 0), parts(0, epochs=4))
+    found = []
+    for name, segments in (("turning", turning), ("whole", whole)):
+        asked = arm(tmp_path / name, images, segments, settling=settling(images, below=1e-9, every=2.0))
+        found.append(train_arm(asked, hooks())[0].checks)
+    assert [check["epoch"] for check in found[0]] == [2.0, 4.0] and found[0] == found[1]
+    assert PROBE not in read_state(tmp_path / "turning" / STATE)[2], "the next stage begins with features of its own"
+
+
+@pytest.mark.parametrize("every", [0.75, 1.0, 2.0])
+def test_a_stage_of_several_segments_resumes_and_compares_alike(
+    tmp_path: Path, images: ImageList, every: float
+) -> None:
+    """Stopped in a segment's middle, at its end, after the first check, and where the next segment would begin."""
+
+    def make(folder: Path) -> Any:
+        return arm(folder, images, parts(0, 0, 0, 0), settling=settling(images, below=1e-9, every=every))
+
+    def dies(segment: Any) -> Any:
+        assert not segment.first_epoch
+        return made(segment)
+
+    stopped_and_resumed(make, tmp_path, (1, 4, 9))
+    asked = make(tmp_path / "killed")
+    made = asked.make
+    with pytest.raises(AssertionError):
+        train_arm(replace(asked, make=dies), hooks())
+    assert read_state(tmp_path / "killed" / STATE)[1].segment == 1
+    assert train_arm(asked, hooks())[0].checks == read_state(tmp_path / "straight" / STATE)[1].checks
