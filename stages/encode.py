@@ -16,13 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
-from cache.adopt import Taken, find_donor
-from cache.backends import close_shared, shared_reader
-=======
-from cache import open_cache
 from cache.adopt import Donor, Taken, find_donor
->>>>>>> fix-p
+from cache.backends import close_shared, shared_reader
 from cache.errors import DamagedCache, MissingCache, StaleCache
 from cache.layout import Layout, Shard, Stored
 from cache.loader import prefetch
@@ -115,14 +110,10 @@ def build(
         kin = layout.spec.kin(parent_kin)
         donor = find_donor(folder, layout, kin, images.labels, images.keys, images.digests, job.memory)
     if donor:
-<<<<<<< HEAD
-        missing = [shard for shard in missing if not donor.link(folder, layout, shard)]
-    check_space(folder, layout, missing)  # what is linked takes no room
-=======
         took(donor, 0)
         wanted, missing = missing, [shard for shard in missing if not donor.link(folder, layout, shard)]
         took(donor, sum(shard.rows for shard in wanted) - sum(shard.rows for shard in missing))
->>>>>>> fix-p
+    check_space(folder, layout, missing)  # what is linked takes no room
 
     def taken(shard: Shard) -> Taken | None:
         return donor.taken(layout, shard) if donor else None
@@ -134,20 +125,14 @@ def build(
     done = len(layout.shards) - len(missing)
     if donor and done:
         yield done, len(layout.shards)
-<<<<<<< HEAD
     try:
-        for _ in run(encode_shard, ((job, shard, taken(shard)) for shard in missing)):  # few are there at a time
+        for shard in run(encode_shard, ((job, shard, taken(shard)) for shard in missing)):  # few are there at a time
             done += 1
+            if donor and (old := taken(shard)):
+                took(donor, len(old.places))
             yield done, len(layout.shards)
     finally:
         close_shared()
-=======
-    for shard in run(encode_shard, ((job, shard, taken(shard)) for shard in missing)):  # few are there at a time
-        done += 1
-        if donor and (old := taken(shard)):
-            took(donor, len(old.places))
-        yield done, len(layout.shards)
->>>>>>> fix-p
     if not (folder / MANIFEST).exists():
         check_inputs(job, images, parent)
     finish(folder, layout, job.limit, parent_kin)
