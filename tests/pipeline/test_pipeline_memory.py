@@ -85,6 +85,6 @@ def test_the_setting_reaches_what_builds_caches_and_changes_no_number(
     assert one.memory == 2**19 == little.cache.memory
     monkeypatch.setattr(feeds, "open_cache", unmapped)
     runner.run_stage(job(tmp_path / "toy", little, target=2))
-    assert mapped == [True, True] and toy().train.prefetch == 4
+    assert len(mapped) >= 2 and all(mapped) and toy().train.prefetch == 4
     for stage in ("stage-1", "stage-2"):
         assert same(weights(finished, stage), weights(tmp_path / "toy", stage))

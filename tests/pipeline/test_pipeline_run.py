@@ -20,7 +20,7 @@ from pipeline.config import ConfigError, PipelineConfig
 from pipeline.decide import Wanted, judge_all, judge_cache, judge_stage
 from pipeline.job import Interrupted, RunFailed
 from pipeline.layout import RunBusy, RunPaths
-from tests.pipeline.toy import StopAfter, job, record, same, toy, weights
+from tests.pipeline.toy import StopAfter, job, record, same, toy, weights, without_last_checksums
 
 
 def test_records_and_comparison_hold_what_the_contract_names(finished: Path) -> None:
@@ -147,6 +147,9 @@ def test_equivalence_sees_a_cache_of_other_weights(copy: Path) -> None:
         if source.is_file():
             shutil.copy(source, first / source.relative_to(second))
             shutil.copy(source, first / str(source.relative_to(second)).replace("view_0", "view_1"))
+    with pytest.raises(DamagedCache, match="is not the shard that was written there"):
+        equivalence.run_equivalence(job(copy))
+    without_last_checksums(first)
     with pytest.raises(RunFailed, match="cache 1 is not what the frozen blocks compute"):
         equivalence.run_equivalence(job(copy))
     with pytest.raises(RunFailed, match="damaged"):
