@@ -9,7 +9,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from typing import Any
@@ -19,6 +19,7 @@ from beartype import beartype
 from jaxtyping import Shaped, jaxtyped
 
 from cache.patience import use_store
+from tests.bounds import ended_within
 from tests.faulty import THROUGH_PROXY, FaultyStore
 from tests.object_store import IMPATIENT, ObjectStore
 
@@ -70,6 +71,17 @@ class ShapeFinder(MetaPathFinder):
 
 
 sys.meta_path.insert(0, ShapeFinder())
+
+
+def bounded(item: pytest.Item) -> Generator[None, object, object]:
+    """A test, or what is made before it or cleared away after it, ends before pytest itself ends the whole process."""
+    with ended_within(float(item.config.getini("faulthandler_timeout")) * 2 / 3, item.nodeid):
+        return (yield)
+
+
+pytest_runtest_setup = pytest.hookimpl(wrapper=True)(bounded)
+pytest_runtest_call = pytest.hookimpl(wrapper=True)(bounded)
+pytest_runtest_teardown = pytest.hookimpl(wrapper=True)(bounded)
 
 
 @pytest.fixture(scope="session")
