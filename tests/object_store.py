@@ -75,4 +75,4 @@ class ObjectStore:
     def stop(self) -> None:
         assert self._server is not None
         self._server.kill()
-        self._server.wait()
+        self._server.wait(30)

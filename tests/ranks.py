@@ -6,6 +6,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import traceback
 from collections.abc import Callable
@@ -44,10 +45,11 @@ def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
             process.join(LONGEST if all(map(_closed, ends)) else 5)
             if process.is_alive():
                 process.kill()
-                process.join()
+                process.join(30)
 
 
 def _rank(rank: int, ranks: int, port: int, end: Connection, function: Callable[..., Any], args: Any) -> None:
+    signal.alarm(int(4 * LONGEST))  # whoever started it may be gone
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
         found = True, function(*args)

@@ -68,6 +68,7 @@ def tracked_texts() -> list[Path]:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
+        timeout=60,
     )
     names = [name for name in listed.stdout.split("\0") if name] if not listed.returncode else []
     paths = [REPOSITORY / name for name in names] or [*SOURCES, *REPOSITORY.glob("*.*"), REPOSITORY / "Makefile"]
@@ -87,7 +88,7 @@ def test_no_machine_is_named() -> None:
 def test_make_lists_every_command_and_calls_only_verbs_that_exist() -> None:
     from pipeline.__main__ import VERBS
 
-    listed = subprocess.run(["make"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    listed = subprocess.run(["make"], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=60)
     targets = {line.split()[1] for line in listed.stdout.splitlines() if line.startswith("  make ")}
     contract = """setup all stage-N cache-N plan explain status e2e freeze speedup probe report verify repair
         equivalence gc finetune export study bench test check"""
@@ -104,7 +105,7 @@ def test_make_hands_its_variables_on(tmp_path: Path) -> None:
     variables = ["CONFIG=c.toml", "DATA=a b", "DATA_VAL=v", "RUN=r", "CACHE_ROOT=x", "SET=a=1 b=[0,3]"]
     variables.append("ARGS=3 --debug")
     call = ["make", "-s", "stage-12", "PERMAFROST=printf '<%s>'", *variables]
-    shown = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=True)
+    shown = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60)
     want = "stage 12 --config c.toml --data a|b --data-val v --run r --cache-root x 3 --debug --set a=1 b=[0,3]"
     assert re.findall("<(.*?)>", shown.stdout) == [word.replace("|", " ") for word in want.split()]
 
@@ -116,7 +117,7 @@ def test_make_hands_a_study_its_name_its_hours_and_no_recipe_but_one_that_was_gi
     (tmp_path / ".venv" / ".ready").touch()
     call = ["make", "-s", "study", "PERMAFROST=printf '<%s>'", "NAME=plans", "HOURS=1.5", "DATA=a b", "SET=a=1"]
     for given, told in (([], ""), (["CONFIG=c.toml"], "--config c.toml ")):
-        shown = subprocess.run([*call, *given], cwd=tmp_path, capture_output=True, text=True, check=True)
+        shown = subprocess.run([*call, *given], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60)
         want = f"study plans {told}--hours 1.5 --data a|b --set a=1"
         assert re.findall("<(.*?)>", shown.stdout) == [word.replace("|", " ") for word in want.split()]
 

@@ -62,11 +62,11 @@ def test_attempts_that_end_together_do_not_mix(example: Callable[..., Any], tmp_
 
     monkeypatch.setattr(attempts, "hold_shard", held)
     adds = (0.0, 1.0, 2.0, 3.0)
-    threads = [Thread(target=lambda add=add: found.append(attempt(wanted, folder, add))) for add in adds]
+    threads = [Thread(target=lambda add=add: found.append(attempt(wanted, folder, add)), daemon=True) for add in adds]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
     assert len(found) == 4 and all(entries == found[0] for entries in found)
     assert read_receipt(folder, wanted.layout, receipt_name(SHARD)) == tuple(found[0])
     assert SHARD not in missing_shards(folder, wanted.layout) and not list(folder.rglob("*.tmp"))

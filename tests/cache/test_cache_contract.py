@@ -260,8 +260,8 @@ def test_zarr_python_and_tensorstore_read_the_stored_values(whole: Path, wanted)
         assert set(arrays) == {array.name for array in wanted.layout.arrays}
         for array in wanted.layout.arrays:
             store = {"driver": "file", "path": str(whole / f"data.zarr/view_{view}/{array.name}")}
-            opened = tensorstore.open({"driver": "zarr3", "kvstore": store}).result()
-            np.testing.assert_array_equal(opened.read().result(), arrays[array.name][:])
+            opened = tensorstore.open({"driver": "zarr3", "kvstore": store}).result(timeout=60)
+            np.testing.assert_array_equal(opened.read().result(timeout=60), arrays[array.name][:])
         values = arrays["features"][:]
         assert values.dtype == {"float16": np.float16, "bfloat16": np.uint16, "int8": np.int8}[spec.codec]
         if spec.codec == "bfloat16":

@@ -73,7 +73,8 @@ def test_every_damage_is_found_and_mended_to_the_bit(whole: Path, backend: str, 
 def test_builds_killed_in_real_processes_end_in_the_same_bits() -> None:
     count = TRIALS or 16
     command = [sys.executable, "-m", "tests.cache.trials", "--damage", "0", "--kills", str(count), "--seed", "7"]
-    told = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    longest = 300 + 5 * count
+    told = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=longest).stdout
     assert f"kill -9: {count} trials, {count} found, {count} mended" in told
 
 
@@ -204,7 +205,7 @@ def test_a_second_builder_is_told_who_builds_and_a_killed_one_lets_go(tmp_path: 
             pass  # another cache is no conflict
     finally:
         other.kill()
-        other.wait()
+        other.wait(60)
     started = time.perf_counter()
     with hold_cache(folder):
         assert time.perf_counter() - started < 1
@@ -222,12 +223,12 @@ def test_the_second_of_two_builders_waits_and_writes_nothing(tmp_path: Path, exa
             _, shards = wanted.build(folder)
             order.append((name, len(shards)))
 
-    first, second = (threading.Thread(target=build, args=(name,)) for name in ("first", "second"))
+    first, second = (threading.Thread(target=build, args=(name,), daemon=True) for name in ("first", "second"))
     first.start()
-    entered.wait()
+    assert entered.wait(60)
     second.start()
-    first.join()
-    second.join()
+    first.join(60)
+    second.join(60)
     assert order == ["waits", ("first", 6), ("second", 0)] and verify_cache(folder) == []
 
 
@@ -273,7 +274,7 @@ def test_two_workers_of_one_build_are_no_conflict(tmp_path: Path, example, tree)
     with hold_cache(folder):
         create_store(folder, wanted.layout, wanted.labels_N, wanted.keys, wanted.digests_N)
         workers = [in_python(WRITES_HALF, folder, half) for half in (0, 1)]
-        assert [worker.wait() for worker in workers] == [0, 0]
+        assert [worker.wait(120) for worker in workers] == [0, 0]
         finish(folder, wanted.layout)
     assert tree(folder) == tree(tmp_path / "alone")
 

@@ -28,7 +28,9 @@ ROOT = Path(__file__).parents[2]
 def test_deciding_needs_neither_torch_nor_zarr() -> None:
     modules = "cache.codecs, cache.manifest, cache.size, cache.layout, cache.order, cache.verify, cache.config"
     code = f"import sys, {modules}; print(sorted({{'torch', 'zarr'}} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
     assert done.stdout.strip() == "[]"
 
 

@@ -69,8 +69,8 @@ def test_zarr_python_and_tensorstore_read_it_there(object_store: ObjectStore, tm
         "aws_region": "us-east-1",
         "aws_credentials": {"type": "environment"},
     }
-    opened = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}).result()
-    np.testing.assert_array_equal(opened.read().result(), wanted.stored_VNLD[1])
+    opened = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}).result(timeout=60)
+    np.testing.assert_array_equal(opened.read().result(timeout=60), wanted.stored_VNLD[1])
 
 
 def test_tarfile_and_webdataset_read_it_there(object_store: ObjectStore, tmp_path: Path, example) -> None:

@@ -64,6 +64,8 @@ file.read_chunks(0, np.zeros((1, file.size - 4), np.uint8), 4)
 def test_an_end_by_a_file_cut_short_under_its_map_says_where(tmp_path: Path) -> None:
     path = tmp_path / "shard"
     path.write_bytes(bytes(1 << 20))
-    done = subprocess.run([sys.executable, "-c", CUT_SHORT, str(path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", CUT_SHORT, str(path)], capture_output=True, text=True, check=False, timeout=120
+    )
     assert done.returncode == -signal.SIGBUS
     assert "Bus error" in done.stderr and "in read_chunks" in done.stderr

@@ -115,12 +115,17 @@ def damage_trials(count: int, seed: int) -> Count:
     return total
 
 
+LONGEST = 60
+"""Seconds after which a forked build hangs; it takes less than one."""
+
+
 def in_a_process(work: Callable[[], object], after: float | None = None, at: int | None = None) -> int:
     """Does something in a forked process, which is killed `after` seconds, or by itself `at` its n-th call to the disk;
     the signal that ended it, 0 for none."""
     child = os.fork()
     if not child:
         status = 1
+        signal.alarm(LONGEST)
         try:
             if at is not None:
                 kill_at(at)
@@ -132,6 +137,7 @@ def in_a_process(work: Callable[[], object], after: float | None = None, at: int
         time.sleep(after)
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
+    assert not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGALRM, f"a build hung for {LONGEST} s"
     assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0, "a build that nobody killed failed"
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 

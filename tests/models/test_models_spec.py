@@ -146,5 +146,7 @@ def test_identity_and_spec_need_no_torch() -> None:
         "model_identity(ModelConfig());"
         "print([name for name in ('torch', 'timm', 'numpy') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=120
+    )
     assert done.stdout == "[]\n"

@@ -215,6 +215,8 @@ def test_a_trainer_that_is_killed_while_a_view_is_made_goes_on_to_the_bit(
     process = CONTEXT.Process(target=train_and_be_killed, args=(begun,))
     process.start()
     process.join(120)
+    if process.is_alive():
+        process.terminate()
     assert process.exitcode == -signal.SIGKILL
     assert len(list((begun / "cache").glob("cut-*"))) == 2, "the next generation is half made"
     used = sharing.used(Wanted(toy(**AHEAD), RunPaths(begun)))

@@ -19,7 +19,7 @@ def test_a_simulated_cluster_builds_stops_and_finishes_a_real_cache(tmp_path: Pa
     """In a process of its own: it changes Dask's settings and the number of files that may be open."""
     sizes = ["--workers", "3", "--shards", "500", "--written", "420", "--manifest-shards", "50"]
     command = [sys.executable, "-m", "pipeline.bench_scale", *sizes, "--folder", str(tmp_path), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=600)
     assert not done.returncode, done.stderr
     found = json.loads(done.stdout)
     manifest = read_manifest(tmp_path / "cache")

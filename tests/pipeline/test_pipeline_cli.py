@@ -252,7 +252,9 @@ def test_reading_a_request_needs_no_torch() -> None:
         "import sys; from pipeline.__main__ import read_job; read_job('status', []); read_job('explain', []);"
         "print([name for name in ('torch', 'numpy', 'zarr', 'timm', 'distributed') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=120
+    )
     assert done.stdout == "[]\n"
 
 

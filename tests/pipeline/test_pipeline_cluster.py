@@ -85,7 +85,7 @@ def test_a_scheduler_that_comes_back_is_given_what_is_left(
         assert next(steps) == (1, SHARDS)
         assert cluster.scheduler is not None
         cluster.scheduler.kill()
-        cluster.scheduler.join()
+        cluster.scheduler.join(30)
         cluster.start()
         cluster.worker()
         assert list(steps)[-1] == (SHARDS, SHARDS)
@@ -104,7 +104,7 @@ def test_a_lost_client_runs_again_and_makes_only_what_is_missing(
         client = cluster.process(workers.build_slowly, one, IMAGES, cluster.config)
         until(lambda: len(list(receipts.glob("view*.json"))) >= 2)
         client.kill()
-        client.join()
+        client.join(30)
         made = len(list(receipts.glob("view*.json")))
         with task_runner(cluster.config, "cpu") as run:
             found = list(build(one, IMAGES, run))

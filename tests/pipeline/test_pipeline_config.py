@@ -165,6 +165,7 @@ def test_refusal_does_not_depend_on_where_it_is_shown(encoding: str, terminal: b
         stdout=ends[1] if terminal else subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        timeout=120,
     )
     for end in ends:
         os.close(end)

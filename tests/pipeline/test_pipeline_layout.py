@@ -89,7 +89,7 @@ def test_second_process_is_refused_and_kill_9_lets_go(tmp_path: Path) -> None:
             pass
     finally:
         other.send_signal(signal.SIGKILL)
-        other.communicate()
+        other.communicate(timeout=60)
     assert (paths.root / ".lock.pid").exists() and paths.holder() is None
     with paths.lock():
         pass

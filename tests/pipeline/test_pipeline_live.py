@@ -154,7 +154,7 @@ def test_status_takes_less_than_a_second_of_the_processor_and_writes_nothing(cop
     before = {file: file.stat().st_mtime_ns for file in copy.rglob("*")}
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     call = [sys.executable, "-m", "pipeline", "status", "--config", str(copy / "config.toml"), "--run", str(copy)]
-    done = subprocess.run(call, capture_output=True, text=True, check=True)
+    done = subprocess.run(call, capture_output=True, text=True, check=True, timeout=120)
     now = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime < 1.0
     assert "stage 2" in done.stdout and "\x1b" not in done.stdout

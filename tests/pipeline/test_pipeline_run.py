@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def test_second_call_changes_nothing_and_does_not_load_torch(copy: Path) -> None
         "sys.exit(code or ('torch loaded' if 'torch' in sys.modules else 0))"
     )
     args = ["stage", "2", "--config", str(copy / "config.toml"), "--run", str(copy)]
-    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "stage 2: current" in done.stdout
     after = {
@@ -117,12 +118,13 @@ def test_killed_anywhere_ends_with_the_same_bits(finished: Path, tmp_path: Path,
     changed = root.parent / "toy.toml"
     changed.write_text((finished / "config.toml").read_text().replace("save_every = 20.0", "save_every = 0.01"))
     command = [sys.executable, "-m", "pipeline", "stage", "2", "--config", str(changed), "--run", str(root)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while process.poll() is None and not list(root.glob(wait_for)):
+    process, deadline = subprocess.Popen(command, stdout=subprocess.DEVNULL), time.monotonic() + 300
+    while process.poll() is None and not list(root.glob(wait_for)) and time.monotonic() < deadline:
         threading.Event().wait(0.005)
     process.kill()
-    process.wait()
-    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+    process.wait(60)
+    assert time.monotonic() < deadline, "it has not come so far"
+    assert subprocess.run(command, stdout=subprocess.DEVNULL, timeout=300).returncode == 0
     assert same(weights(finished, "stage-2"), weights(root, "stage-2"))
 
 

@@ -178,11 +178,12 @@ def test_two_that_clear_up_at_once_remove_the_same_and_nothing_else(shared: Path
             errors.append(error)
 
     jobs = [sharing(shared / run, store, yes=True) for run in ("first", "second")]
-    both = [threading.Thread(target=clear, args=(one,)) for one in jobs]
+    both = [threading.Thread(target=clear, args=(one,), daemon=True) for one in jobs]
     for thread in both:
         thread.start()
     for thread in both:
-        thread.join()
+        thread.join(120)
+    assert not any(thread.is_alive() for thread in both)
     assert errors == [] and not any(stray.exists() for stray in strays)
     assert sorted(store.glob("cut-*")) == sorted(first_caches(shared))
 

@@ -118,7 +118,7 @@ def test_a_second_call_changes_nothing_and_does_not_load_torch(adapted: Path) ->
         "sys.exit(code or ('torch loaded' if 'torch' in sys.modules else 0))"
     )
     args = ["stage", "2", "--config", str(adapted / "config.toml"), "--run", str(adapted)]
-    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "stage 2: current" in done.stdout and stamps() == before
 

@@ -242,5 +242,7 @@ def test_loading_wakes_no_threads_of_torch(finished: Path, stage: int) -> None:
         "print(found)\n"
     )
     command = [sys.executable, "-c", code, str(finished), str(stage)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2], timeout=120
+    )
     assert done.stdout == "[0]\n", done.stdout + done.stderr

@@ -57,6 +57,15 @@ def work(address: str, folder: str) -> None:
     asyncio.run(serve())
 
 
+LONGEST = 600
+"""Seconds after which a process of a cluster ends, whoever has forgotten it."""
+
+
+def bounded(function: Callable[..., None], *args: Any) -> None:
+    signal.alarm(LONGEST)
+    function(*args)
+
+
 class Cluster:
     """A scheduler and its workers, each a process."""
 
@@ -81,7 +90,7 @@ class Cluster:
         return self.process(work, self.address, str(self.folder / f"worker-{len(self.others)}"))
 
     def process(self, function: Callable[..., None], *args: Any) -> BaseProcess:
-        found = CONTEXT.Process(target=function, args=args, daemon=True)
+        found = CONTEXT.Process(target=bounded, args=(function, *args), daemon=True)
         found.start()
         self.others.append(found)
         return found
@@ -90,7 +99,7 @@ class Cluster:
         for process in self.others:
             with suppress(ProcessLookupError):
                 process.kill()
-            process.join()
+            process.join(30)
 
 
 @contextmanager

@@ -197,5 +197,7 @@ def test_a_stage_without_freeze_events_is_one_part() -> None:
 def test_modules_that_only_decide_do_not_load_torch() -> None:
     code = "import sys, stages.segment, stages.schedule, stages.images, stages.views; print('torch' in sys.modules)"
     root = Path(__file__).parents[2]
-    shown = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True, timeout=120
+    )
     assert shown.stdout == "False\n"

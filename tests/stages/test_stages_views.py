@@ -86,7 +86,7 @@ def test_another_process_makes_the_same_views() -> None:
         environment = os.environ | {"PYTHONHASHSEED": hash_seed}
         call = [sys.executable, "-c", DESCRIBE + "print(text)"]
         root = Path(__file__).parents[2]
-        there = subprocess.run(call, env=environment, cwd=root, capture_output=True, text=True, check=True)
+        there = subprocess.run(call, env=environment, cwd=root, capture_output=True, text=True, check=True, timeout=120)
         assert there.stdout.strip() == here["text"]
 
 

@@ -148,7 +148,7 @@ def test_the_digest_needs_no_torch(tmp_path: Path) -> None:
     import sys
 
     code = "import sys, stages.weights; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], timeout=120)
 
 
 def test_a_class_token_that_the_settings_lack_is_said_with_the_remedy(tmp_path: Path, theirs: torch.nn.Module) -> None:
