@@ -134,15 +134,16 @@ class LiveViews:
 
     def load(self, segment: Segment, step: int, into: Buffers = FRESH) -> Labelled:
         rows = self.lessons.rows(segment, step, len(self.images))
-        pixels = self.view(rows, segment.epoch(step))
+        pixels = self.view(rows, segment.epoch(step), into)
         return Labelled(pixels, torch.from_numpy(self.images.labels[rows]), step, self.lessons)
 
-    def view(self, rows: np.ndarray, view: int) -> Tensor:
+    def view(self, rows: np.ndarray, view: int, into: Buffers = FRESH) -> Tensor:
         """uint8 (B, 3, S, S)."""
         how = self.lessons
         augment = augmenter(how.config.rand_augment, how.seed)
-        pixels, _ = image_batch(self.images, rows, view, how.data, how.image_size, how.seed, augment)
-        return torch.from_numpy(pixels)
+        pixels_BCHW = into.take("images", (len(rows), 3, how.image_size, how.image_size), torch.uint8)
+        image_batch(self.images, rows, view, how.data, how.image_size, how.seed, augment, pixels_BCHW.numpy())
+        return pixels_BCHW
 
     def mask(self, model: Classifier, inputs: Mixed) -> LabelledBatch:
         assert model.cut == 0, "behind frozen blocks features are mixed, not images"

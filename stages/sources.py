@@ -149,12 +149,16 @@ class Sampling:
         """(view, group) of a cache that a step trains on."""
         return view_and_group(segment.epoch(step), views, self.mask.groups)
 
-    def views(self, images: ImageList, rows: np.ndarray, view: int) -> tuple[Tensor, Tensor]:
+    def views(
+        self, images: ImageList, rows: np.ndarray, view: int, into: Buffers = FRESH
+    ) -> tuple[Tensor, Tensor]:
         """uint8 images (B, 3, S, S) of one view, and the order (B, L) in which their tokens are stored."""
-        pixels, _ = image_batch(images, rows, view, self.data, self.model.image_size, self.seed)
+        size = self.model.image_size
+        pixels_BCHW = into.take("images", (len(rows), 3, size, size), torch.uint8)
+        image_batch(images, rows, view, self.data, size, self.seed, into=pixels_BCHW.numpy())
         keys = [images.keys[row] for row in rows]
         ids = token_orders(self.seed, view, keys, self.model.num_tokens, self.mask.groups, self.mask.block)
-        return torch.from_numpy(pixels), torch.from_numpy(ids)
+        return pixels_BCHW, torch.from_numpy(ids)
 
     def inputs(self, segment: Segment, step: int, values: Tensor, tokens: int) -> Inputs:
         """A step's inputs, its random numbers drawn: the noise over `tokens` tokens that masks them, and more."""
@@ -200,7 +204,7 @@ class LiveImages:
     def load(self, segment: Segment, step: int, into: Buffers = FRESH) -> Inputs:
         every = self.sampling.all_rows(segment, step, len(self.images))
         view = segment.epoch(step)
-        images, _ = self.sampling.views(self.images, self.sampling.own(every), view)
+        images, _ = self.sampling.views(self.images, self.sampling.own(every), view, into)
         inputs = self.sampling.inputs(segment, step, images, self.sampling.model.num_tokens)
         return replace(inputs, read=reading(every, view, 0, len(self.images)))
 
@@ -280,7 +284,7 @@ class LiveFeatures:
         rows = self.sampling.own(every)
         view, group = self.sampling.slot(segment, step, self.views)
         view = self.first_view + (view - self.first_view) % self.views  # that lies in the slot
-        images, ids = self.sampling.views(self.images, rows, view)
+        images, ids = self.sampling.views(self.images, rows, view, into)
         size = self.sampling.group_tokens
         if not self.sampling.reads_all(segment):
             ids = ids[:, group * size : (group + 1) * size]

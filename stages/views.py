@@ -91,9 +91,10 @@ def image_batch(
     size: int,
     seed: int,
     augment: Augment | None = None,
+    into: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One view of some rows: uint8 (B, 3, S, S) and the crops, float32 (B, 5)."""
-    pixels = np.empty((len(rows), 3, size, size), np.uint8)
+    """One view of some rows: uint8 (B, 3, S, S), in `into` where that is given, and the crops, float32 (B, 5)."""
+    pixels = np.empty((len(rows), 3, size, size), np.uint8) if into is None else into
     crops = np.empty((len(rows), 5), np.float32)
     for place, (row, image) in enumerate(zip(rows, images.several(rows), strict=True)):
         crop = crop_params(seed, view, images.keys[row], image.height, image.width, data)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cache.buffers import Buffers
 from models.batch import MaskedBatch
 from models.config import DecoderConfig, HeadSpec, MaskConfig
 from models.drop import DepthDrop
@@ -109,3 +110,17 @@ def test_the_share_that_is_decoded_is_of_the_tokens_that_count(name: str, colour
     assert batch.ids_decode_BM is not None
     assert batch.ids_decode_BM.shape == (8, 4 if mask.groups == 2 else 6)
     assert (batch.scored_BL.gather(1, batch.ids_decode_BM) > 0).all(), "each counts"
+
+
+@pytest.mark.parametrize("kind", [LiveImages, LiveFeatures])
+def test_images_are_cut_into_the_rings_memory(kind: type, colours: ImageList) -> None:
+    """Which is page-locked where a GPU copies from it; the same pixels as in memory of their own."""
+    how, (segment,) = Sampling(0, 8, DataConfig(), MODEL, MaskConfig(), (PIXELS,)), parts(0)
+    source = kind(colours, how) if kind is LiveImages else kind(colours, how, 2)
+    ring, fresh = Buffers(), [source.load(segment, step).values for step in (0, 1)]
+    size = MODEL.image_size
+    for step in (0, 1):
+        cut = source.load(segment, step, ring).values
+        assert torch.equal(cut, fresh[step])
+        assert cut.data_ptr() == ring.take("images", (8, 3, size, size), torch.uint8).data_ptr()
+    assert not torch.equal(*fresh) and ring.nbytes == 8 * 3 * size**2
