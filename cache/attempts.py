@@ -48,7 +48,7 @@ class Attempt:
         self._namings: list[ExitStack] = []
 
     def stream(self, path: Path, parts: Iterable[Buffer], size: int) -> tuple[int, str]:
-        """Writes a file of about `size` bytes; returns its bytes and sha256. The disk settles it meanwhile."""
+        """Writes a file of about `size` bytes; returns its bytes and checksum. The disk settles it meanwhile."""
         written, digest, sync, naming = begin_stream(path, parts, size)
         self.files.push(naming)
         self._namings.append(naming)

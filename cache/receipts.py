@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.layout import Layout, Shard
-from cache.manifest import FORMAT, ShardEntry, atomic_write, entries_from_dicts, seal, unseal
+from cache.manifest import FORMAT, READ_FORMATS, ShardEntry, atomic_write, entries_from_dicts, seal, unseal
 from cache.place import read_bytes
 
 RECEIPTS = "receipts"
@@ -26,7 +26,7 @@ def write_receipt(folder: Path, layout: Layout, name: str, entries: Iterable[Sha
 
 def sealed_receipt(layout: Layout, entries: Iterable[ShardEntry]) -> bytes:
     """The content of a receipt."""
-    return seal({**_identity(layout), "entries": [dict(vars(entry)) for entry in entries]})
+    return seal({"format": FORMAT, **_identity(layout), "entries": [dict(vars(entry)) for entry in entries]})
 
 
 def read_receipt(folder: Path, layout: Layout, name: str) -> tuple[ShardEntry, ...] | None:
@@ -35,14 +35,13 @@ def read_receipt(folder: Path, layout: Layout, name: str) -> tuple[ShardEntry, .
         values = unseal(read_bytes(folder / RECEIPTS / f"{name}.json"))
     except (OSError, ValueError):
         return None
-    entries = values.pop("entries")
-    return entries_from_dicts(entries) if values == _identity(layout) else None
+    entries, version = values.pop("entries"), values.pop("format")
+    return entries_from_dicts(entries) if version in READ_FORMATS and values == _identity(layout) else None
 
 
 def _identity(layout: Layout) -> dict[str, Any]:
     """What a receipt is good for: another shard size, backend or compression makes other files of the same numbers."""
     return {
-        "format": FORMAT,
         "fingerprint": layout.spec.fingerprint,
         "num_samples": layout.num_samples,
         "shard_rows": layout.shard_rows,

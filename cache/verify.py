@@ -17,8 +17,8 @@ from cache.errors import CacheError, DamagedCache, MissingCache
 from cache.layout import STORE, TARS
 from cache.lock import aside
 from cache.manifest import (
-    FORMAT,
     MANIFEST,
+    READ_FORMATS,
     CacheManifest,
     ShardEntry,
     atomic_write,
@@ -109,7 +109,7 @@ def restore_manifest(folder: Path) -> bool:
         found = CacheManifest.from_dict(unseal(content))
     except (OSError, ValueError):
         return False
-    if found.format != FORMAT or cache_folder_name(found.spec) != folder.absolute().name:
+    if found.format not in READ_FORMATS or cache_folder_name(found.spec) != folder.absolute().name:
         return False
     atomic_write(folder / MANIFEST, content)
     return True

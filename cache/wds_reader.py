@@ -47,6 +47,7 @@ class TarCache(RowReader):
             content = read_bytes(path)
         except FileNotFoundError:
             raise DamagedCache(f"{path} is missing; run `make repair`") from None
-        if checksum(content) != self._entries[index].checksum:
+        known = self._entries[index].checksum
+        if checksum(content, known) != known:
             raise DamagedCache(f"{path} is altered; run `make repair`")
         return TarShard(self.folder / tar, self._open(tar), np.load(io.BytesIO(content)), self._sizes)
