@@ -1,22 +1,19 @@
 """What a masked step learns from, however it was made, and the loss that scores it. Stands between the sources of
 training and the heads.
 
-Shapes: B batch, K visible tokens (and the prefix in front of them), L all tokens, M hidden tokens that are decoded, D
-width, T values of a target.
+Shapes: B batch, K visible tokens (and the prefix in front of them), L all tokens, M hidden tokens that are decoded, C
+hidden ones that decoders see beside them, D width, T values of a target.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from models.masking import Mask, inverse, take_tokens
-
-TargetKey = tuple[str, float]
-"""Kind and scale of a target."""
+from models.masking import Mask, inverse, take_rows, take_tokens
+from models.targets import TargetKey, Targets, as_scored
 
 
 @dataclass(frozen=True)
@@ -28,19 +25,33 @@ class MaskedBatch:
     mask: Mask
     scored_BL: Tensor
     """float32, how much a token counts in the loss: 0 for visible ones and all that visible ones have attended to."""
-    targets: Mapping[TargetKey, Tensor]
+    targets: Targets
     """(B, L, T), raster order; at scales above 1 T holds all finer places of a token, at scale 0.5 L is a quarter."""
     ids_decode_BM: Tensor | None = None
-    """The hidden tokens that are decoded and scored; None for all."""
+    """The hidden tokens that are predicted, all that are scored among them; None for every token, in raster order."""
+    ids_beside_BC: Tensor | None = None
+    """Hidden tokens that decoders see as such and nobody asks for; None for no others."""
+
+    @classmethod
+    def of(cls, visible_BKD: Tensor, mask: Mask, scored_BL: Tensor, targets: Targets, seen: int) -> MaskedBatch:
+        """All hidden tokens are decoded but those among the `seen` first in shuffled order, which are not scored."""
+        beside = seen - mask.ids_keep.shape[1]
+        ids = mask.ids_hide
+        return cls(visible_BKD, mask, scored_BL, targets, ids[:, beside:], ids[:, :beside] if beside else None)
+
+    @property
+    def whole(self) -> MaskedBatch:
+        """The same, of which every token is predicted, in raster order."""
+        return replace(self, ids_decode_BM=None, ids_beside_BC=None)
 
     def scored_at(self, key: TargetKey) -> tuple[Tensor, Tensor]:
         """(target, weights) of what a head of this target and scale is asked for: (B, S, T) and (B, S)."""
-        target, scored = self.targets[key], self.scored_BL
+        target, scored, ids = self.targets[key], self.scored_BL, self.ids_decode_BM
         if key[1] < 1:
-            return target, coarse(scored)
-        if self.ids_decode_BM is None:
-            return target, scored
-        return take_tokens(target, self.ids_decode_BM), scored.gather(1, self.ids_decode_BM)
+            scored = coarse(scored)
+        elif ids is not None:
+            target, scored = take_rows(target, ids), scored.gather(1, ids)
+        return as_scored(target, key), scored
 
 
 def coarse(scored_BL: Tensor) -> Tensor:

@@ -5,7 +5,8 @@
 image targets; `LocalReadout` is LocalMIM's, which predicts a finer or coarser grid than that of the tokens.
 
 Shapes: B batch, K visible tokens, L all tokens, S the tokens that a decoder works on (all, or the visible and some of
-the hidden ones), M its hidden ones, D the encoder's width, W the decoder's, T values of a target.
+the hidden ones), M those of them that it predicts, C other hidden ones, D the encoder's width, W the decoder's, T
+values of a target.
 """
 
 from __future__ import annotations
@@ -81,17 +82,25 @@ class Decoder(nn.Module):
         self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(config.depth)))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, latent_BKD: Tensor, mask: Mask, ids_decode_BM: Tensor | None = None) -> Tensor:
-        """(B, L, W) in raster order; with `ids_decode` only the tokens at those places, (B, M, W)."""
+    def forward(
+        self,
+        latent_BKD: Tensor,
+        mask: Mask,
+        ids_decode_BM: Tensor | None = None,
+        ids_beside_BC: Tensor | None = None,
+    ) -> Tensor:
+        """(B, L, W) in raster order; with `ids_decode` only the hidden tokens at those places, (B, M, W), which attend
+        to one another, to the visible ones, and to the hidden ones at `ids_beside`."""
         visible = self.embed(latent_BKD)
         if ids_decode_BM is None:
             tokens = restore_tokens(visible, self.mask_token, mask.ids_restore)
             return self.norm(self.blocks(tokens + self.positions))
-        filler = self.mask_token.to(visible.dtype).expand(*ids_decode_BM.shape, -1)
-        places = torch.cat([mask.ids_keep, ids_decode_BM], dim=1)
+        hidden = ids_decode_BM if ids_beside_BC is None else torch.cat([ids_beside_BC, ids_decode_BM], dim=1)
+        filler = self.mask_token.to(visible.dtype).expand(*hidden.shape, -1)
+        places = torch.cat([mask.ids_keep, hidden], dim=1)
         tokens = torch.cat([visible, filler], dim=1) + self.positions[places]
         if not len(self.blocks):
-            return self.norm(tokens[:, visible.shape[1] :])
+            return self.norm(tokens[:, -ids_decode_BM.shape[1] :])
         *before, last = self.blocks
         for block in before:
             tokens = block(tokens)

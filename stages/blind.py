@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from models.batch import MaskedBatch, coarse
+from models.batch import MaskedBatch
 from models.config import HeadSpec
 from models.learner import Learner
 from models.mim import MaskedModel
@@ -66,7 +66,7 @@ def blind_losses(batches: Iterable[MaskedBatch], heads: Iterable[HeadSpec]) -> d
     tallies = {head.name: (head.key, Tally()) for head in heads}
     for batch in batches:
         for key, tally in tallies.values():
-            tally.add(batch.targets[key], coarse(batch.scored_BL) if key[1] < 1 else batch.scored_BL)
+            tally.add(*batch.whole.scored_at(key))
     return {name: tally.losses() for name, (_, tally) in tallies.items()}
 
 

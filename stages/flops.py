@@ -50,12 +50,16 @@ class Work:
 
     @property
     def decoder(self) -> int:
-        """Forward of the matching decoder: visible tokens in, its blocks, features and pixels out.
+        """Forward of the matching decoder: visible tokens in, its blocks, features and pixels of hidden ones out. Its
+        last block computes only keys and values of the others.
 
         Other heads cost something else, but the same whichever freeze events get caches.
         """
-        ends = self.visible * self.decoder_width + self.decoded * (self.decoder_width + self.patch_values)
-        return 2 * self.width * ends + self.decoder_depth * block_flops(self.decoded, self.decoder_width)
+        width, tokens, hidden = self.decoder_width, self.decoded, self.decoded - self.visible
+        ends = self.visible * width + hidden * (width + self.patch_values)
+        blocks = self.decoder_depth * block_flops(tokens, width)
+        spared = (20 * width**2 + 4 * tokens * width) * self.visible if self.decoder_depth else 0
+        return 2 * self.width * ends + blocks - spared
 
     def step(self, entry: int, cut: int) -> int:
         """One image of a training step that reads a cache at `entry` (0: images) while the blocks before `cut` are

@@ -40,7 +40,7 @@ def reconstructions(model: MaskedModel, images: ImageList, sampling: Sampling, p
     model.eval()
     with autocast(device, precision):
         batch = model.from_images(views, noise, sampling.keep(0.0))
-        predicted = head.predict(model.encode(batch.visible_BKD)[head.spec.block], batch)
+        predicted = head.predict(model.encode(batch.visible_BKD)[head.spec.block], batch.whole)
     model.train(learning)
     pixels = patchify(views, patch)
     hidden = batch.mask.hidden.unsqueeze(-1) > 0

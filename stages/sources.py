@@ -16,16 +16,20 @@ from cache.buffers import FRESH, Buffers
 from cache.order import Blocks, batch_rows, view_and_group
 from cache.rank import ALONE, Rank
 from cache.store import CacheReader, FeatureBatch
-from models.batch import MaskedBatch, TargetKey, decode_ids
+from models.batch import MaskedBatch, decode_ids
 from models.config import IMAGE_TARGETS, HeadSpec, MaskConfig, ModelConfig, learning_heads
 from models.masking import block_noise, distance_to_visible, kept_tokens, weigh_by_distance
 from models.mim import MaskedModel
 from models.spec import derive_seed
+from models.targets import TargetKey
 from stages.config import DataConfig
 from stages.images import ImageList
 from stages.replay import Reading, reading
 from stages.segment import Segment
 from stages.views import Crop, apply_crop, image_batch, token_orders
+
+PATCHES: TargetKey = ("pixels", 1.0)
+"""The target that is the very patches which a cache stores."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,9 @@ class Inputs:
 
     `progress` is the share of the run that is done, `step` the optimiser step, both counted from stage 0. `ids_BL` are
     the raster positions of the features' tokens in stored order, `images` the uint8 pixels behind features whose target
-    needs them, `group` the token group that the step trains on, `decode_noise` what chooses the hidden tokens that are
-    decoded, None for all, `prefix` the class and register tokens beside cached features, of the groups read.
+    needs them, or `pixels_BLP`, the patches that a cache stores, where heads predict such patches alone, `group` the
+    token group that the step trains on, `decode_noise` what chooses the hidden tokens that are decoded, None for all,
+    `prefix` the class and register tokens beside cached features, of the groups read.
     `teachers` are the teacher's features (B, L, D), raster order, that were read from caches, by its block.
     """
 
@@ -44,6 +49,7 @@ class Inputs:
     progress: float = 0.0
     ids_BL: Tensor | None = None
     images: Tensor | None = None
+    pixels_BLP: Tensor | None = None
     group: int = 0
     decode_noise: Tensor | None = None
     prefix_BSD: Tensor | None = None
@@ -127,6 +133,11 @@ class Sampling:
         """Kinds of target that the heads which learn in a segment ask for."""
         return {head.target for head in learning_heads(self.heads, segment.cut, segment.entry)}
 
+    def image_targets(self, segment: Segment) -> set[TargetKey]:
+        """Those of them that images give, with their scales."""
+        heads = learning_heads(self.heads, segment.cut, segment.entry)
+        return {head.key for head in heads if head.target in IMAGE_TARGETS}
+
     def reads_all(self, segment: Segment) -> bool:
         """Whether a cached step reads all groups of a view, not only its own."""
         targets = self.targets(segment)
@@ -183,7 +194,8 @@ class Sampling:
         mask, tokens = self.mask, self.model.num_tokens
         if inputs.decode_noise is not None:
             count = max(1, round((tokens - seen) * self.share))
-            batch = replace(batch, ids_decode_BM=decode_ids(batch.scored_BL, inputs.decode_noise, count))
+            ids = decode_ids(batch.scored_BL, inputs.decode_noise, count)
+            batch = replace(batch, ids_decode_BM=ids, ids_beside_BC=None)
         if mask.distance_power or mask.distance_start < 1:
             share = mask.distance_start + (1 - mask.distance_start) * inputs.progress
             distance = distance_to_visible(batch.mask.ids_keep, tokens)
@@ -228,18 +240,20 @@ class CachedFeatures:
     teachers: Mapping[int, CacheReader] = field(default_factory=dict)
 
     def load(self, segment: Segment, step: int, into: Buffers = FRESH) -> Inputs:
-        how, targets = self.sampling, self.sampling.targets(segment)
+        how = self.sampling
         every, spec = how.all_rows(segment, step, len(self.cache)), self.cache.manifest.spec
         rows = how.own(every)
         view, group = how.slot(segment, step, self.cache.manifest.views)
         batch = self.cache.read(rows, view, None if how.reads_all(segment) else group, into)
-        images = self._images(batch, rows, view, into) if targets & set(IMAGE_TARGETS) else None
+        asked = how.image_targets(segment)
+        patches = batch.pixels_BLP if asked == {PATCHES} else None
+        images = self._images(batch, rows, view, into) if asked and patches is None else None
         inputs = how.inputs(segment, step, batch.features_BLD, how.group_tokens)
         teachers = {
             block: cache.read(rows, view, into=into.part(f"teacher {block}")).features_BLD
             for block, cache in self.teachers.items()
         }
-        inputs = replace(inputs, ids_BL=batch.ids_BL, images=images, group=group, teachers=teachers)
+        inputs = replace(inputs, ids_BL=batch.ids_BL, images=images, pixels_BLP=patches, group=group, teachers=teachers)
         read = reading(every, spec.view_at(view), group, len(self.cache), spec.first_view)
         return replace(inputs, prefix_BSD=batch.prefix_BSD, read=read)
 
@@ -307,7 +321,7 @@ def mask_features(model: MaskedModel, sampling: Sampling, inputs: Inputs) -> Mas
     own_prefix = prefix
     if prefix is not None and features.shape[1] > size:
         own_prefix = prefix.unflatten(1, (sampling.mask.groups, -1))[:, inputs.group]
-    targets: dict[TargetKey, Tensor] = {}
+    targets: dict[TargetKey, Tensor] = {} if inputs.pixels_BLP is None else {PATCHES: inputs.pixels_BLP}
     if inputs.images is not None:
         targets |= model.image_targets(inputs.images)
     if features.shape[1] == sampling.model.num_tokens:

@@ -30,8 +30,8 @@ def feature_batch(model: MaskedModel, images: Tensor, groups: int, group: int = 
 
 def the_target(batch: MaskedBatch) -> Tensor:
     """The target of a batch that has one."""
-    (target,) = batch.targets.values()
-    return target
+    (key,) = batch.targets
+    return batch.whole.scored_at(key)[0]
 
 
 def parts(model: MaskedModel) -> dict[str, torch.nn.Module]:
@@ -62,7 +62,8 @@ def test_only_scored_tokens_count(masked_model: MakeModel, images: Tensor, group
     batch = feature_batch(model, images, groups)
 
     def loss(changed: Tensor) -> float:
-        targets = {key: target + 5.0 * changed.unsqueeze(-1) for key, target in batch.targets.items()}
+        where = changed.unsqueeze(-1) > 0
+        targets = {key: torch.where(where, target.flip(-1), target) for key, target in batch.targets.items()}
         return model(replace(batch, targets=targets)).item()
 
     plain = loss(torch.zeros(3, TOKENS))
@@ -80,8 +81,36 @@ def test_forward_is_the_blocks_the_decoder_and_the_loss(masked_model: MakeModel,
         tokens = block(tokens)
     (head,) = model.each_head
     prediction = head.readout(head.decoder(model.encoder.vit.norm(tokens), batch.mask), True)
-    assert torch.equal(model(batch), masked_loss(prediction, the_target(batch), batch.scored_BL).reshape(1))
-    assert torch.equal(head.predict(model.encoder.norm(tokens), batch), prediction)
+    loss = masked_loss(prediction, the_target(batch), batch.scored_BL).reshape(1)
+    assert torch.equal(model(batch.whole), loss)
+    torch.testing.assert_close(model(batch), loss, rtol=1e-5, atol=0)
+    latent_BKD = model.encoder.norm(tokens)
+    assert torch.equal(head.predict(latent_BKD, batch.whole), prediction)
+    assert batch.ids_decode_BM is not None and batch.ids_decode_BM.shape == (3, TOKENS - TOKENS // 4)
+    hidden = take_tokens(prediction, batch.ids_decode_BM)
+    torch.testing.assert_close(head.predict(latent_BKD, batch), hidden, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_predicting_only_what_is_scored_changes_neither_loss_nor_gradients(
+    masked_model: MakeModel, images: Tensor, groups: int
+) -> None:
+    """With two groups, half of a group is kept: what is hidden of the other half is seen by the decoder as before."""
+    model = masked_model(2).eval()
+    batch = feature_batch(model, images, groups)
+    assert batch.ids_decode_BM is not None and (batch.scored_BL.gather(1, batch.ids_decode_BM) == 1).all()
+    assert batch.ids_decode_BM.shape[1] == batch.scored_BL[0].sum()
+    beside = 0 if batch.ids_beside_BC is None else batch.ids_beside_BC.shape[1]
+    assert beside == {1: 0, 2: TOKENS // 2 - KEEP, 4: TOKENS // 4 - KEEP}[groups]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = batch.scored_BL * torch.rand(3, TOKENS)
+    ours, whole = (
+        torch.autograd.grad(model(replace(part, scored_BL=weights)).sum(), learning, allow_unused=True)
+        for part in (batch, batch.whole)
+    )
+    torch.testing.assert_close(model(batch), model(batch.whole), rtol=1e-5, atol=0)
+    for mine, theirs in zip(ours, whole, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
@@ -181,7 +210,7 @@ def test_a_feature_target_is_the_normalised_input_of_the_learning_blocks(
     assert the_target(batch).shape == (3, TOKENS, 24)
     kept = take_tokens(the_target(batch), batch.mask.ids_keep)
     torch.testing.assert_close(kept, feature_target(batch.visible_BKD), rtol=0, atol=1e-6)
-    assert model.each_head[0].predict(model.encoder.norm(batch.visible_BKD), batch).shape == (3, TOKENS, 24)
+    assert model.each_head[0].predict(model.encoder.norm(batch.visible_BKD), batch.whole).shape == (3, TOKENS, 24)
 
 
 @pytest.mark.parametrize(("groups", "kind"), [(4, "pixels"), (2, "pixels"), (1, "features")])

@@ -15,7 +15,7 @@ from models.config import DecoderConfig, HeadsConfig, HeadSpec, TargetConfig, he
 from models.masking import group_ids, random_mask
 from models.mim import MaskedModel
 from models.multiscale import build_heads
-from models.targets import image_target, normalize_images
+from models.targets import as_scored, image_target, normalize_images
 from models.vit import build_encoder
 from tests.models.slow import slow_hog
 
@@ -55,7 +55,7 @@ def quadtree(place: int, fine: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize(("scale", "cell"), [(2.0, 2), (1.0, 4), (0.5, 8)])
 def test_pixels_of_every_scale_are_normalised_patches_of_that_size(images: Tensor, scale: float, cell: int) -> None:
-    found = image_target(images, "pixels", scale, PATCH)
+    found = as_scored(image_target(images, "pixels", scale, PATCH), ("pixels", scale))
     picture = normalize_images(images)[1].numpy().transpose(1, 2, 0)
     side, fine = (4, round(scale)) if scale >= 1 else (2, 1)
     for token in (0, side + 1):
@@ -75,7 +75,7 @@ def test_the_loss_of_every_scale_is_localmims(masked_model: MakeModel, images: T
     batch, hidden = model.from_images(images, noise, KEEP), random_mask(noise, 0.75).hidden.reshape(3, 4, 4)
     latents, losses = model.encode(batch.visible_BKD), model(batch)
     for head, loss in zip(model.each_head, losses, strict=True):
-        prediction = head.predict(latents[head.spec.block], batch).detach()
+        prediction = head.predict(latents[head.spec.block], batch.whole).detach()
         total = weight = 0.0
         for row in range(3):
             for token in range(prediction.shape[1]):
@@ -126,7 +126,8 @@ def test_each_head_has_the_target_that_it_was_given(masked_model: MakeModel, ima
     shapes = {key: tuple(value.shape) for key, value in sorted(targets.items())}
     assert shapes == {("features", 1.0): (3, 16, 24), ("hog", 2.0): (3, 16, 108), ("pixels", 1.0): (3, 16, 48)}
     latents = model.encode(batch.visible_BKD)
-    assert [tuple(h.predict(latents[h.spec.block], batch).shape) for h in model.each_head] == list(shapes.values())
+    predicted = [h.predict(latents[h.spec.block], batch.whole) for h in model.each_head]
+    assert [tuple(prediction.shape) for prediction in predicted] == list(shapes.values())
     assert model(batch).shape == (3,) and model.loss_names == ("block2_features", "block3_hog_x2", "block4_pixels")
 
 
@@ -136,15 +137,16 @@ def test_pruned_decoding_scores_the_decoded_tokens_only(masked_model: MakeModel,
     ids = decode_ids(batch.scored_BL, torch.rand(3, TOKENS), 6)
     assert ids.shape == (3, 6) and (batch.mask.hidden.gather(1, ids) == 1).all()
     assert all(len(set(row.tolist())) == 6 for row in ids)
-    pruned = replace(batch, ids_decode_BM=ids)
+    pruned = replace(batch, ids_decode_BM=ids, ids_beside_BC=None)
     losses = model(pruned)
     latents = model.encode(pruned.visible_BKD)
     for head, loss in zip(model.each_head, losses, strict=True):
         prediction = head.predict(latents[head.spec.block], pruned)
-        target = torch.stack([batch.targets[head.target][row, ids[row]] for row in range(3)])
+        every, _ = batch.whole.scored_at(head.target)
+        target = torch.stack([every[row, ids[row]] for row in range(3)])
         assert loss.item() == pytest.approx((prediction - target).square().mean().item(), rel=1e-5)
-    untouched = torch.ones(3, TOKENS).scatter(1, ids, 0.0).unsqueeze(-1)
-    changed = {key: target + 9 * untouched for key, target in batch.targets.items()}
+    touched = torch.zeros(3, TOKENS).scatter(1, ids, 1.0).unsqueeze(-1) > 0
+    changed = {key: torch.where(touched, target, target.flip(-1)) for key, target in batch.targets.items()}
     assert torch.equal(model(replace(pruned, targets=changed)), losses)
 
 

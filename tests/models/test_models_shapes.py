@@ -20,7 +20,7 @@ def test_a_tensor_with_other_axes_is_refused() -> None:
 
 
 def test_methods_and_dataclasses_are_checked_too() -> None:
-    mask = Mask(*(torch.zeros(2, 4),) * 3)
+    mask = Mask(*(torch.zeros(2, 4),) * 4)
     with pytest.raises(TypeCheckError, match="scored_BL"):
         GroupMask(torch.zeros(2, 4), mask, torch.zeros(3, 4))
     with pytest.raises(TypeCheckError, match="images_BCHW"):

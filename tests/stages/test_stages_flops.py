@@ -29,7 +29,8 @@ WORK = Work(
     images_per_epoch=96,
 )
 BLOCK = 24 * 4 * 64 + 4 * 16 * 8  # 6,144 + 512 over the visible tokens
-DECODER = 2 * (4 * 8 * 4 + 16 * 4 * 8 + 16 * 8 * 12) + (24 * 16 * 16 + 4 * 256 * 4)
+# Keys and values of 16 tokens of width 4; queries, projection and MLP of the 12 hidden ones, which attend to all.
+DECODER = 2 * (4 * 8 * 4 + 12 * 4 * 8 + 12 * 8 * 12) + (2 * 2 * 16 * 16 + 2 * 10 * 12 * 16 + 4 * 12 * 16 * 4)
 EMBEDDING = 2 * 16 * 12 * 8
 
 
@@ -46,7 +47,7 @@ def test_a_step_by_hand() -> None:
     assert WORK.step(0, 2) == (2 + 6) * BLOCK + 3 * DECODER + EMBEDDING, "frozen in place from images"
     assert WORK.step(1, 2) == (1 + 6) * BLOCK + 3 * DECODER, "one block in place behind a cache at 1"
     assert WORK.step(2, 2) == 6 * BLOCK + 3 * DECODER, "all frozen blocks read"
-    half = 2 * (4 * 8 * 4 + 10 * 4 * 8 + 10 * 8 * 12) + (24 * 10 * 16 + 4 * 100 * 4)
+    half = 2 * (4 * 8 * 4 + 6 * 4 * 8 + 6 * 8 * 12) + (2 * 2 * 10 * 16 + 2 * 10 * 6 * 16 + 4 * 6 * 10 * 4)
     assert replace(WORK, decoded=10).decoder == half, "four visible and half of twelve hidden tokens"
 
 
