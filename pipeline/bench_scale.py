@@ -1,43 +1,34 @@
 """What a cluster of any size would ask of Dask, of the manifest and of the computer that a build is started from:
 workers that sleep where the frozen blocks would run, and write real shards, receipts and a real manifest, tiny ones.
-All of them live in this process, so that what is called overhead is the processor time of scheduler, workers and client
-together, without what workers do for themselves: `python -m pipeline.bench_scale --workers 1000 --shards 100000`."""
+The client is this process, the scheduler another, all workers share a third (pipeline.simulated), so that memory and
+processor time are told apart, without what workers do for themselves:
+`python -m pipeline.bench_scale --workers 1000 --shards 100000`."""
 
 from __future__ import annotations
 
 import json
-import logging
-import resource
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import cycle, islice
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import Any
 
-import dask
 import numpy as np
 import psutil
 import tyro
-from distributed import Client, LocalCluster
 
-from cache.layout import Layout, Shard
-from cache.manifest import MANIFEST, ShardEntry, read_manifest
+from cache.layout import Layout
+from cache.manifest import MANIFEST, Checksum, ShardEntry, read_manifest
 from cache.receipts import RECEIPTS, receipt_name, sealed_receipt
-from cache.writer import RowBlock, create_store, finish, missing_shards, write_rows
+from cache.writer import create_store, finish, missing_shards
 from models.spec import FeatureSpec
-from pipeline.config import ClusterConfig
-from pipeline.tasks import Crew
+from pipeline.simulated import THREADS, WIDTH, Simulated, Task, crew_of, encode, nothing
 
-TOKENS, WIDTH = 4, 8
-THREADS = 64
-"""Threads that all workers share. One each would wake a thousand times a second to look whether it has work, and the
-event loop would wait for the interpreter's lock; 64 that sleep 30 ms do 2,000 tasks a second, more than Dask hands out.
-"""
+PARTS = "client", "scheduler", "workers"
 
 
 @dataclass(frozen=True)
@@ -91,53 +82,6 @@ def layout_of(shards: int) -> Layout:
     return Layout(spec, shards, shard_rows=1)
 
 
-def encode(task: tuple[str, Layout, Shard, float]) -> Shard:
-    """What a worker does in place of `encode_shard`: it sleeps, and writes a shard."""
-    folder, layout, shard, seconds = task
-    time.sleep(seconds)
-    features = np.full((1, TOKENS, WIDTH), shard.first_row % 97, np.float32)
-    block = RowBlock(features, np.zeros((1, 5), np.float32), (str(shard.first_row),))
-    write_rows(Path(folder), layout, shard.view, shard.first_row, block)
-    return shard
-
-
-def nothing(task: tuple[str, Layout, Shard, float]) -> Shard:
-    """A task that costs only what Dask costs."""
-    return task[2]
-
-
-ELSEWHERE = {
-    "distributed.worker.profile.enabled": False,  # each worker samples its own threads 100 times a second
-    "distributed.admin.tick.interval": "1h",  # each worker looks 50 times a second whether its loop is late
-    "distributed.admin.system-monitor.interval": "1h",  # each worker reads /proc twice a second
-    "distributed.worker.use-file-locking": False,  # each tries the locks of all scratch folders: the square of workers
-    "distributed.scheduler.worker-ttl": None,  # this process may be stopped for minutes, and all workers with it
-}
-"""What a worker does for itself, which in a cluster costs each computer its own and here this process the sum. What
-the scheduler and the client do, and heartbeats, which the scheduler answers, stay."""
-
-
-@contextmanager
-def crew_of(workers: int) -> Iterator[Crew]:
-    """Workers inside this process, driven as those of any cluster are. They have no memory limit: of this machine's
-    memory a 300th is less than the process has, and all workers would pause for ever."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a worker here takes 5 to 7 files and sockets
-    with dask.config.set(ELSEWHERE), LocalCluster(
-        n_workers=workers,
-        threads_per_worker=1,
-        processes=False,
-        protocol="tcp",
-        memory_limit=None,
-        executor=ThreadPoolExecutor(THREADS),
-        silence_logs=logging.ERROR,
-        scheduler_kwargs={"dashboard": False},
-    ) as cluster:
-        crew = Crew(lambda: Client(cluster, set_as_default=False), ClusterConfig(straggler=0))
-        yield crew
-        crew.close()
-
-
 def measure(scale: Scale, folder: Path) -> dict[str, Any]:
     """Everything, in seconds and bytes. A build is stopped half way, resumed and finished."""
     shards, found = scale.written or scale.shards, dict[str, Any]()
@@ -149,13 +93,9 @@ def measure(scale: Scale, folder: Path) -> dict[str, Any]:
     tasks = [(str(folder), layout, shard, sleep) for shard in layout.shards]
     found["write_seconds_per_shard"] = written_alone(tasks[:200])
     found["overhead_by_workers"] = {count: alone(count, tasks) for count in scale.fewer}
-    found["memory_before"] = memory()
-    with timed(found, "start_seconds"), crew_of(scale.workers) as crew:
-        until_all_are_there(crew, scale.workers)
-        found["memory_with_workers"] = memory()
+    with timed(found, "cluster_seconds"), crew_of(scale.workers) as crew:
         with timed(found, "round_seconds"):
-            found["overhead_seconds_per_shard"] = overhead(crew, tasks, scale.shards)
-        found["memory_after_round"] = memory()
+            found |= overhead(crew, tasks, scale.shards)
         found |= at_once(crew, list(islice(cycle(tasks), 5_000)))
         with timed(found, "build_seconds"):
             half = shards // 2
@@ -171,21 +111,26 @@ def measure(scale: Scale, folder: Path) -> dict[str, Any]:
     return found | manifest_of(scale.manifest_shards, folder.with_name("many"))
 
 
-def alone(workers: int, tasks: list[tuple[str, Layout, Shard, float]]) -> float:
+def alone(workers: int, tasks: list[Task]) -> dict[str, float]:
     """`overhead` of 2,000 tasks on so many workers."""
     with crew_of(workers) as crew:
-        until_all_are_there(crew, workers)
-        return overhead(crew, tasks, 2_000)
+        spent: dict[str, float] = overhead(crew, tasks, 2_000)["overhead_seconds_per_shard"]
+        return spent
 
 
-def overhead(crew: Crew, tasks: list[tuple[str, Layout, Shard, float]], count: int) -> float:
-    """Seconds of a processor for each of so many tasks that do nothing, of scheduler, workers and client together."""
-    before, tenth = time.process_time(), max(1, count // 10)
+def overhead(crew: Simulated, tasks: list[Task], count: int) -> dict[str, Any]:
+    """Of so many tasks that do nothing: seconds of a processor for each, and bytes of memory before and after each
+    tenth of them, of client, scheduler and workers apart."""
+    before, tenth, held = crew.busy(), max(1, count // 10), [crew.memory()]
+    spent = dict[str, float]()
     for done, _ in enumerate(crew(nothing, islice(cycle(tasks), count)), start=1):
         if done % tenth == 0:  # what is there if the rest takes too long
-            spent = 1e3 * (time.process_time() - before) / done
-            print(f"{done} tasks: {spent:.2f} ms each, {memory() / 1e6:.0f} MB", file=sys.stderr, flush=True)
-    return (time.process_time() - before) / count
+            spent = {part: (now - before[part]) / done for part, now in crew.busy().items()}
+            held.append(crew.memory())
+            words = (f"{part} {1e3 * spent[part]:.2f} ms each, {held[-1][part] / 1e6:.0f} MB" for part in PARTS)
+            print(f"{done} tasks: {', '.join(words)}", file=sys.stderr, flush=True)
+    growth = {part: [(new[part] - old[part]) / tenth for old, new in pairwise(held)] for part in PARTS}
+    return {"overhead_seconds_per_shard": spent, "memory_by_part": held, "growth_per_shard_by_tenth": growth}
 
 
 def manifest_of(shards: int, folder: Path) -> dict[str, Any]:
@@ -195,7 +140,9 @@ def manifest_of(shards: int, folder: Path) -> dict[str, Any]:
     create_store(folder, layout, np.arange(shards), keys, np.zeros((shards, 32), np.uint8))
     for shard in layout.shards:
         names = layout.files(shard)
-        entries = [ShardEntry(name, shard.first_row, 1, 10**7, "ab" * 32, last_crc=2**31) for name in names]
+        entries = [
+            ShardEntry(name, shard.first_row, 1, 10**7, Checksum.NAME + "ab" * 32, last_crc=2**31) for name in names
+        ]
         found_6 = tuple(1234.5678 / (number + shard.first_row + 1) for number in range(6))
         entries[0] = replace(entries[0], moments=found_6, batch=64)
         (folder / RECEIPTS / f"{receipt_name(shard)}.json").write_bytes(sealed_receipt(layout, entries))
@@ -212,7 +159,7 @@ def manifest_of(shards: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-def written_alone(tasks: list[tuple[str, Layout, Shard, float]]) -> float:
+def written_alone(tasks: list[Task]) -> float:
     """Seconds of writing a shard, without Dask and without sleeping."""
     started = time.perf_counter()
     for folder, layout, shard, _ in tasks:
@@ -220,28 +167,23 @@ def written_alone(tasks: list[tuple[str, Layout, Shard, float]]) -> float:
     return (time.perf_counter() - started) / len(tasks)
 
 
-def built(crew: Crew, tasks: list[tuple[str, Layout, Shard, float]]) -> list[int]:
-    """Builds some shards; bytes of memory after each fifth of them."""
+def built(crew: Simulated, tasks: list[Task]) -> list[dict[str, int]]:
+    """Builds some shards; bytes of memory of each part after each fifth of them."""
     found = []
     for count, _ in enumerate(crew(encode, iter(tasks)), start=1):
         if count % max(1, len(tasks) // 5) == 0:
-            found.append(memory())
+            found.append(crew.memory())
     return found
 
 
-def at_once(crew: Crew, tasks: list[tuple[str, Layout, Shard, float]]) -> dict[str, Any]:
+def at_once(crew: Simulated, tasks: list[Task]) -> dict[str, Any]:
     """Bytes of memory for each task that is submitted and waits, which is why few are at a time."""
-    before = memory()
+    before = crew.memory()["scheduler"]
     futures = crew.client.map(encode, [(*task[:3], 3600.0) for task in tasks], pure=False, workers=["nowhere"])
     crew.client.scheduler_info(n_workers=0)  # all of them have arrived
-    found = {"waiting_bytes_per_task": (memory() - before) / len(tasks)}
+    found = {"waiting_bytes_per_task": (crew.memory()["scheduler"] - before) / len(tasks)}
     crew.client.cancel(futures)
     return found
-
-
-def until_all_are_there(crew: Crew, workers: int) -> None:
-    crew.client.wait_for_workers(workers)
-    crew.look()
 
 
 def memory() -> int:
@@ -251,10 +193,14 @@ def memory() -> int:
 
 @contextmanager
 def timed(found: dict[str, Any], name: str, count: int = 1) -> Iterator[None]:
-    started = time.perf_counter()
+    """Seconds, and those of this process's processor, of which a busy machine takes less notice."""
+    started, before = time.perf_counter(), time.process_time()
     yield
     found[name] = (time.perf_counter() - started) / count
-    print(f"{name}: {found[name]:.4f}", file=sys.stderr, flush=True)  # what is there if the rest takes too long
+    found[f"{name}_of_processor"] = (time.process_time() - before) / count
+    print(
+        f"{name}: {found[name]:.4f}, of a processor {found[f'{name}_of_processor']:.4f}", file=sys.stderr, flush=True
+    )  # what is there if the rest takes too long
 
 
 def told(scale: Scale, found: dict[str, Any]) -> list[str]:
@@ -262,17 +208,20 @@ def told(scale: Scale, found: dict[str, Any]) -> list[str]:
     mega = {name: value / 1e6 for name, value in found.items() if "bytes" in name or isinstance(value, int)}
     real = scale.shards * scale.seconds / scale.workers
     overhead, tenths = found["overhead_seconds_per_shard"], found["memory_by_tenth"]
-    share = scale.shards * overhead / real
-    memory = f"{mega['memory_before']:.0f} MB before, {mega['memory_with_workers']:.0f} MB with workers"
+    share = scale.shards * overhead["scheduler"] / real
     waiting = found["waiting_bytes_per_task"]
     return [
-        f"{scale.workers} workers in this process, {scale.shards} shards, {scale.written or scale.shards} written, "
+        f"{scale.workers} workers in one process, {scale.shards} shards, {scale.written or scale.shards} written, "
         f"asleep {scale.seconds * scale.shrink:.3f} s",
-        f"measured: scheduler, worker and client take {1e3 * overhead:.2f} ms of a processor a shard",
-        *(f"measured: with {n} workers {1e3 * s:.2f} ms" for n, s in found["overhead_by_workers"].items()),
+        f"measured: {in_words(overhead)} of a processor a shard",
+        *(f"measured: with {n} workers {in_words(spent)}" for n, spent in found["overhead_by_workers"].items()),
+        *(f"measured: {part} {grown(found, part)}" for part in PARTS),
         f"measured: writing a tiny shard takes {1e3 * found['write_seconds_per_shard']:.2f} ms",
         f"measured: the build took {found['build_seconds']:.0f} s, of which asleep {found['ideal_seconds']:.0f} s",
-        f"measured: memory {memory}, after each tenth {', '.join(f'{value / 1e6:.0f}' for value in tenths)} MB",
+        *(
+            f"measured: {part} while it built, {', '.join(f'{one[part] / 1e6:.0f}' for one in tenths)} MB"
+            for part in PARTS
+        ),
         f"measured: a task that waits in the scheduler takes {waiting / 1e3:.1f} kB",
         f"extrapolated: all at once would take {scale.shards * waiting / 1e6:.0f} MB",
         f"measured: half of it was resumed in {found['resume_seconds']:.1f} s, and it was finished in "
@@ -283,8 +232,20 @@ def told(scale: Scale, found: dict[str, Any]) -> list[str]:
         f"{mega['manifest_bytes']:.0f} MB, is read in {found['many_read_seconds']:.1f} s, with "
         f"{mega['many_memory_bytes']:.0f} MB of memory more",
         f"extrapolated: shards of {scale.seconds:g} s keep such a cluster busy for {real:.0f} s",
-        f"extrapolated: of that, Dask as a whole takes {share:.1%} of one processor",
+        f"extrapolated: of that, the scheduler takes {share:.1%} of one processor",
     ]
+
+
+def in_words(spent: dict[str, float]) -> str:
+    """Seconds of each part."""
+    return ", ".join(f"{part} {1e3 * spent[part]:.2f} ms" for part in PARTS)
+
+
+def grown(found: dict[str, Any], part: str) -> str:
+    """What a part has in memory, and by how much it grew with each shard."""
+    held, growth = found["memory_by_part"], found["growth_per_shard_by_tenth"][part]
+    kilo = ", ".join(f"{bytes_ / 1e3:.1f}" for bytes_ in growth)
+    return f"has {held[0][part] / 1e6:.0f} MB before, {held[-1][part] / 1e6:.0f} after; a shard {kilo} kB by tenth"
 
 
 def main(scale: Scale) -> None:

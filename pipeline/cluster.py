@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
+import dask
 from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster
 
 from pipeline.config import ClusterConfig, ConfigError
@@ -26,6 +27,10 @@ MANY_CORES, CORES_EACH = 16, 8
 """From so many cores on, a worker process for every so many: what a process does between matrix multiplications,
 cutting views and rounding, does not use more."""
 CONNECT = "20s"
+LOG_LENGTH = 100
+"""Messages and transitions that Dask remembers for its developers: for each worker the scheduler keeps so many of what
+it was sent, which of Dask's own 1,000 with 1,000 workers would be gigabytes in the process that has the scheduler."""
+dask.config.update_defaults({"distributed": {"admin": {"low-level-log-length": LOG_LENGTH}}})  # who sets it wins
 
 
 @contextmanager

@@ -26,5 +26,7 @@ def test_a_simulated_cluster_builds_stops_and_finishes_a_real_cache(tmp_path: Pa
     assert {entry.first_row for entry in manifest.shards} == set(range(420))
     many = read_manifest(tmp_path / "many").shards
     assert len({entry.first_row for entry in many}) == 50 and found["manifest_files"] == len(many) > 3 * 50
-    assert len(found["memory_by_tenth"]) >= 10 and found["overhead_seconds_per_shard"] > 0
+    assert len(found["memory_by_tenth"]) >= 10 and all(found["overhead_seconds_per_shard"].values())
+    assert all(len(growth) == 10 for growth in found["growth_per_shard_by_tenth"].values())
+    assert set(found["memory_by_part"][0]) == {"client", "scheduler", "workers"}
     assert "500 tasks: " in done.stderr
