@@ -13,11 +13,11 @@ from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 
+from cache.checksum import Buffer
 from cache.errors import CacheError, MissingCache
 from cache.layout import Layout, Shard
 from cache.lock import hold_shard
 from cache.manifest import (
-    Buffer,
     CacheManifest,
     ShardEntry,
     begin_stream,

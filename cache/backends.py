@@ -10,8 +10,9 @@ from typing import Protocol
 
 import numpy as np
 
+from cache.checksum import Buffer
 from cache.layout import Layout, Shard, Stored
-from cache.manifest import Buffer, manifest_stamp, read_manifest
+from cache.manifest import manifest_stamp, read_manifest
 from cache.place import place_of
 from cache.reader import MEMORY, RowReader
 from cache.store import CacheReader

@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from blake3 import blake3
 
+from cache.checksum import Buffer, Checksum, feed
 from cache.errors import CacheError, DamagedCache, MissingCache, StaleCache
 from cache.layout import Layout
 from cache.lock import aside
-from cache.place import blocks_of, describe, is_remote, is_there, new_object, place_of, read_bytes, size_of
+from cache.place import describe, is_remote, is_there, new_object, place_of, read_bytes, size_of
 from models.spec import FeatureSpec
 
-Buffer = bytes | memoryview
 FORMAT = 4
 READ_FORMATS = (3, FORMAT)
 """Those of which every field is known. Format 3 has sha256 for BLAKE3."""
@@ -227,32 +226,6 @@ def _short(value: Any) -> str:
     return f"{text[:8]}…" if isinstance(value, str) and len(text) == 64 else text
 
 
-class Checksum:
-    """Of a file's content, named by what made it: BLAKE3 (10 GB/s on one core, where sha256 makes 2, which took longer
-    than all else that is done to features as they are written). One without a name is sha256, as in format 3."""
-
-    NAME = "blake3:"
-
-    def __init__(self, like: str = NAME) -> None:
-        """To be compared with `like`."""
-        self._name = self.NAME if like.startswith(self.NAME) else ""
-        self._hash = blake3() if self._name else hashlib.sha256()
-
-    def update(self, part: Buffer) -> None:
-        """Takes the next bytes."""
-        self._hash.update(part)
-
-    def __str__(self) -> str:
-        return self._name + self._hash.hexdigest()
-
-
-def checksum(content: Buffer, like: str = Checksum.NAME) -> str:
-    """Of all of a file, to be compared with `like`."""
-    found = Checksum(like)
-    found.update(content)
-    return str(found)
-
-
 def find_damage(folder: Path, entry: ShardEntry) -> str:
     """What is wrong with a file, hashed afresh; empty when it is as it was written."""
     path, found = folder / entry.name, Checksum(entry.checksum)
@@ -260,28 +233,12 @@ def find_damage(folder: Path, entry: ShardEntry) -> str:
         size = size_of(path) if is_remote(path) else path.stat().st_size
         if size != entry.bytes:
             return f"has {size} bytes instead of {entry.bytes}"
-        _feed(found, path, size)
+        feed(found, path, size)
     except (FileNotFoundError, NotADirectoryError):
         return "is missing"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     return "" if str(found) == entry.checksum else "is altered"
-
-
-def sha256_of(path: Path, size: int) -> str:
-    """The sha256 of a file or object of a known size, hex. Errors as `read_range`, or OSError."""
-    digest = hashlib.sha256()
-    _feed(digest, path, size)
-    return digest.hexdigest()
-
-
-def _feed(found: Any, path: Path, size: int) -> None:
-    if is_remote(path):
-        for block in blocks_of(path, size):
-            found.update(block)
-        return
-    with path.open("rb") as file:
-        hashlib.file_digest(file, lambda: found)
 
 
 def seal(values: dict[str, Any]) -> bytes:

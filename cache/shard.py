@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from awscrt import checksums
 
+from cache.checksum import Buffer
 from cache.errors import DamagedCache
 from cache.layout import CRC_BYTES, INDEX_ENTRY_BYTES
-from cache.manifest import Buffer
 from cache.ranges import RangeFile
 
 MISSING = 2**64 - 1

@@ -14,9 +14,10 @@ from urllib.parse import quote, unquote
 import numpy as np
 from awscrt import checksums
 
+from cache.checksum import Buffer
 from cache.errors import DamagedCache
 from cache.layout import RowArray, Stored
-from cache.manifest import Buffer, as_bytes
+from cache.manifest import as_bytes
 from cache.ranges import RangeFile
 
 COLUMNS = 4

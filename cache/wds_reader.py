@@ -11,9 +11,10 @@ from weakref import WeakMethod
 import numpy as np
 
 from cache import reader
+from cache.checksum import checksum
 from cache.errors import DamagedCache
 from cache.layout import DIGESTS, KEYS, LABELS, RowArray, Shard
-from cache.manifest import CacheManifest, checksum
+from cache.manifest import CacheManifest
 from cache.place import read_bytes
 from cache.reader import Chunks, RowReader
 from cache.tar import TarShard

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from cache.checksum import Buffer
 from cache.layout import DIGESTS, KEYS, LABELS, Layout, Shard, Stored
-from cache.manifest import Buffer
 from cache.patience import CutShort
 from cache.place import asked
 from cache.tar import encode_index, encode_tar, npy

@@ -19,6 +19,7 @@ import numpy as np
 
 from cache.attempts import attempt
 from cache.backends import files_of
+from cache.checksum import Checksum, checksum
 from cache.codecs import CODECS, describe
 from cache.errors import CacheError, MissingCache, StaleCache, TooCoarse, Unrepresentable
 from cache.layout import INDEX, STORE, TARS, Layout, Shard, Stored
@@ -26,13 +27,11 @@ from cache.loader import prefetch
 from cache.manifest import (
     MANIFEST,
     CacheManifest,
-    Checksum,
     ShardEntry,
     ViewError,
     ViewStats,
     atomic_write,
     check_spec,
-    checksum,
     find_damage,
     manifest_copy,
     read_manifest,

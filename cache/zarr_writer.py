@@ -14,8 +14,9 @@ from numcodecs import blosc
 from zarr.codecs import BloscCname, BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
+from cache.checksum import Buffer
 from cache.layout import STORE, Layout, RowArray, Shard, Stored
-from cache.manifest import Buffer, as_bytes
+from cache.manifest import as_bytes
 from cache.shard import encode_shard
 
 BLOSC_LEVEL = 5

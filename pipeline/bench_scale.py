@@ -21,8 +21,9 @@ import numpy as np
 import psutil
 import tyro
 
+from cache.checksum import Checksum
 from cache.layout import Layout
-from cache.manifest import MANIFEST, Checksum, ShardEntry, read_manifest
+from cache.manifest import MANIFEST, ShardEntry, read_manifest
 from cache.receipts import RECEIPTS, receipt_name, sealed_receipt
 from cache.writer import create_store, finish, missing_shards
 from models.spec import FeatureSpec

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cache.manifest import atomic_write, sha256_of
+from cache.checksum import sha256_of
+from cache.manifest import atomic_write
 from cache.place import blocks_of, describe, is_there, path_or_url, place_of, size_of
 from stages.stamps import let_the_clock_tick, stamp_of
 
