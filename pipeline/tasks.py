@@ -85,6 +85,7 @@ class Crew:
 
     stop: asked while results are waited for; then a sweep raises Interrupted.
     steady: the cluster is one worker inside this process, of which nothing is ever lost or late.
+    watch: called about every second while results are waited for; what it raises ends the sweep.
     """
 
     def __init__(
@@ -94,8 +95,9 @@ class Crew:
         tell: Callable[[str], None] = lambda line: None,
         steady: bool = False,
         stop: Callable[[], bool] = lambda: False,
+        watch: Callable[[], None] = lambda: None,
     ) -> None:
-        self._stop = stop
+        self._stop, self._watch = stop, watch
         self._connect, self._config, self._tell, self._steady = connect, config, tell, steady
         self._weights: dict[str, Weights] = {}
         self._running: dict[int, Running] = {}
@@ -249,6 +251,7 @@ class Crew:
 
     def look(self) -> None:
         """Whether the scheduler is there, how many threads its workers have, and what takes too long."""
+        self._watch()
         had = self._threads
         if self._scheduler_lost():
             self._renew()
