@@ -233,6 +233,7 @@ class Crew:
         self.client = self._connect()
         info = self.client.scheduler_info(n_workers=0)
         self._scheduler, self._threads = info["id"], info["total_threads"]
+        self._had = self._threads
         self._arrived: SimpleQueue[tuple[str, str | None]] = SimpleQueue()
         if not self._steady:
             self._topic, arrived = f"permafrost-{uuid4().hex}", self._arrived
@@ -252,11 +253,11 @@ class Crew:
     def look(self) -> None:
         """Whether the scheduler is there, how many threads its workers have, and what takes too long."""
         self._watch()
-        had = self._threads
         if self._scheduler_lost():
             self._renew()
-        if had and not self._threads:
+        if self._had and not self._threads:
             self._tell("no worker is left: waiting for one")
+        self._had = self._threads
         free = self._threads - sum(len(run.started) for run in self._running.values())
         if not self._config.straggler or len(self._took) < FEWEST or free < 1:
             return
