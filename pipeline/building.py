@@ -134,9 +134,12 @@ def mend_cache(desk: Desk, need: Need, damages: Sequence[Damage]) -> None:
                 raise Interrupted(f"interrupted: {done} of {total} shards of {need.name} are mended; repair again")
 
 
-def sweeping(desk: Desk, stop: Callable[[], bool] = lambda: False) -> AbstractContextManager[RunTasks]:
-    """The run's cluster, at work. Its sweeps raise Interrupted once they are to `stop`, whatever workers do."""
+def sweeping(desk: Desk, stop: Callable[[], bool] | None = None) -> AbstractContextManager[RunTasks]:
+    """The run's cluster, at work. Its sweeps raise Interrupted once they are to `stop`, whatever workers do: by default
+    when the run is to, where workers are elsewhere and may be waited for; here a shard ends soon."""
     config = desk.wanted.config
+    if stop is None:
+        stop = desk.job.stop.is_set if config.cluster.elsewhere else lambda: False
     return task_runner(config.cluster, config.train.device, desk.log.message, stop)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import dask
 from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster
 
+from pipeline.batch import JobWatch, asker
 from pipeline.config import ClusterConfig, ConfigError
 from pipeline.jobs import job_cluster
 from pipeline.machine import available_cores
@@ -46,9 +47,9 @@ def task_runner(
     Raises ConfigError where there is no such cluster.
     """
     with ExitStack() as stack:
-        connect, steady = _connection(config, device, stack)
+        connect, steady, watch = _connection(config, device, stack, tell)
         try:
-            crew = Crew(connect, config, tell, steady, stop)
+            crew = Crew(connect, config, tell, steady, stop, watch)
         except (OSError, TimeoutError, ValueError) as error:
             where = config.address or config.scheduler_file or "this machine"
             raise ConfigError(
@@ -88,12 +89,16 @@ def gpus() -> list[str]:
     return [name for name in named.split(",") if name] or [str(one) for one in range(torch.cuda.device_count())]
 
 
-def _connection(config: ClusterConfig, device: str, stack: ExitStack) -> tuple[Callable[[], Client], bool]:
-    """A function that connects to the cluster, and whether that is one worker inside this process."""
-    if config.address:
-        return lambda: Client(config.address, timeout=CONNECT, set_as_default=False), False
-    if config.scheduler_file:
-        return lambda: Client(scheduler_file=config.scheduler_file, timeout=CONNECT, set_as_default=False), False
+def _connection(
+    config: ClusterConfig, device: str, stack: ExitStack, tell: Callable[[str], None]
+) -> tuple[Callable[[], Client], bool, Callable[[], None]]:
+    """A function that connects to the cluster, whether that is one worker inside this process, and a function that
+    looks after its jobs."""
+    if config.address or config.scheduler_file:
+        where: dict[str, Any] = (
+            {"address": config.address} if config.address else {"scheduler_file": config.scheduler_file}
+        )
+        return lambda: Client(**where, timeout=CONNECT, set_as_default=False), False, _nothing
     processes = local_processes(config, device)
     cluster: AbstractContextManager[Any]
     if config.kind != "local":
@@ -103,9 +108,14 @@ def _connection(config: ClusterConfig, device: str, stack: ExitStack) -> tuple[C
     else:
         cluster = on_cores(processes)
     entered = stack.enter_context(cluster)
-    if config.adapt_to:
-        entered.adapt(minimum=config.workers, maximum=config.adapt_to)
-    return lambda: Client(entered), config.kind == "local" and not processes
+    if config.adapt_to or config.batch:  # of jobs a number that stays, too: they end, and others are asked for
+        entered.adapt(minimum=config.workers, maximum=max(config.workers, config.adapt_to))
+    watch = JobWatch(entered, config, tell, asker(config.kind)) if config.batch else _nothing
+    return lambda: Client(entered), config.kind == "local" and not processes, watch
+
+
+def _nothing() -> None:
+    """Of these clusters there is nothing to look after."""
 
 
 def on_cores(processes: int) -> LocalCluster:

@@ -74,6 +74,11 @@ class ClusterConfig:
         return bool(self.address or self.scheduler_file) or self.kind != "local"
 
     @property
+    def batch(self) -> bool:
+        """Whether workers are jobs of a batch system."""
+        return self.kind in ("slurm", "pbs")
+
+    @property
     def elsewhere(self) -> bool:
         """Whether other processes than this one are asked for."""
         return self.remote or self.workers > 0

@@ -6,8 +6,10 @@ cut off and the workers do not all go at once. Free of torch and, until a cluste
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pipeline.config import ClusterConfig, ConfigError
@@ -25,14 +27,28 @@ def job_cluster(config: ClusterConfig) -> Any:
             from dask_kubernetes.operator import KubeCluster
 
             return KubeCluster(custom_cluster_spec=kubernetes_spec(config), namespace=config.namespace)
-        from dask_jobqueue import PBSCluster, SLURMCluster
+        with _signals_kept():
+            from dask_jobqueue import PBSCluster, SLURMCluster
     except ImportError as error:
         raise ConfigError(
             f"cluster.kind = {config.kind} needs a package ({error}); pip install 'permafrost[{EXTRAS[config.kind]}]'"
         ) from error
-    if config.kind == "slurm":
-        return SLURMCluster(**slurm_options(config), n_workers=config.workers)
-    return PBSCluster(**pbs_options(config), n_workers=config.workers)
+    from pipeline.batch import watched
+
+    kind, options = (SLURMCluster, slurm_options) if config.kind == "slurm" else (PBSCluster, pbs_options)
+    return kind(**options(config), job_cls=watched(kind.job_cls), n_workers=config.workers)
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """dask-jobqueue has Ctrl-C end the process in silence, and well, from the moment it is imported, which in a thread
+    fails over that."""
+    plain = signal.signal
+    signal.signal = lambda number, handler: signal.getsignal(number)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        signal.signal = plain
 
 
 def slurm_options(config: ClusterConfig) -> dict[str, Any]:
@@ -57,6 +73,7 @@ def _queue_options(config: ClusterConfig) -> dict[str, Any]:
         "job_extra_directives": _lines(config.directives),
         "worker_extra_args": _ending(config),
         "death_timeout": round(config.patience),
+        "scheduler_options": {"dashboard_address": ":0"},  # two runs on a machine must not quarrel over a port
     }
 
 

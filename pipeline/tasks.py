@@ -5,11 +5,13 @@ scheduler knew is submitted to the one that comes after it. Stands between what 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -85,6 +87,7 @@ class Crew:
 
     stop: asked while results are waited for; then a sweep raises Interrupted.
     steady: the cluster is one worker inside this process, of which nothing is ever lost or late.
+    watch: called about every second while results are waited for; what it raises ends the sweep.
     """
 
     def __init__(
@@ -94,8 +97,9 @@ class Crew:
         tell: Callable[[str], None] = lambda line: None,
         steady: bool = False,
         stop: Callable[[], bool] = lambda: False,
+        watch: Callable[[], None] = lambda: None,
     ) -> None:
-        self._stop = stop
+        self._stop, self._watch = stop, watch
         self._connect, self._config, self._tell, self._steady = connect, config, tell, steady
         self._weights: dict[str, Weights] = {}
         self._running: dict[int, Running] = {}
@@ -123,8 +127,7 @@ class Crew:
                 if not self._running:
                     return
                 yield from self._results()
-                if self._stop():
-                    raise Interrupted("interrupted: what is finished stays; the same command goes on from there")
+                self._heed()
                 if not self._steady and time.monotonic() - looked >= LOOK_EVERY:
                     self.look()
                     looked = time.monotonic()
@@ -159,10 +162,7 @@ class Crew:
                 self._running[self._owner[key]].started[key] = time.monotonic(), worker
         ended = [(key, self._attempt(key)) for key, worker in news if worker is None and key in self._owner]
         done = {key: future for key, future in ended if future.status == "finished"}
-        try:
-            values = dict(zip(done, self.client.gather(list(done.values())), strict=True)) if done else {}
-        except Exception:  # a worker, or the scheduler, was lost with what it held: their tasks are done again
-            values = {}
+        values = self._brought(done) if done else {}
         for key, future in ended:
             if key not in self._owner:  # another attempt was first, or the scheduler was lost
                 continue
@@ -174,6 +174,27 @@ class Crew:
                 yield values[key]
             else:
                 self._ended(number, key, future)
+
+    def _brought(self, done: dict[str, Future[Any]]) -> dict[str, Any]:
+        """What some attempts brought. Where a worker was lost with it Dask has it computed again and waits, maybe for a
+        worker. Nothing where that fails: their tasks are done again."""
+        try:
+            if self._steady:
+                return dict(zip(done, self.client.gather(list(done.values())), strict=True))
+            gather = self.client.gather(list(done.values()), asynchronous=True)
+            loop: Any = self.client.loop
+            found = asyncio.run_coroutine_threadsafe(gather, loop.asyncio_loop)
+        except Exception:
+            return {}
+        while not wait([found], LOOK_EVERY).done:
+            self._watch()
+            self._heed()
+            if not self._scheduler_lost():
+                self._count()
+        try:
+            return dict(zip(done, found.result(), strict=True))
+        except Exception:
+            return {}
 
     def _attempt(self, key: str) -> Future[Any]:
         return self._running[self._owner[key]].attempts[key]
@@ -231,6 +252,7 @@ class Crew:
         self.client = self._connect()
         info = self.client.scheduler_info(n_workers=0)
         self._scheduler, self._threads = info["id"], info["total_threads"]
+        self._had = self._threads
         self._arrived: SimpleQueue[tuple[str, str | None]] = SimpleQueue()
         if not self._steady:
             self._topic, arrived = f"permafrost-{uuid4().hex}", self._arrived
@@ -247,13 +269,22 @@ class Crew:
         self._threads = info["total_threads"]
         return self.client.status != "running" or info["id"] != self._scheduler
 
+    def _heed(self) -> None:
+        if self._stop():
+            raise Interrupted("interrupted: what is finished stays; the same command goes on from there")
+
+    def _count(self) -> None:
+        """Say once that there is no worker any more."""
+        if self._had and not self._threads:
+            self._tell("no worker is left: waiting for one")
+        self._had = self._threads
+
     def look(self) -> None:
         """Whether the scheduler is there, how many threads its workers have, and what takes too long."""
-        had = self._threads
+        self._watch()
         if self._scheduler_lost():
             self._renew()
-        if had and not self._threads:
-            self._tell("no worker is left: waiting for one")
+        self._count()
         free = self._threads - sum(len(run.started) for run in self._running.values())
         if not self._config.straggler or len(self._took) < FEWEST or free < 1:
             return
