@@ -48,8 +48,9 @@ class CacheConfig:
     """Folder of the caches, or a URL such as s3://bucket/caches; empty means <run>/cache."""
     shard_rows: int = 256
     """Samples in one shard file; a shard is the unit of building, resuming and repair."""
-    encode_batch: int = 64
-    """Samples that pass the frozen blocks at once while a cache is built."""
+    encode_batch: int = 0
+    """Samples that pass the frozen blocks at once while a cache is built; 0: 64, on a CPU fewer where the model is so
+    large that fewer are faster."""
     shuffle: Literal["rows", "blocks"] = "rows"
     """Order of an epoch, in every arm: all rows shuffled, or shards in random order and rows shuffled within windows of
     `shuffle_shards` shards of `shard_rows` rows, so that few files are read at a time."""

@@ -23,8 +23,12 @@ from pipeline.layout import StagePaths
 from pipeline.needs import Need
 from pipeline.seconds import read_seconds, write_seconds
 from pipeline.tasks import RunTasks
+from stages.device import best_batch
 from stages.encode import EncodeJob, build
 from stages.mend import mend
+
+ENCODE_BATCH = 64
+"""Samples at once at most, where `cache.encode_batch` says nothing."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,8 @@ def job_of(
         index_folder=str(wanted.paths.index.absolute()),
         parent=parent,
         parent_cut=need.start,
-        batch=config.cache.encode_batch,
+        batch=config.cache.encode_batch
+        or best_batch(config.train.device, layout.spec.num_tokens, layout.spec.width, ENCODE_BATCH),
         device=config.train.device,
         threads=threads,
         together=config.train.device == "cpu" and threads > 1,

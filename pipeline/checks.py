@@ -45,7 +45,7 @@ BOUNDS = {
     "cache.block": "[1, inf)",
     "cache.max_error": "(0, inf)",
     "cache.shard_rows": "[1, inf)",
-    "cache.encode_batch": "[1, inf)",
+    "cache.encode_batch": "[0, inf)",
     "cache.shuffle_shards": "[1, inf)",
     "cache.budget_gb": "[0, inf)",
     "cache.memory_mb": "[1, inf)",

@@ -15,7 +15,7 @@ from torch import Tensor
 from models.targets import normalize_images
 from models.vit import Encoder
 from stages.config import EvalConfig
-from stages.device import autocast
+from stages.device import autocast, best_batch
 from stages.images import Data, ImageList, spread
 from stages.views import centre_batch
 
@@ -96,6 +96,7 @@ def encoded(
     """(B, R + L, D) float32, batch after batch: every token of the centre views behind the last norm, prefix first."""
     learning = encoder.training
     encoder.eval()
+    batch = best_batch(device, encoder.num_tokens, encoder.width, batch)
     for start in range(0, len(images), batch):
         views = centre_batch(images, range(start, min(start + batch, len(images))), image_size)
         with autocast(device, precision):
