@@ -17,8 +17,8 @@ def synchronize(device: torch.device) -> None:
 
 
 HIDDEN_VALUES = 5_000_000
-"""Of an MLP's hidden layer, the largest that a forward makes, 20 MB in float32. What is larger than 32 MB glibc takes from
-the kernel afresh every time, page by page: 64 samples of the sample's size at once took 1.1 to 1.5 times as long."""
+"""Of an MLP's hidden layer, the largest that a forward makes, 20 MB in float32. What is larger than 32 MB glibc takes
+from the kernel afresh every time, page by page: 64 samples of the sample's size took 1.1 to 1.5 times as long."""
 
 
 def best_batch(device: str, tokens: int, width: int, most: int) -> int:
