@@ -179,6 +179,8 @@ def paired(specs: tuple[HeadSpec, ...], teacher: TeacherConfig, depth: int) -> t
 
 
 IMAGE_TARGETS = ("pixels", "hog")
+PATCHES = ("pixels", 1.0)
+"""The target that is the very patches which a cache stores."""
 """Targets that are made of the image alone."""
 
 

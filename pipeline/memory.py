@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from models.config import IMAGE_TARGETS, PLAIN_TOKENS, learning_heads
+from models.config import IMAGE_TARGETS, PATCHES, PLAIN_TOKENS, learning_heads
 from models.spec import FeatureSpec
 from pipeline.config import ConfigError
 from pipeline.decide import Wanted, judge_stage
@@ -33,7 +33,9 @@ def batch_bytes(wanted: Wanted, stage: int, part: Segment) -> int:
     whole = "features" in targets or (config.teacher.kind == "ema" and "teacher" in targets)
     rows, image = config.train.batch_size, 3 * config.model.image_size**2
     taught = sum(read_bytes(need.draft, rows, whole=True) for need in teachers)
-    images = rows * image if targets & set(IMAGE_TARGETS) else 0
+    asked = {head.key for head in learning_heads(wanted.heads, part.cut, part.entry) if head.target in IMAGE_TARGETS}
+    stored = bool(features.draft.pixels) and asked == {PATCHES}  # which become no images in between
+    images = rows * image if asked and not stored else 0
     return read_bytes(features.draft, rows, whole) + taught + images
 
 

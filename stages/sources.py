@@ -17,7 +17,7 @@ from cache.order import Blocks, batch_rows, view_and_group
 from cache.rank import ALONE, Rank
 from cache.store import CacheReader, FeatureBatch
 from models.batch import MaskedBatch, decode_ids
-from models.config import IMAGE_TARGETS, HeadSpec, MaskConfig, ModelConfig, learning_heads
+from models.config import IMAGE_TARGETS, PATCHES, HeadSpec, MaskConfig, ModelConfig, learning_heads
 from models.masking import block_noise, distance_to_visible, kept_tokens, weigh_by_distance
 from models.mim import MaskedModel
 from models.spec import derive_seed
@@ -27,9 +27,6 @@ from stages.images import ImageList
 from stages.replay import Reading, reading
 from stages.segment import Segment
 from stages.views import Crop, apply_crop, image_batch, token_orders
-
-PATCHES: TargetKey = ("pixels", 1.0)
-"""The target that is the very patches which a cache stores."""
 
 
 @dataclass(frozen=True)

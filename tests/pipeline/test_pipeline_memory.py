@@ -39,8 +39,8 @@ def test_what_a_batch_takes_is_known_before_anything_is_trained(tmp_path: Path, 
     into = Buffers()
     cached_source(Wanted(config, RunPaths(tmp_path / "toy")), 1).load(segment, 0, into)
     assert known == into.nbytes
-    if variant == "pixels":  # 16 rows of a group's 4 tokens of 32 values, of all tokens' pixels, of an image
-        assert known == 16 * (4 * 32 * 4 + 16 * 48 + 3 * 16 * 16)
+    if variant == "pixels":  # 16 rows of a group's 4 tokens of 32 values, of all tokens' pixels
+        assert known == 16 * (4 * 32 * 4 + 16 * 48)
 
 
 def test_bytes_of_rows_that_are_read(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_bytes_of_rows_that_are_read(tmp_path: Path) -> None:
 
 
 LITTLE = {"cache.memory_mb": 1, "train.batch_size": 96, "mask.groups": 1}
-"""A batch takes 96 * 3,584 = 0.344 MB; two of them are more than half a MiB."""
+"""A batch takes 96 * 2,816 = 0.270 MB; two of them are more than half a MiB."""
 
 
 def test_too_little_memory_is_refused_before_anything_runs(tmp_path: Path) -> None:

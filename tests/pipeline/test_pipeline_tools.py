@@ -110,7 +110,9 @@ def test_flop_bound_is_counted_on_the_step(finished: Path) -> None:
     def block(count: int, channels: int) -> int:
         return count * 12 * channels**2 + 2 * count**2 * channels
 
-    decoder = visible * width * inner + block(tokens, inner) + tokens * inner * width + tokens * width * 48
+    hidden = tokens - visible
+    last = (2 * tokens + 10 * hidden) * inner**2 + 2 * tokens * hidden * inner  # keys and values of all
+    decoder = visible * width * inner + last + hidden * inner * width + hidden * width * 48
     learning = 3 * (4 * block(visible, width) + decoder) + 2 * tokens * 48 * width  # no gradient for pixels
     cached = 3 * (block(visible, width) + decoder)
     assert flop_bound(Wanted(toy(), RunPaths(finished)), 2) == pytest.approx(learning / cached, rel=1e-6)

@@ -22,7 +22,7 @@ from stages.sources import LiveImages, Sampling
 from stages.train import Build, build_model
 from tests.stages.loop import MODEL, TRAIN, parts
 
-PIXELS, COARSE = HeadSpec(12, "pixels"), HeadSpec(6, "hog", 0.5)
+FINE, COARSE = HeadSpec(12, "hog"), HeadSpec(6, "hog", 0.5)
 BATCH, TOKENS, VALUES = 32, 16, 5
 
 
@@ -34,20 +34,20 @@ def batches(count: int) -> list[MaskedBatch]:
         mask = keep_lowest(torch.rand(BATCH, TOKENS, generator=draw), 4)
         place = torch.arange(TOKENS).reshape(1, -1, 1) / 4.0
         targets = {
-            PIXELS.key: place + torch.randn(BATCH, TOKENS, VALUES, generator=draw),
+            FINE.key: place + torch.randn(BATCH, TOKENS, VALUES, generator=draw),
             COARSE.key: 2 + place[:, ::4] * torch.randn(BATCH, TOKENS // 4, VALUES, generator=draw),
         }
         found.append(MaskedBatch(torch.empty(BATCH, 4, 0), mask, mask.hidden, targets))
     return found
 
 
-@pytest.mark.parametrize("head", [PIXELS, COARSE], ids=lambda head: head.name)
+@pytest.mark.parametrize("head", [FINE, COARSE], ids=lambda head: head.name)
 def test_the_closed_form_is_the_loss_of_the_best_constants(head: HeadSpec) -> None:
     made = batches(4)
     target, weight = (torch.cat(parts) for parts in zip(*(batch.scored_at(head.key) for batch in made), strict=True))
     mean = (target * weight[..., None]).sum((0, 1)) / weight.sum()
     place = (target * weight[..., None]).sum(0) / weight.sum(0)[:, None]
-    found = blind_losses(made, [PIXELS, COARSE])[head.name]
+    found = blind_losses(made, [FINE, COARSE])[head.name]
     assert found.mean == pytest.approx(float(masked_loss(mean.expand_as(target), target, weight)), rel=1e-5)
     assert found.place == pytest.approx(float(masked_loss(place.expand_as(target), target, weight)), rel=1e-5)
     for worse in (place + 0.1, place - 0.1):
@@ -55,18 +55,18 @@ def test_the_closed_form_is_the_loss_of_the_best_constants(head: HeadSpec) -> No
 
 
 def test_places_explain_what_differs_by_place_and_nothing_else() -> None:
-    found = blind_losses(batches(40), [PIXELS])[PIXELS.name]
+    found = blind_losses(batches(40), [FINE])[FINE.name]
     assert found.place == pytest.approx(1.0, abs=0.02), "noise of variance 1 within a place"
     assert found.mean == pytest.approx(1.0 + (torch.arange(16) / 4.0).var(correction=0).item(), rel=0.03)
 
 
 def test_what_is_visible_does_not_count() -> None:
     (batch,) = batches(1)
-    target = batch.targets[PIXELS.key].clone()
+    target = batch.targets[FINE.key].clone()
     target[batch.scored_BL == 0] = 1e6
-    changed = MaskedBatch(batch.visible_BKD, batch.mask, batch.scored_BL, {PIXELS.key: target})
-    before, after = blind_losses([batch], [PIXELS]), blind_losses([changed], [PIXELS])
-    assert after[PIXELS.name] == pytest.approx(before[PIXELS.name], rel=1e-9)
+    changed = MaskedBatch(batch.visible_BKD, batch.mask, batch.scored_BL, {FINE.key: target})
+    before, after = blind_losses([batch], [FINE]), blind_losses([changed], [FINE])
+    assert after[FINE.name] == pytest.approx(before[FINE.name], rel=1e-9)
 
 
 def test_batches_are_masked_in_pieces_one_load_at_a_time(colours: ImageList, monkeypatch: pytest.MonkeyPatch) -> None:

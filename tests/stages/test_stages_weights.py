@@ -100,12 +100,12 @@ def test_a_file_is_its_content_and_is_read_once(
     moved = path.rename(tmp_path / "b.safetensors")
     assert weights_digest(str(moved), None) == digest
     assert weights_digest(str(moved), index) == digest
-    reads: list[str] = []
+    reads: list[object] = []
     plain = hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda file, how: reads.append(how) or plain(file, how))
     assert weights_digest(str(moved), index) == digest and reads == []
     os.utime(moved, ns=(1, 1))
-    assert weights_digest(str(moved), index) == digest and reads == ["sha256"]
+    assert weights_digest(str(moved), index) == digest and len(reads) == 1
     content = moved.read_bytes()
     moved.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     changed = weights_digest(str(moved), index)
