@@ -3,6 +3,7 @@ where SLURM is not installed."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,8 @@ def test_a_client_that_is_killed_leaves_no_job_and_the_same_command_makes_the_re
     slurm: Slurm, tmp_path: Path, one: EncodeJob, images: Any, straight: dict[str, bytes]
 ) -> None:
     receipts = Path(one.folder) / "receipts"
-    client = CONTEXT.Process(target=workers.bounded, args=(workers.build_slowly, one, images, asked(tmp_path)))
+    task = workers.in_environment, dict(os.environ), workers.build_slowly, one, images, asked(tmp_path)
+    client = CONTEXT.Process(target=workers.bounded, args=task)
     client.start()
     slurm.until(lambda: len(list(receipts.glob("view*.json"))) >= 2, 60)
     client.kill()

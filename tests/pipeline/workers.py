@@ -66,6 +66,12 @@ def bounded(function: Callable[..., None], *args: Any) -> None:
     function(*args)
 
 
+def in_environment(environment: dict[str, str], function: Callable[..., None], *args: Any) -> None:
+    """The server that forks processes may be older than the environment that they are to have."""
+    os.environ.update(environment)
+    function(*args)
+
+
 class Cluster:
     """A scheduler and its workers, each a process."""
 
