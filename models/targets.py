@@ -25,9 +25,14 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-@lru_cache(maxsize=64)
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """float32 numbers on a device. Kept there, and sent from page-locked memory: the host waits for no GPU."""
+    """float32 numbers on a device. Kept there, and sent from page-locked memory: the host waits for no GPU. In a step
+    that is compiled they become a part of it."""
+    return torch.tensor(values, device=device) if torch.compiler.is_compiling() else _kept(values, device)
+
+
+@lru_cache(maxsize=64)
+def _kept(values: tuple[float, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # whoever asks first, training can use them
         here = torch.tensor(values)
         return (here.pin_memory() if device.type == "cuda" else here).to(device, non_blocking=True)
