@@ -179,9 +179,9 @@ def paired(specs: tuple[HeadSpec, ...], teacher: TeacherConfig, depth: int) -> t
 
 
 IMAGE_TARGETS = ("pixels", "hog")
+"""Targets that are made of the image alone."""
 PATCHES = ("pixels", 1.0)
 """The target that is the very patches which a cache stores."""
-"""Targets that are made of the image alone."""
 
 
 def learning_heads(specs: Iterable[HeadSpec], cut: int, entry: int | None = None) -> tuple[HeadSpec, ...]:
