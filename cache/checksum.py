@@ -14,8 +14,8 @@ Buffer = bytes | memoryview
 
 
 class Checksum:
-    """Of a file's content, named by what made it: BLAKE3 (10 GB/s on a core where sha256 makes 2). One without a name is
-    sha256, as in format 3."""
+    """Of a file's content, named by what made it: BLAKE3 (10 GB/s on a core where sha256 makes 2). One without a name
+    is sha256, as in format 3."""
 
     NAME = "blake3:"
 
