@@ -27,7 +27,7 @@ from pipeline.checks import check
 from pipeline.config import ConfigError
 from pipeline.job import Interrupted, Job, RunFailed
 from pipeline.layout import run_paths
-from pipeline.machine import resolve
+from pipeline.machine import resolve, wait_briefly
 from pipeline.ranks import TRAINING, rank_here
 from pipeline.reading import Settings, parse, read_config, read_toml, run_tyro
 
@@ -146,6 +146,7 @@ def flags_of(verb: Verb) -> type[Flags]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb. Returns 0 done, 1 the run failed, 2 the request is wrong, 130 interrupted."""
     faulthandler.enable(2)  # a mapped file that is cut short while it is read ends the process: say where
+    wait_briefly()
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         return _call(args)

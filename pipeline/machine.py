@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+from collections.abc import MutableMapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,16 @@ from pipeline.config import PipelineConfig
 from stages.config import TrainConfig
 
 VERSIONS = ("torch", "timm", "zarr", "numpy")
+SPIN = "3000"
+"""Turns that a thread of OpenMP looks for work before it lets others have its core. GNU's 300,000 are milliseconds, in
+which two runs on one machine keep each other's threads from the cores that both wait for (docs/SPEED.md)."""
+
+
+def wait_briefly(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Has OpenMP's idle threads soon let go of their core. GNU's OpenMP reads this when torch is loaded, so it must be
+    called before; what somebody has set stays."""
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & environment.keys():
+        environment["GOMP_SPINCOUNT"] = SPIN
 
 
 def resolve(config: PipelineConfig, previous: PipelineConfig | None = None, detect: bool = True) -> PipelineConfig:

@@ -18,6 +18,7 @@ from pipeline import __main__ as cli
 from pipeline.config import ConfigError, PipelineConfig
 from pipeline.job import Interrupted, Job, RunFailed
 from pipeline.layout import RunPaths
+from pipeline.machine import SPIN, wait_briefly
 from pipeline.reading import read_toml, to_toml
 
 REPOSITORY = Path(__file__).parents[2]
@@ -272,3 +273,34 @@ def _settings() -> list[str]:
     from pipeline.reading import flatten
 
     return list(dict(flatten(asdict(PipelineConfig()))))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "after"),
+    [
+        ({}, {"GOMP_SPINCOUNT": SPIN}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+    ],
+)
+def test_idle_threads_soon_let_go_of_their_core_unless_somebody_chose(
+    chosen: dict[str, str], after: dict[str, str]
+) -> None:
+    environment = dict(chosen)
+    wait_briefly(environment)
+    assert environment == after
+
+
+def test_how_threads_wait_is_settled_before_torch_reads_it() -> None:
+    code = (
+        "import os, sys\n"
+        "from pipeline.__main__ import main\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert main(['--version']) == 0\n"
+        "print(os.environ['GOMP_SPINCOUNT'])"
+    )
+    plain = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=plain, cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert told.stdout.splitlines()[-1] == SPIN
