@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dask.system import cpu_count
+
 from pipeline import __version__
 from pipeline.config import PipelineConfig
 from stages.config import TrainConfig
@@ -69,8 +71,9 @@ def processor() -> str:
 
 
 def available_cores() -> int:
-    """The cores that this process may use; a container often gives it fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The cores that this process may use: a container often gives it fewer than the machine has, by affinity or, as
+    Docker and Kubernetes do, by a share of time, in which a thread for every core of the machine would stand still."""
+    return cpu_count()
 
 
 def _device() -> str:

@@ -325,6 +325,15 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
+@pytest.mark.parametrize(("quota", "cores"), [((100_000, 100_000), 1), ((None, None), len(os.sched_getaffinity(0)))])
+def test_a_containers_share_of_time_bounds_the_threads(
+    monkeypatch: pytest.MonkeyPatch, quota: tuple[int | None, int | None], cores: int
+) -> None:
+    monkeypatch.setattr("dask.system._try_extract_cgroup_cpu_quota", lambda: quota)
+    given = replace(PipelineConfig(), train=TrainConfig(device="cpu", precision="float32"))
+    assert resolve(given).train.threads == cores
+
+
 def test_resolve_fills_every_auto(machine: list[str]) -> None:
     train = resolve(PipelineConfig()).train
     assert (train.device, train.precision, train.threads) == ("cuda", "bfloat16", 5)
