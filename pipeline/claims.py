@@ -12,6 +12,8 @@ from typing import Any, Literal
 PROBES = {"knn_top1": "kNN", "linear_top1": "linear probe"}
 FEWEST_SEEDS = 3
 """Seeds from which on a difference may be claimed."""
+CROWDED = 0.05
+"""Share of training lost to other work on the machine, from which on its seconds are said to be too long."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,20 @@ def scored_unlike(runs: Sequence[dict[str, Any]], arms: Iterable[str] = ("e2e", 
     """That arms of comparisons were scored differently, and how; empty where their scores compare."""
     how = ways_unlike(way for one in runs for arm in arms for way in one["arms"][arm].get("scored", [None]))
     return f"arms were scored differently ({how}): their scores do not compare, no difference is claimed" if how else ""
+
+
+def crowded(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """That other work had the cores while some of these were trained, so that their seconds mislead; else empty.
+
+    rows: by name, what has `crowded_seconds`, missing or None where it was not measured, and `train_seconds`.
+    """
+    told = [
+        f"{100 * lost / trained:.0f} % of the training of {name}"
+        for name, row in rows.items()
+        if (lost := row.get("crowded_seconds") or 0.0) > CROWDED * (trained := row.get("train_seconds") or 0.0)
+    ]
+    what = "so seconds are too long and do not compare; scores are what they would be"
+    return f"other work had the cores for {', '.join(told)}, {what}" if told else ""
 
 
 def contrasts(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.claims import FEWEST_SEEDS, Paired, interval, paired, points, ways_unlike
+from pipeline.claims import FEWEST_SEEDS, Paired, crowded, interval, paired, points, ways_unlike
 from pipeline.speedup import arm_summary, cache_cost, stopped_at
 from pipeline.studies import Study
 
@@ -20,7 +20,7 @@ LOSSES = {"final_loss": "loss", "place_loss": "loss without context", "mean_loss
 """The loss of a row's last epoch, and those of predictors that see nothing of an image (`stages/blind.py`)."""
 COLUMNS = (
     *("variant", "seed", "state", "knn_top1", "linear_top1", "top1", "total_seconds", "train_seconds", "cache_seconds"),
-    *("evaluate_seconds", "cache_bytes", "epochs", "images", *LOSSES, "knn_peak", "knn_peak_epoch"),
+    *("evaluate_seconds", "crowded_seconds", "cache_bytes", "epochs", "images", *LOSSES, "knn_peak", "knn_peak_epoch"),
     *("knn_top1_e2e_stopped", "linear_top1_e2e_stopped", "probe_images", "run", "why"),
 )
 """The columns of results.csv; the last says why a run failed."""
@@ -71,6 +71,7 @@ def tuned(record: Record) -> Record:
     values = {key: record[key] for key in keys}
     seconds: Record = {"cache_seconds": cache, "total_seconds": record["train_seconds"] + cache}
     seconds |= {"cache_cost_known": record.get("cache_seconds_elsewhere", 0.0) is not None}
+    seconds |= {"crowded_seconds": record.get("crowded_seconds")}
     return values | seconds | {"probe_images": record["evaluated"], "scored": [record.get("scored")]}
 
 
@@ -208,6 +209,8 @@ def table_md(study: Study, name: str, facts: Sequence[str], found: Sequence[Line
         names = ", ".join(f"{row.variant}, seed {row.seed}" for row in unknown)
         what = "What caches that were found, or taken rows from, have cost is not known and counts as 0"
         out += ["", f"{what}, so seconds are too small: {names}."]
+    if busy := crowded({f"{row.variant}, seed {row.seed}": row.values for row in rows if row.state == "done"}):
+        out += ["", f"{busy[0].upper()}{busy[1:]}."]
     if bad := [row for row in rows if row.state != "done"]:
         out += ["", "## Not there", ""]
         told = [f"{row.variant}, seed {row.seed}: {row.state}: {row.values.get('why', '')}" for row in bad]

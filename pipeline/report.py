@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 
 from cache.manifest import atomic_write
 from pipeline import __version__
-from pipeline.claims import FEWEST_SEEDS, contrasts, headline, mean_seconds, scored_unlike
+from pipeline.claims import FEWEST_SEEDS, contrasts, crowded, headline, mean_seconds, scored_unlike
 from pipeline.foretold import foretold_line
 from pipeline.job import Job
 from pipeline.layout import RunPaths
@@ -155,6 +155,8 @@ def warnings(story: Story) -> Iterator[str]:
             f"Reading features costs: a cached step runs at {story.speedup['loader_bound']:.2f} of its speed on "
             "features in memory."
         )
+    if busy := crowded(story.summaries):
+        yield f"{busy[0].upper()}{busy[1:]}."
     for name, record in story.records.items():
         waited = record.get("loader_wait_seconds") or 0.0
         if record["status"] == "done" and waited > WAITING * record["train_seconds"] > 0:

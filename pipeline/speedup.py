@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cache.manifest import atomic_write
-from pipeline.claims import PROBES, scored_unlike
+from pipeline.claims import PROBES, crowded, scored_unlike
 from pipeline.config import ConfigError
 from pipeline.decide import ARMS, Wanted, judge_all
 from pipeline.desk import Desk, at_work
@@ -20,6 +20,7 @@ from pipeline.foretold import foretold, foretold_line, with_totals
 from pipeline.job import Job
 from pipeline.layout import StagePaths
 from pipeline.machine import described
+from pipeline.seconds import sum_known
 from pipeline.show import console, table
 
 ARM_SECONDS, ROUNDS = 1.0, 4
@@ -142,6 +143,7 @@ def arm_summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "cache_cost_known": all(part.get("cache_seconds_elsewhere", 0.0) is not None for part in parts),
         "total_seconds": spent,
         "loader_wait_seconds": sum(part["loader_wait_seconds"] for part in parts),
+        "crowded_seconds": sum_known(part.get("crowded_seconds") for part in parts),
         "evaluate_seconds": sum(part["evaluate_seconds"] for part in parts),
         "epochs": sum(part["epochs"] for part in parts),
         "images": sum(part["images"] for part in parts),
@@ -236,6 +238,8 @@ def show(found: dict[str, Any]) -> None:
     if unlike := scored_unlike([found], found["arms"]):
         out.print(unlike, markup=False)
     out.print(rows)
+    if busy := crowded(found["arms"]):
+        out.print(busy, markup=False)
     stopped, cached = found["early_stop"], found["arms"]["cached"]
     out.print(
         f"e2e stopped at the cached arm's {cached['total_seconds']:.0f} s (epoch {stopped['epoch']:.1f}): "

@@ -271,6 +271,7 @@ def finish_record(paths: StagePaths, done: Done, state: dict[str, Tensor], score
             "images": images,
             "train_seconds": seconds,
             "loader_wait_seconds": sum(part.loader_wait_seconds for part in totals),
+            "crowded_seconds": progress.crowded_seconds,
             "evaluate_seconds": sum(part.evaluate_seconds for part in totals),
             "images_per_second": images / seconds if seconds else 0.0,
             "first_loss": totals[0].first_loss,

@@ -12,6 +12,7 @@ import torch
 
 from models.learner import Learner
 from stages.config import TrainConfig
+from stages.crowd import others
 from stages.endings import Settling
 from stages.segment import Segment
 from stages.sources import Source
@@ -86,3 +87,5 @@ class Hooks:
     keep: Callable[[Path, Any], object] = lambda path, model: None
     """Writes the encoder of the model that is trained."""
     now: Callable[[], float] = time.perf_counter
+    others: Callable[[], float] = others
+    """Processor seconds that went to other work, since whenever."""

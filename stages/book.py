@@ -14,6 +14,7 @@ from cache.loader import Spent
 from models.learner import Learner
 from stages.arm import Arm, Hooks
 from stages.checkpoint import Progress
+from stages.crowd import Crowd
 from stages.endings import Watch
 from stages.replay import Reading, note
 from stages.segment import Segment
@@ -46,6 +47,8 @@ class Book:
         self.model, self.team = model, team
         self.totals = progress.totals[progress.segment]
         self.watch = Stopwatch(hooks.now)
+        one_process_on_cores = team.rank.ranks == 1 and not arm.train.device.startswith("cuda")
+        self.crowd = Crowd(arm.train.threads, hooks.others) if one_process_on_cores else None
         self.pending: list[Tensor] = []
         self.recent: list[list[float]] = []
         self.spent = Spent()
@@ -91,6 +94,8 @@ class Book:
         self.spent = spent
         self.totals.train_seconds += seconds
         self.totals.loader_wait_seconds += loading.wait_seconds
+        if self.crowd:
+            self.totals.crowded_seconds = (self.totals.crowded_seconds or 0.0) + self.crowd.lap(seconds)
         if losses:
             self.hooks.log(
                 self.arm.tag
@@ -134,7 +139,10 @@ class Book:
     def evaluate(self, model: Learner) -> None:
         """Add a point to the probe curve; its time is not training time."""
         result = self.hooks.evaluate(model)
-        self.totals.evaluate_seconds += self.watch.lap()
+        seconds = self.watch.lap()
+        self.totals.evaluate_seconds += seconds
+        if self.crowd:
+            self.crowd.lap(seconds)
         point = {
             "seconds": self.progress.train_seconds,
             "epoch": self.epoch,

@@ -37,6 +37,8 @@ class SegmentTotals:
     loss_sum: float = 0.0
     loss_steps: int = 0
     first_loss: float | None = None
+    crowded_seconds: float | None = None
+    """Of `train_seconds`, lost to other work on the machine's cores; None where nobody measured."""
 
     @property
     def mean_loss(self) -> float | None:
@@ -62,6 +64,11 @@ class Progress:
     @property
     def train_seconds(self) -> float:
         return sum(totals.train_seconds for totals in self.totals)
+
+    @property
+    def crowded_seconds(self) -> float | None:
+        found = [totals.crowded_seconds for totals in self.totals if totals.crowded_seconds is not None]
+        return sum(found) if found else None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -90,7 +90,7 @@ def value_at(root: Path, source: str) -> Any:
 FORMS = {key: form for _, key, form in PART_ROWS} | dict(CURVE)
 FORMS |= {"cache_seconds": ".1f", "total_seconds": ".1f", "images": ",d", "ratio": ".2f", "flop_bound": ".2f"}
 FORMS |= {f"{arm}_images_per_second": ".0f" for arm in ("e2e", "freeze", "cached")}
-FORMS |= {"accumulated_error": ".2e", "num_samples": ",d", "place": ".4f", "mean": ".4f"}
+FORMS |= {"crowded_seconds": ".1f", "accumulated_error": ".2e", "num_samples": ",d", "place": ".4f", "mean": ".4f"}
 
 
 def expected(source: str, value: Any) -> str:

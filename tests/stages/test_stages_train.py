@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -212,6 +213,17 @@ def test_accounts_split_the_time_by_the_clock_given(tmp_path: Path, images: Imag
     assert totals.train_seconds > 0 and totals.evaluate_seconds == 1.0
     steps = [event for event in events if "loss" in event]
     assert sum(e["loss"] for e in steps) > 0 and steps[-1]["step"] == 8 and steps[-1]["images"] == 64
+
+
+@pytest.mark.parametrize(("each_time", "lost"), [(0, 0.0), (10**6, 1.0)])
+def test_seconds_that_went_to_other_work_are_told_apart(
+    tmp_path: Path, images: ImageList, each_time: int, lost: float
+) -> None:
+    ticks, taken = iter(range(100_000)), iter(range(0, 10**9, each_time or 1))
+    rim = replace(hooks(), now=lambda: float(next(ticks)), others=lambda: float(next(taken)) if each_time else 0.0)
+    progress, _ = train_arm(arm(tmp_path, images, save_every=1e9, threads=psutil.cpu_count()), rim)
+    assert progress.crowded_seconds == lost * progress.train_seconds
+    assert progress.train_seconds > 0
 
 
 def test_a_state_round_trips_and_damage_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,46 @@
+"""Seconds that were taken beside other work are not believed: in the comparison, report and tables of studies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline import speedup
+from pipeline.claims import crowded
+from pipeline.layout import RunPaths
+from pipeline.outcome import Row, lines, table_md
+from pipeline.report import warnings
+from pipeline.story import read_story
+from pipeline.studies import Study, row
+
+
+def test_from_a_twentieth_on_seconds_are_called_too_long() -> None:
+    quiet = {"train_seconds": 100.0, "crowded_seconds": 4.9}
+    unknown = {"train_seconds": 100.0, "crowded_seconds": None}
+    assert crowded({"e2e": quiet, "freeze": unknown, "cached": {"train_seconds": 0.0}}) == ""
+    told = crowded({"e2e": quiet, "cached": {"train_seconds": 50.0, "crowded_seconds": 20.0}})
+    assert told.startswith("other work had the cores for 40 % of the training of cached, so seconds are too long")
+
+
+def test_the_comparison_and_the_report_tell(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads((copy / "speedup.json").read_text())
+    for name, share in (("e2e", 0.0), ("freeze", 0.01), ("cached", 0.25)):
+        arm = found["arms"][name]
+        assert 0.0 <= arm["crowded_seconds"] <= arm["train_seconds"], "it was measured as the arm was trained"
+        arm["crowded_seconds"] = share * arm["train_seconds"]
+    (copy / "speedup.json").write_text(json.dumps(found))
+    told = " ".join(warnings(read_story(RunPaths(copy))))
+    assert "Other work had the cores for 25 % of the training of cached, so seconds are too long" in told
+    assert "of the training of freeze" not in told
+    speedup.show(found)
+    assert "other work had the cores for 25 % of the training of cached" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_table_of_a_study_tells() -> None:
+    asked = Study("q", {"e2e": row("e2e"), "near": row()}, "e2e")
+    plain = {"knn_top1": 0.5, "total_seconds": 9.0, "train_seconds": 8.0, "probe_images": 40}
+    rows = [Row("e2e", 0, "done", plain), Row("near", 0, "done", plain | {"crowded_seconds": 2.0})]
+    told = table_md(asked, "q", [], lines(asked, rows), rows)
+    assert "Other work had the cores for 25 % of the training of near, seed 0, so seconds are too long" in told
