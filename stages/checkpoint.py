@@ -67,6 +67,7 @@ class Progress:
 
     @property
     def crowded_seconds(self) -> float | None:
+        """Of all segments that measured it; an earlier version did not."""
         found = [totals.crowded_seconds for totals in self.totals if totals.crowded_seconds is not None]
         return sum(found) if found else None
 
