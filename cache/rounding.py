@@ -149,12 +149,12 @@ def _sums(stored_NLD: np.ndarray, error_NLD: np.ndarray, given_NLD: np.ndarray) 
 _LOCAL = threading.local()
 
 
-def room(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """float32 memory of a thread's own by name, used again and again: the kernel takes as long to hand out new pages as
-    the arithmetic on them does."""
+def room(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Memory of a thread's own by name, used again and again: the kernel takes as long to hand out new pages as the
+    arithmetic on them does."""
     held: dict[str, torch.Tensor] = _LOCAL.__dict__
     if name not in held or held[name].shape != shape:
-        held[name] = torch.empty(shape)
+        held[name] = torch.empty(shape, dtype=dtype)
     return held[name]
 
 

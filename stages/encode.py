@@ -249,28 +249,39 @@ def encode_shard(task: tuple[EncodeJob, Shard, Taken | None], load: Load | None 
 
 
 def encode_rows(job: EncodeJob, view: int, rows: np.ndarray, load: Load | None = None) -> RowBlock:
-    """What the frozen blocks give for some rows of a view, and what is stored beside it. Features lie in memory of the
-    calling thread, which its next call uses again."""
+    """What the frozen blocks give for some rows of a view, and what is stored beside it. Features and pixels lie in
+    memory of the calling thread, which its next call uses again."""
     spec = job.layout.spec
     with SETUP:
         encoder = frozen_encoder(job.weights, spec.weights, spec.cut, job.model, job.device)
         load = load or loader(job, view)
     batches = [rows[start : start + job.batch] for start in range(0, len(rows), job.batch)]
     features_NLD = room("encoded", (len(rows), spec.num_tokens, spec.width))
-    left, beside = iter(features_NLD.split(job.batch)), []
+    values = 3 * spec.patch_size**2 if spec.pixels else 0
+    pixels_NLP = room("pixels", (len(rows), spec.num_tokens, values), torch.uint8)
+    room_by_batch, beside = (features_NLD.split(job.batch), pixels_NLP.split(job.batch)), []
     turn = nullcontext() if job.together else FORWARD
     with prefetch(load, batches, job.loader_threads, 2) as loaded, turn, torch.inference_mode():
-        for part in loaded:
+        for part, into, pixels in zip(loaded, *room_by_batch, strict=True):
             with autocast(job.device, spec.dtype):
                 features_BLD, prefix_BSD = frozen_forward(encoder, job, part)
-            into = next(left)
             assert features_BLD.shape == into.shape, "or copying would repeat what is too small"
             into.copy_(features_BLD)
+            if spec.pixels:
+                assert part.pixels_BLP is not None and part.pixels_BLP.shape == pixels.shape, "or old ones would stay"
+                pixels.copy_(torch.from_numpy(part.pixels_BLP))
             prefix = prefix_BSD.float().cpu().numpy() if prefix_BSD.shape[1] else None
-            beside.append((part.crop_B5, part.keys, part.token_ids_BL, part.pixels_BLP, prefix))
+            beside.append((part.crop_B5, part.keys, part.token_ids_BL, prefix))
     crops, keys, *parts = zip(*beside, strict=True)
-    others = (None if of_part[0] is None else np.concatenate(of_part) for of_part in parts)
-    return RowBlock(features_NLD.numpy(), np.concatenate(crops), tuple(chain.from_iterable(keys)), *others)
+    token_ids, prefixes = (None if of_part[0] is None else np.concatenate(of_part) for of_part in parts)
+    return RowBlock(
+        features_NLD.numpy(),
+        np.concatenate(crops),
+        tuple(chain.from_iterable(keys)),
+        token_ids,
+        pixels_NLP.numpy() if spec.pixels else None,
+        prefixes,
+    )
 
 
 def frozen_forward(encoder: Encoder, job: EncodeJob, part: Part) -> tuple[Tensor, Tensor]:
