@@ -24,7 +24,7 @@ from models.targets import normalize_images, patchify
 from models.vit import Encoder, build_encoder, frozen_hash
 from stages import encode
 from stages.config import DataConfig
-from stages.encode import EncodeJob, build, encode_rows, encode_shard
+from stages.encode import EncodeJob, Part, build, encode_rows, encode_shard
 from stages.images import open_data
 from stages.views import image_batch
 from tests.encoding import encode_job, tiny_spec
@@ -240,6 +240,25 @@ def test_fewer_rows_than_asked_for_are_not_repeated(tmp_path: Path, weights: Pat
     load = encode.loader(one, 0)
     with pytest.raises(AssertionError, match="repeat what is too small"):
         encode_rows(one, 0, np.arange(5), lambda rows: load(rows[:1]))
+
+
+@pytest.mark.parametrize("left", [None, 1])
+def test_pixels_of_the_shard_before_never_stand_in_for_missing_ones(
+    left: int | None, tmp_path: Path, weights: Path, encoder: Encoder
+) -> None:
+    """Shards of a thread share memory: what a part lacks there would be another image's."""
+    one = job(tmp_path / "cache", weights, encoder, 2, 4)
+    load, rows = encode.loader(one, 0), np.arange(4)
+    first, second = (encode_rows(one, 0, rows + shift).pixels_NLP.copy() for shift in (0, 4))
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(second, load(rows + 4).pixels_BLP)
+
+    def lacking(rows: np.ndarray) -> Part:
+        part = load(rows)
+        return replace(part, pixels_BLP=part.pixels_BLP[:left] if left else None)
+
+    with pytest.raises(AssertionError, match="old ones would stay"):
+        encode_rows(one, 0, rows, lacking)
 
 
 @pytest.mark.slow
