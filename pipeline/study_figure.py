@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -14,11 +15,14 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from pipeline.claims import Paired, interval
 from pipeline.outcome import MEASURES, Line, Row
 
 MARKERS = "oDs^vP*X<>d"
+TITLE = 70
+"""Letters of a title over each column."""
 
 
 def mean_curve(curves: Sequence[Sequence[Mapping[str, Any]]], key: str) -> list[tuple[float, float, float]]:
@@ -42,7 +46,14 @@ def drawn(lines: Sequence[Line]) -> list[Line]:
 
 def draw_study(title: str, lines: Sequence[Line], rows: Sequence[Row], path: Path) -> None:
     """Write the figure as PNG, of the variants that have finished a seed, if any has."""
-    lines = drawn(lines)
+    figure = study_figure(title, drawn(lines), rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def study_figure(title: str, lines: Sequence[Line], rows: Sequence[Row]) -> Figure:
+    """The figure of some variants, a column a score, with the legend beside it; the caller closes it."""
     keys = [key for key in MEASURES if any(key in line.means for line in lines)] or ["knn_top1"]
     height = 4.4 + 0.32 * len(lines)
     figure, axes = plt.subplots(
@@ -58,11 +69,11 @@ def draw_study(title: str, lines: Sequence[Line], rows: Sequence[Row], path: Pat
         differences(axes[1][column], key, lines)
     handles, labels = axes[0][0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+        figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
+    # The layout keeps legend and title clear of the axes, not of each other: neither is at the upper right.
+    wrapped = fill(title, TITLE * len(keys), break_on_hyphens=False)
+    figure.suptitle(wrapped, fontsize=10, x=0.02, horizontalalignment="left")
+    return figure
 
 
 def curves(axis: Axes, key: str, lines: Sequence[Line], rows: Sequence[Row]) -> None:

@@ -22,7 +22,7 @@ from pipeline.layout import RunPaths
 from pipeline.outcome import Row, claims, lines, measured, table_md, with_control
 from pipeline.pool import part_key
 from pipeline.studies import STUDIES, Study, Variant, row, study
-from pipeline.study_figure import drawn, mean_curve
+from pipeline.study_figure import drawn
 from stages.schedule import plan_stages
 from tests.pipeline.toy import TOY, StopAfter, job, record, same, toy, weights
 
@@ -372,17 +372,6 @@ def test_a_figure_has_no_empty_rows_for_what_has_not_run() -> None:
     found = lines(asked, [row for row in rows if row.variant != "near"])
     assert [line.variant for line in drawn(found)] == ["e2e", "far"]
     assert [line.variant for line in drawn(lines(asked, []))] == ["e2e", "near", "far"]
-
-
-def test_the_curve_of_seeds_is_their_mean_point_by_point() -> None:
-    curves = [[{"seconds": s + seed, "k": 0.1 * s + 0.01 * seed} for s in (1, 2, 3)] for seed in (0, 1, 2)]
-    curves[0] = curves[0][:2]
-    half = 4.3027 * 0.01 / 3**0.5
-    assert mean_curve(curves, "k") == [
-        (2.0, pytest.approx(0.11), pytest.approx(half, rel=1e-4)),
-        (3.0, pytest.approx(0.21), pytest.approx(half, rel=1e-4)),
-    ]
-    assert mean_curve(curves[:1], "k") == [(1, 0.1, 0.0), (2, 0.2, 0.0)]
 
 
 def test_losses_stand_beside_those_of_predictors_that_see_nothing(finished: Path) -> None:
