@@ -63,6 +63,15 @@ class Course:
         return without(self.heads, "teacher") if early else self.heads
 
     @property
+    def first_target(self) -> dict[str, str]:
+        """What stage 0 predicts, under the setting's name: no features are there yet, nor is a frozen teacher, whatever
+        later stages predict. Nothing where heads are given, whose decoders are those of their later targets."""
+        if self.config.heads.blocks:
+            return {}
+        (head,) = learning_heads(self.heads_of(0), cut=0)
+        return {"target.kind": head.target}
+
+    @property
     def adaptive(self) -> bool:
         """Whether stages end by themselves, so that the plan grows while the run does."""
         return self.config.schedule.kind == "adaptive"

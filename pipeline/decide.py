@@ -69,8 +69,8 @@ class Wanted(Course):
         """Everything that can change the outcome of a stage, by the setting's name."""
         inputs = self._common() | self._taught(stage) | self.config.decoder.inputs(later=stage > 0)
         inputs |= {"schedule.stage": [asdict(part) for part in self.asked(stage)]}
-        if self.adaptive:
-            inputs |= self._adaptive_inputs(stage)
+        inputs |= {} if stage else self.first_target
+        inputs |= self._adaptive_inputs(stage) if self.adaptive else {}
         if stage:
             parent = self.record(self.paths.stage(stage - 1)) or {}
             cache = self.config.cache

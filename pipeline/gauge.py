@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image
 
@@ -293,10 +292,12 @@ def measure_start(wanted: Wanted) -> float:
 
 
 def device_memory(train: TrainConfig) -> float:
-    """Bytes of the device."""
+    """Bytes of the device; of a CPU what this process may have of the machine, which a container's limit bounds."""
     if train.device.startswith("cuda"):
         return float(torch.cuda.get_device_properties(torch.device(train.device)).total_memory)
-    return float(psutil.virtual_memory().total)
+    from distributed.system import memory_limit
+
+    return float(memory_limit())
 
 
 def disk_folder(wanted: Wanted) -> Path:

@@ -8,22 +8,27 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from filelock import Timeout
 
 from cache.lock import locked
 from cache.manifest import atomic_write
 from models.spec import digest
 from pipeline.decide import ARMS, Wanted, judge_arm, judge_stage
-from pipeline.layout import StagePaths
+from pipeline.layout import RunBusy, StagePaths
 from pipeline.live import place
 from pipeline.machine import described
 
 NOT_TAKEN = frozenset({"cache.json", "speed.json"})
 """Files of a part that stay with the run that made it: what it has spent on caches, and how fast its steps were beside
 its own caches. The record says what the caches have cost."""
+
+UNCACHED = ("stage-0", *ARMS)
+"""Parts that read no cache, so that its settings decide nothing about them."""
 
 DONE = "part.json"
 """Written last: without it a part in the pool is half there, and is put in again."""
@@ -70,7 +75,7 @@ def publish(wanted: Wanted, pool: Path) -> list[str]:
     found = []
     with hold(pool):
         for where, paths, inputs, current in parts(wanted):
-            target = pool / part_key(wanted, inputs, where not in ("stage-0", *ARMS))
+            target = pool / part_key(wanted, inputs, where not in UNCACHED)
             if not current or (target / DONE).exists() or not made_so(wanted, paths):
                 continue
             link_files(paths.root, target / "part")
@@ -78,6 +83,25 @@ def publish(wanted: Wanted, pool: Path) -> list[str]:
             atomic_write(target / DONE, json.dumps({"from": str(wanted.paths.root), "place": where}).encode())
             found.append(where)
     return found
+
+
+@contextmanager
+def alone(wanted: Wanted, pool: Path) -> Iterator[None]:
+    """Hold the first part that a run lacks, which is where two processes would train the same in runs of their own.
+
+    Raises RunBusy where another one holds it. Where the file system has no locks nothing is held, and both train it.
+    """
+    with ExitStack() as stack:
+        for where, _, inputs, current in parts(wanted):
+            if not current:
+                held = pool / "held" / f"{part_key(wanted, inputs, where not in UNCACHED)}.lock"
+                held.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    stack.enter_context(locked(held, 0))
+                except Timeout:
+                    raise RunBusy(f"its {where} is being trained in another run") from None
+                break
+        yield
 
 
 def made_so(wanted: Wanted, paths: StagePaths) -> bool:
@@ -93,7 +117,7 @@ def take(wanted: Wanted, pool: Path) -> list[str]:
     found = []
     with hold(pool):
         for where, paths, inputs, current in parts(wanted):
-            source = pool / part_key(wanted, inputs, where not in ("stage-0", *ARMS))
+            source = pool / part_key(wanted, inputs, where not in UNCACHED)
             if current or not (source / DONE).exists():
                 continue
             link_files(source / "part", paths.root)

@@ -8,7 +8,7 @@ import json
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from pipeline.grid import Request, Run
 from pipeline.job import Interrupted, Job, RunFailed
 from pipeline.layout import RunBusy
 from pipeline.needs import Need
-from pipeline.pool import publish, take
+from pipeline.pool import alone, publish, take
 from pipeline.sharing import claim, remove_unused, used
 from pipeline.show import console
 from pipeline.speedup import current_comparison, kept_speed
@@ -56,29 +56,12 @@ def carry_out(request: Request, now: Callable[[], float] = time.monotonic) -> No
     assert request.study is not None
     hours = request.flags.hours
     stop = Deadline(request.stop, now() + 3600 * hours, now) if hours else request.stop
-    out = console()
     failed: dict[str, str] = {}
     assert Wanted(request.runs[0].config, request.runs[0].paths).data, "images that are not there are refused at once"
-    runs = request.asked
-    for number, run in enumerate(runs, 1):
-        if stop.is_set():
-            break
-        try:
-            if finished(run):
-                continue
-            out.print(f"study {request.flags.name}: run {number} of {len(runs)}: {run.label}", markup=False)
-            work(request, run, stop)
-        except Interrupted as error:
-            out.print(f"{run.label}: {error}", markup=False)
-            break
-        except RunBusy as error:
-            out.print(f"{run.label}: left to another process: {error}", markup=False)
-        except Exception as error:  # whatever it was, it is this run's, and the others go on
-            failed[run.label] = told = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            out.print(f"{run.label}: failed: {told}", markup=False)
-            if request.flags.debug:
-                out.print(without_secrets(traceback.format_exc()), markup=False)
-        note_failure(run, failed.get(run.label, ""))
+    left = request.asked
+    while left and not stop.is_set():
+        busy = go_through(request, left, stop, failed)
+        left = busy if len(busy) < len(left) else []  # while this call worked, others may have come to an end
     rows = write_results(request)
     show_results(request, rows)
     undone = [row for row in rows if row.state != "done"]
@@ -86,25 +69,58 @@ def carry_out(request: Request, now: Callable[[], float] = time.monotonic) -> No
         raise Interrupted(f"interrupted: {len(rows) - len(undone)} of {len(rows)} rows are done; {GO_ON}")
     if failed:
         first = ": ".join(next(iter(failed.items())))
-        raise RunFailed(f"{len(failed)} of {len(runs)} runs failed, first {first}; the same command retries")
+        raise RunFailed(f"{len(failed)} of {len(request.asked)} runs failed, first {first}; the same command retries")
     if undone and stop.is_set():
-        out.print(f"{hours:g} hours are up: {len(rows) - len(undone)} of {len(rows)} rows are done; {GO_ON}")
+        console().print(f"{hours:g} hours are up: {len(rows) - len(undone)} of {len(rows)} rows are done; {GO_ON}")
 
 
 GO_ON = "the same command goes on from there"
 
 
+def go_through(request: Request, runs: Sequence[Run], stop: threading.Event, failed: dict[str, str]) -> list[Run]:
+    """Bring runs to their end, one after the other, until `stop`, noting in `failed` why some did not come to it; those
+    that another process is at, or another run of which trains what they need."""
+    out = console()
+    busy = []
+    for run in runs:
+        if stop.is_set():
+            break
+        try:
+            if finished(run):
+                continue
+            number = request.asked.index(run) + 1
+            out.print(f"study {request.flags.name}: run {number} of {len(request.asked)}: {run.label}", markup=False)
+            work(request, run, stop)
+        except Interrupted as error:
+            out.print(f"{run.label}: {error}", markup=False)
+            break
+        except RunBusy as error:
+            out.print(f"{run.label}: left to another process: {error}", markup=False)
+            busy.append(run)
+            continue
+        except Exception as error:  # whatever it was, it is this run's, and the others go on
+            failed[run.label] = told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            out.print(f"{run.label}: failed: {told}", markup=False)
+            if request.flags.debug:
+                out.print(without_secrets(traceback.format_exc()), markup=False)
+        note_failure(run, failed.get(run.label, ""))
+    return busy
+
+
 def work(request: Request, run: Run, stop: threading.Event) -> None:
     """Bring a run to its end: take what other runs have finished, train the rest, hand on what is new.
 
+    Raises RunBusy when another process works in the run's folder, or trains what it would begin with in another run's.
     Afterwards its caches go, except those that runs of its seed which are still to come in this call will read.
     """
     with at_work(Job(request.flags.name, run.config, run.paths, stop=stop, yes=True)) as desk:
         take_parts(desk, request.pool)
-        try:
-            ensure(desk, run)
-        finally:
-            publish(desk.wanted, request.pool)
+        with alone(desk.wanted, request.pool):
+            take_parts(desk, request.pool)  # another call may have come to its end just now
+            try:
+                ensure(desk, run)
+            finally:
+                publish(desk.wanted, request.pool)
     for other in request.asked:
         if other.seed == run.seed and other != run and not finished(other):
             with suppress(RunBusy), at_work(Job(request.flags.name, other.config, other.paths)) as desk:

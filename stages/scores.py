@@ -148,10 +148,17 @@ def features(
     return Features(torch.cat(pooled).numpy(), images.labels, torch.cat(kept) if tokens else None)
 
 
+def free_memory() -> int:
+    """Bytes that this process may still take: what the machine has free, or what a container's limit leaves of it."""
+    from distributed.system import memory_limit  # not at the top: distributed takes as long to import as all the rest
+
+    return min(psutil.virtual_memory().available, memory_limit() - psutil.Process().memory_info().rss)
+
+
 def refuse_what_does_not_fit(encoder: Encoder, images: int) -> None:
     """Raise DataError when the tokens of so many images, kept as float16, do not fit the free memory."""
     needed = 2 * images * (encoder.num_prefix + encoder.num_tokens) * encoder.width
-    free = psutil.virtual_memory().available
+    free = free_memory()
     if 2 * needed > free:  # torch.cat holds both the parts and the whole for a moment
         raise DataError(
             f"eval.probes=attentive keeps {needed / 1e9:.1f} GB of tokens of {images} images and needs twice that, "

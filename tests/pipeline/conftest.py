@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline import runner, speedup
-from tests.pipeline.toy import job
+from pipeline.studies import STUDIES
+from tests.pipeline.toy import job, tiny
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,3 +32,24 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(finished: Path, tmp_path: Path) -> Path:
     return shutil.copytree(finished, tmp_path / "toy")
+
+
+@pytest.fixture
+def studies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STUDIES, "tiny", tiny)
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is trained, in order: run and part."""
+    from pipeline import work
+
+    found: list[str] = []
+    plain: Callable[..., None] = work.train
+
+    def train(desk: Any, paths: Any, *args: Any, **more: Any) -> None:
+        found.append(f"{desk.job.paths.root.name}/{paths.root.name}")
+        plain(desk, paths, *args, **more)
+
+    monkeypatch.setattr(work, "train", train)
+    return found

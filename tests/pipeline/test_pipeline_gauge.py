@@ -45,3 +45,8 @@ def test_a_gpu_is_handed_short_work_many_times_over(
     assert gauge.seconds_of(run, TrainConfig(device="cuda", threads=1)) == pytest.approx(seconds)
     assert len(ran) == runs
     assert unwatched("cuda:1") == LOG_EVERY and unwatched("cpu") == 1
+
+
+def test_a_containers_limit_is_the_memory_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distributed.system.memory_limit", lambda: 3_000_000_000)
+    assert gauge.device_memory(TrainConfig(device="cpu")) == 3e9

@@ -113,6 +113,19 @@ def test_a_stage_of_other_heads_or_masks_is_stale(copy: Path, changes: dict[str,
     assert verdict.state == "stale" and key in verdict.reason
 
 
+@pytest.mark.parametrize("target", ["features", "teacher"])
+def test_stage_0_predicts_pixels_where_its_target_is_not_there_yet(finished: Path, tmp_path: Path, target: str) -> None:
+    config = toy(**{"target.kind": target, "mask.groups": 1})
+    wanted = Wanted(config, RunPaths(finished))
+    assert judge_stage(wanted, 0).current
+    stale = judge_stage(wanted, 1)
+    assert stale.state == "stale" and f"target.kind: pixels -> {target}" in stale.reason
+    runner.run_stage(job(tmp_path / "anew", config, target=0))
+    assert same(weights(finished, "stage-0"), weights(tmp_path / "anew", "stage-0"))
+    given = Wanted(toy(**{"target.kind": target, "heads.blocks": [2, 4]}), RunPaths(finished))
+    assert "target.kind" in judge_stage(given, 0).reason, "decoders of given heads are those of their later targets"
+
+
 def test_where_pixels_come_from_changes_the_cache_and_no_stage(copy: Path) -> None:
     wanted = Wanted(toy(**{"cache.pixels": "recut"}), RunPaths(copy))
     assert judge_stage(wanted, 1).current and wanted.cache_spec(1) != Wanted(toy(), RunPaths(copy)).cache_spec(1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,23 +23,7 @@ from pipeline.pool import part_key
 from pipeline.studies import STUDIES, Study, Variant, row, study
 from pipeline.study_figure import drawn
 from stages.schedule import plan_stages
-from tests.pipeline.toy import TOY, StopAfter, job, record, same, toy, weights
-
-SMALL = TOY | {"eval.every": 1, "train.lr_schedule": "constant", "schedule.cuts": [0, 3], "schedule.epochs": [1, 2]}
-
-
-def tiny() -> Study:
-    """Two views against one, and end to end."""
-    return Study("Do views matter?", {"e2e": row("e2e"), "two": row(), "one": row(cache__views=1)}, "e2e", SMALL)
-
-
-@pytest.fixture
-def studies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(STUDIES, "tiny", tiny)
-
-
-def ask(root: Path, *words: str) -> Request:
-    return read_study(["tiny", "--run", str(root), *words])
+from tests.pipeline.toy import SMALL, StopAfter, ask, job, record, same, toy, weights
 
 
 def results(root: Path) -> list[dict[str, str]]:
@@ -99,22 +82,6 @@ def test_a_wrong_request_is_one_line(
 
 
 # --- the runs -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is trained, in order: run and part."""
-    from pipeline import work
-
-    found: list[str] = []
-    plain: Callable[..., None] = work.train
-
-    def train(desk: Any, paths: Any, *args: Any, **more: Any) -> None:
-        found.append(f"{desk.job.paths.root.name}/{paths.root.name}")
-        plain(desk, paths, *args, **more)
-
-    monkeypatch.setattr(work, "train", train)
-    return found
 
 
 def test_runs_share_what_is_equal_stop_go_on_and_lose_nothing(

@@ -1,4 +1,5 @@
-"""A run small enough to be trained in seconds: 96 images of 16 tokens, four blocks, three stages."""
+"""A run small enough to be trained in seconds: 96 images of 16 tokens, four blocks, three stages; and a study of such
+runs, with two stages each."""
 
 from __future__ import annotations
 
@@ -12,11 +13,13 @@ from safetensors.torch import load_file
 
 from cache.manifest import read_manifest, write_manifest
 from pipeline.config import PipelineConfig
+from pipeline.grid import Request, read_study
 from pipeline.job import Job
 from pipeline.layout import RunPaths
 from pipeline.machine import resolve
 from pipeline.reading import parse
 from pipeline.recipes import recipe
+from pipeline.studies import Study, row
 
 TOY = {
     "data.limit": 96,
@@ -40,6 +43,9 @@ TOY = {
     "eval.train_limit": 40,
     "eval.val_limit": 40,
 }
+
+
+SMALL = TOY | {"eval.every": 1, "train.lr_schedule": "constant", "schedule.cuts": [0, 3], "schedule.epochs": [1, 2]}
 
 
 def toy(**changes: object) -> PipelineConfig:
@@ -77,3 +83,12 @@ def without_last_checksums(cache: Path) -> None:
     """Let a cache's manifest forget by what a whole shard of another cache is told from its own."""
     known = read_manifest(cache)
     write_manifest(cache, replace(known, shards=tuple(replace(entry, last_crc=0) for entry in known.shards)))
+
+
+def tiny() -> Study:
+    """Two views against one, and end to end."""
+    return Study("Do views matter?", {"e2e": row("e2e"), "two": row(), "one": row(cache__views=1)}, "e2e", SMALL)
+
+
+def ask(root: Path, *words: str) -> Request:
+    return read_study(["tiny", "--run", str(root), *words])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import psutil
 import pytest
 
 from models.config import ModelConfig
@@ -86,8 +87,18 @@ def test_too_few_images_and_too_little_memory_are_refused_in_one_line(
     with pytest.raises(DataError, match=r"2 labelled training images are too few .* needs 3"):
         score(encoder, few, ALL, SIZE, "cpu", "float32", seed=0)
     assert score(encoder, few, EvalConfig(), SIZE, "cpu", "float32", seed=0).train_images == 2
-    monkeypatch.setattr(scores.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
+    monkeypatch.setattr(scores, "free_memory", lambda: 1000)
     with pytest.raises(DataError, match=r"eval.probes=attentive keeps .* GB .* lower eval.train_limit"):
         score(encoder, data, ALL, SIZE, "cpu", "float32", seed=0)
     without = replace(ALL, probes=("knn", "sgd"))
     assert len(score(encoder, data, without, SIZE, "cpu", "float32", seed=0).scores) == 2
+
+
+def test_a_containers_limit_bounds_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores.free_memory()  # imports what it needs
+    own, room = psutil.Process().memory_info().rss, 50_000_000
+    monkeypatch.setattr("distributed.system.memory_limit", lambda: own + room)
+    assert abs(scores.free_memory() - room) < 40_000_000  # what the process takes moves by little between two looks
+    monkeypatch.setattr("distributed.system.memory_limit", lambda: 10**15)
+    monkeypatch.setattr(scores.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
+    assert scores.free_memory() == 1000
