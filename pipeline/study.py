@@ -58,10 +58,10 @@ def carry_out(request: Request, now: Callable[[], float] = time.monotonic) -> No
     stop = Deadline(request.stop, now() + 3600 * hours, now) if hours else request.stop
     failed: dict[str, str] = {}
     assert Wanted(request.runs[0].config, request.runs[0].paths).data, "images that are not there are refused at once"
-    left = request.asked
+    left: Sequence[Run] = request.asked
     while left and not stop.is_set():
         busy = go_through(request, left, stop, failed)
-        left = busy if len(busy) < len(left) else []  # while this call worked, others may have come to an end
+        left = busy if len(busy) < len(left) else ()  # while this call worked, others may have come to an end
     rows = write_results(request)
     show_results(request, rows)
     undone = [row for row in rows if row.state != "done"]
