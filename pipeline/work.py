@@ -36,7 +36,7 @@ from pipeline.ring import ring_of
 from pipeline.seconds import cache_costs
 from stages.adaptive import Settle
 from stages.arm import Arm, Hooks, Result
-from stages.blind import blind_record
+from stages.blind import blind_record, nothing_learnt
 from stages.book import Diverged
 from stages.checkpoint import CheckpointError, Progress
 from stages.encode import frozen_encoder
@@ -178,16 +178,16 @@ def train(
     trained_on = replace(arm, source=feed or arm.source)
     done = carry_out(desk, paths, trained_on, record, lambda model: evaluate_encoder(wanted, model.encoder))
     done.record.update(costs())
-    last = done.progress.curve[-1]
-    scores = {name: last[name] for name in ("knn_top1", "linear_top1")}
+    scores = {name: done.progress.curve[-1][name] for name in ("knn_top1", "linear_top1")}
     trained = done.progress.totals
     segment = arm.segments[len(trained) - 1]
-    if blind := blind_record(done.model, arm.source(segment), segment, trained[-1].steps, arm.train):
-        done.record["blind_losses"] = blind
+    blind = blind_record(done.model, arm.source(segment), segment, trained[-1].steps, arm.train)
+    done.record.update({"blind_losses": blind} if blind else {})
+    if told := nothing_learnt(trained[-1].mean_loss, blind):
+        desk.log.message(f"{arm.label}: {told}")
     finish_record(paths, done, done.model.encoder.vit.state_dict(), scores)
     if isinstance(done.model, MaskedModel):
-        steps = sum(part.steps for part in done.progress.totals)
-        show_reconstructions(desk, done.model, paths, arm.label, steps)
+        show_reconstructions(desk, done.model, paths, arm.label, sum(part.steps for part in trained))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,9 @@ IMAGES = 512
 """Images that the losses are of. The constants are fitted on the targets that they are scored on, so with three of four
 tokens hidden the loss of places is about a four hundredth too low."""
 
+BARELY = 0.02
+"""A loss that lies no more than this share below that of places says that nothing was learnt from what is visible."""
+
 PIECE = 64
 """Images at most that are masked at once: a batch is that of all ranks and micro-batches, too much for some devices."""
 
@@ -92,3 +95,16 @@ def blind_record(model: Learner, source: Source, segment: Segment, steps: int, t
     weights = dict(zip(model.loss_names, model.loss_weights(progress), strict=True))
     total = {kind: sum(weights[name] * getattr(blind, kind) for name, blind in heads.items()) for kind in Blind._fields}
     return total | {"heads": {name: blind._asdict() for name, blind in heads.items()}}
+
+
+def nothing_learnt(loss: float, blind: dict[str, Any]) -> str:
+    """What to tell of a loss at its end that a predictor which sees nothing comes to as well; empty for a lower one.
+
+    blind: as `blind_record` has it; without losses nothing is told.
+    """
+    if not blind or loss < (1 - BARELY) * blind["place"]:
+        return ""
+    return (
+        f"its loss, {loss:.4g}, is no lower than {1 - BARELY:.0%} of {blind['place']:.4g}, to which a decoder comes "
+        "that sees nothing of an image: nothing was learnt from visible tokens; train longer or change target.kind"
+    )

@@ -16,7 +16,7 @@ from pipeline.feeds import sampling
 from pipeline.layout import RunPaths
 from stages.pictures import reconstructions
 from stages.sources import LiveImages
-from tests.pipeline.toy import job, same, toy, weights
+from tests.pipeline.toy import job, record, same, toy, weights
 
 METHODS: dict[str, dict[str, object]] = {
     "hog": {"target.kind": "hog"},
@@ -124,6 +124,13 @@ def test_stage_0_predicts_pixels_where_its_target_is_not_there_yet(finished: Pat
     assert same(weights(finished, "stage-0"), weights(tmp_path / "anew", "stage-0"))
     given = Wanted(toy(**{"target.kind": target, "heads.blocks": [2, 4]}), RunPaths(finished))
     assert "target.kind" in judge_stage(given, 0).reason, "decoders of given heads are those of their later targets"
+
+
+def test_a_stage_that_has_learnt_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runner.run_stage(job(tmp_path / "idle", toy(**{"train.lr": 1e-9, "train.min_lr": 0.0}), target=0))
+    found = record(tmp_path / "idle", "stage-0")
+    assert found["final_loss"] >= 0.98 * found["blind_losses"]["place"] > 0.5
+    assert f"stage 0: its loss, {found['final_loss']:.4g}, is no lower than 98% of" in capsys.readouterr().out
 
 
 def test_where_pixels_come_from_changes_the_cache_and_no_stage(copy: Path) -> None:

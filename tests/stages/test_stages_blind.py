@@ -15,7 +15,7 @@ from models.config import DecoderConfig, HeadSpec, MaskConfig
 from models.masking import keep_lowest
 from models.teacher import EmaTeacher
 from stages import blind
-from stages.blind import blind_losses, blind_record
+from stages.blind import blind_losses, blind_record, nothing_learnt
 from stages.config import DataConfig
 from stages.images import ImageList
 from stages.sources import LiveImages, Sampling
@@ -101,3 +101,10 @@ def test_batches_are_masked_in_pieces_one_load_at_a_time(colours: ImageList, mon
     assert found["heads"] == {name: pytest.approx(one._asdict(), rel=1e-6) for name, one in whole.items()}
     weights = dict(zip(model.loss_names, model.loss_weights(0.3), strict=True))
     assert found["place"] == pytest.approx(sum(weights[name] * one.place for name, one in whole.items()), rel=1e-6)
+
+
+def test_a_loss_that_needs_no_image_is_told_with_its_bound() -> None:
+    told = nothing_learnt(0.0636, {"mean": 0.0654, "place": 0.0629})
+    assert "0.0636, is no lower than 98% of 0.0629" in told and "target.kind" in told
+    assert nothing_learnt(0.0617, {"mean": 0.0654, "place": 0.0629}) and not nothing_learnt(0.0616, {"place": 0.0629})
+    assert not nothing_learnt(1.0, {}), "where nothing is hidden there is nothing to compare with"
