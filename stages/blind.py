@@ -97,12 +97,12 @@ def blind_record(model: Learner, source: Source, segment: Segment, steps: int, t
     return total | {"heads": {name: blind._asdict() for name, blind in heads.items()}}
 
 
-def nothing_learnt(loss: float, blind: dict[str, Any]) -> str:
+def nothing_learnt(loss: float | None, blind: dict[str, Any]) -> str:
     """What to tell of a loss at its end that a predictor which sees nothing comes to as well; empty for a lower one.
 
-    blind: as `blind_record` has it; without losses nothing is told.
+    loss: None where nothing was trained. blind: as `blind_record` has it; where either is missing nothing is told.
     """
-    if not blind or loss < (1 - BARELY) * blind["place"]:
+    if not blind or loss is None or loss < (1 - BARELY) * blind["place"]:
         return ""
     return (
         f"its loss, {loss:.4g}, is no lower than {1 - BARELY:.0%} of {blind['place']:.4g}, to which a decoder comes "
