@@ -29,7 +29,7 @@ class ModelConfig:
     heads: int = 0
     """Attention heads; 0 takes the named model's own."""
     class_token: bool = False
-    """Put a class token before the patches, as checkpoints that have one need; nothing here is read from it."""
+    """Put a class token before the patches, as checkpoints that have one need; only finetune.pool=token reads it."""
     registers: int = 0
     """Register tokens before the patches; 0 takes the named model's own."""
     attention: Literal["auto", "plain", "fused"] = "auto"

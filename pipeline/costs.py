@@ -93,12 +93,20 @@ def show_elsewhere(job: Job) -> None:
     out.print(f"{images:,} images on {profile.name}: {profile.device} ({profile.origin})", markup=False)
     show_costs(wanted, profile, costs, found)
     show_advice(found)
-    for line in profile.assumptions:
+    for line in (*profile.assumptions, *shortened(wanted)):
         out.print(f"assumed: {line}", markup=False)
     file = job.paths.root / f"plan-{Path(job.device_profile).stem or 'here'}-{images}.json"
     job.paths.root.mkdir(parents=True, exist_ok=True)
     atomic_write(file, (json.dumps(found, indent=2) + "\n").encode())
     out.print(f"written: {file}", markup=False)
+
+
+def shortened(wanted: Wanted) -> tuple[str, ...]:
+    """A line where `train.max_steps` ends stages before their epochs, while caches are planned whole."""
+    most = wanted.config.train.max_steps
+    if all(segment.steps == segment.epochs * segment.steps_per_epoch for segment in wanted.segments):
+        return ()
+    return (f"train.max_steps = {most} ends stages before their epochs do; SET=train.max_steps=0 plans whole epochs.",)
 
 
 def on_device(config: PipelineConfig, profile: DeviceProfile) -> PipelineConfig:

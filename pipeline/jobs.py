@@ -31,7 +31,7 @@ def job_cluster(config: ClusterConfig) -> Any:
             from dask_jobqueue import PBSCluster, SLURMCluster
     except ImportError as error:
         raise ConfigError(
-            f"cluster.kind = {config.kind} needs a package ({error}); pip install 'permafrost[{EXTRAS[config.kind]}]'"
+            f"cluster.kind = {config.kind} needs a package ({error}); pip install -e '.[{EXTRAS[config.kind]}]' here"
         ) from error
     from pipeline.batch import watched
 

@@ -89,8 +89,8 @@ def localmim() -> PipelineConfig:
 def original() -> PipelineConfig:
     """The idea as it was first written down: frozen blocks see all tokens, and the decoder predicts their features.
 
-    It leaks: visible features have attended to the tokens that are hidden afterwards, so the task is easier than MAE's,
-    the loss falls quickly and the encoder hardly improves. Kept to be measured, not recommended.
+    It leaks: visible features have attended to the tokens that are hidden afterwards, so the task is easier than MAE's
+    and its loss cannot be compared with another mode's. Kept to be measured, not recommended.
     Expected: about 8 minutes on two CPU cores.
     Command: make all CONFIG=original
     """

@@ -112,5 +112,5 @@ def test_what_makes_no_sense_is_refused(settings: dict[str, Any], problem: str) 
 @pytest.mark.parametrize(("kind", "module"), [("slurm", "dask_jobqueue"), ("kubernetes", "dask_kubernetes.operator")])
 def test_a_package_that_is_not_there_is_named(kind: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ConfigError, match=rf"kind = {kind} needs a package .*pip install .permafrost\[{kind}\]"):
+    with pytest.raises(ConfigError, match=rf"kind = {kind} needs a package .*pip install -e '.\[{kind}\]'"):
         job_cluster(ClusterConfig(kind=kind, threads=1, workers=1, image="i"))  # type: ignore[arg-type]

@@ -211,6 +211,9 @@ def test_a_plan_for_images_and_a_device_that_are_not_here(tmp_path: Path, capsys
     assert "as set" in out and "mask.groups=1 leaks: visible features" in out and "1 (leaks)" in out
     row = next(row for row in plan["advice"]["settings"] if row["why"] == "as set")
     assert row["seconds"] == pytest.approx(plan["cached_seconds"])
+    assert "train.max_steps" not in out
+    costs.show_plan(job(root, toy(**{"train.max_steps": 1}), images=IMAGES, device_profile=str(file)))
+    assert "assumed: train.max_steps = 1 ends stages before their epochs do" in capsys.readouterr().out
 
 
 def test_twice_the_images_take_twice_the_steps_and_rows() -> None:
