@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from pipeline.comparable import scored_unlike, seconds_unlike, unfinished
 
 PROBES = {"knn_top1": "kNN", "linear_top1": "linear probe"}
 FEWEST_SEEDS = 3
 """Seeds from which on a difference may be claimed."""
-CROWDED = 0.05
-"""Share of training lost to other work on the machine, from which on its seconds are said to be too long."""
 
 
 @dataclass(frozen=True)
@@ -94,62 +94,16 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float], images: int) 
     return Paired(mean, half, len(both), standard_error(middle, images) if images else math.nan)
 
 
-def scored_so_far(before: dict[str, Any] | None, inputs: str, now: dict[str, Any]) -> dict[str, Any] | None:
-    """How an arm is scored, from first to last: one that goes on may have points that were scored otherwise, which is
-    then said; None where an earlier version began it, which did not note how."""
-    if before is None or before.get("fingerprint") != inputs:
-        return now
-    had = before.get("scored")
-    return had if had is None or had | now == had else now | {"before": had}
-
-
-def ways_unlike(ways: Iterable[Mapping[str, Any] | None]) -> str:
-    """How scores differ in what they were taken on or with, `eval.val_limit 40 or 400`; empty where they do not, and
-    compare. None is a way that an earlier version has not noted: it is known to be like no other."""
-    found = list(ways)
-    if all(way == found[0] for way in found):
-        return ""
-    if None in found:
-        return "in part by an earlier version, which has not noted how"
-    named = [way for way in found if way is not None]
-    told = []
-    for key in sorted({key for way in named for key in way}):
-        values = list(dict.fromkeys(str(way.get(key, "alike")) for way in named))
-        if len(values) > 1:
-            told.append(f"{key} {' or '.join(value[:8] if key.startswith('data') else value for value in values)}")
-    return ", ".join(told)
-
-
-def scored_unlike(runs: Sequence[dict[str, Any]], arms: Iterable[str] = ("e2e", "cached")) -> str:
-    """That arms of comparisons were scored differently, and how; empty where their scores compare."""
-    how = ways_unlike(way for one in runs for arm in arms for way in one["arms"][arm].get("scored", [None]))
-    return f"arms were scored differently ({how}): their scores do not compare, no difference is claimed" if how else ""
-
-
-def crowded(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """That other work had the cores while some of these were trained, so that their seconds mislead; else empty.
-
-    rows: by name, what has `crowded_seconds`, missing or None where it was not measured, and `train_seconds`.
-    """
-    told = [
-        f"{100 * lost / trained:.0f} % of the training of {name}"
-        for name, row in rows.items()
-        if (lost := row.get("crowded_seconds") or 0.0) > CROWDED * (trained := row.get("train_seconds") or 0.0)
-    ]
-    what = "so seconds are too long and do not compare; scores are what they would be"
-    return f"other work had the cores for {', '.join(told)}, {what}" if told else ""
-
-
 def contrasts(
     found: dict[str, Any], seeds: Sequence[dict[str, Any]] = (), other: Literal["early_stop", "e2e"] = "early_stop"
 ) -> list[Contrast]:
     """The cached arm beside e2e, stopped at its total time or at its end, by probe; empty for images without labels,
-    and where the two were scored differently.
+    where the two were scored differently, and, of stopping early, where their seconds do not compare.
 
     seeds: comparisons of runs that differ in their seed only; differences are paired within each of them.
     """
     result: list[Contrast] = []
-    if scored_unlike(seeds or [found]):
+    if scored_unlike(seeds or [found]) or (other == "early_stop" and times_unlike(seeds or [found])):
         return result
     for key, name in PROBES.items():
         pairs = [
@@ -167,9 +121,15 @@ def contrasts(
 
 def headline(found: dict[str, Any], seeds: Sequence[dict[str, Any]] = ()) -> str:
     """The first line: the speed-up in total, and what stopping early says about it."""
-    if unlike := scored_unlike(seeds or [found]):
+    if unlike := scored_unlike(seeds or [found]) or times_unlike(seeds or [found]):
         return f"{speedup_said(found, seeds)}; {unlike}"
     return f"{speedup_said(found, seeds)}{early_stop_said(contrasts(found, seeds), seeds or [found])}"
+
+
+def times_unlike(runs: Sequence[dict[str, Any]]) -> str:
+    """Why seconds of end to end and of cached training do not compare in some run; empty where they do in all."""
+    told = (seconds_unlike({arm: one["arms"][arm] for arm in ("e2e", "cached")}) for one in runs)
+    return next((why for why in told if why), "")
 
 
 def speedup_said(found: dict[str, Any], seeds: Sequence[dict[str, Any]] = ()) -> str:
@@ -199,6 +159,8 @@ def early_stop_said(found: Sequence[Contrast], runs: Sequence[dict[str, Any]]) -
     lower = [one for one in found if one.sure and one.difference < 0]
     if higher and not lower:
         names = " and ".join(one.name for one in higher)
+        if seconds < mean_seconds(runs, "e2e") and (why := unfinished(runs[0]["arms"]["e2e"])):
+            return f"; above {at} in {names}, but {why}: it is not known how one planned that short would score"
         return f", and ahead of {at} in {names}"
     few = f", {seeds_said(found[0].paired.seeds)}" if found[0].paired.seeds < FEWEST_SEEDS else ""
     if all(one.difference <= 0 for one in found):

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from pipeline.comparable import machines, ways_unlike
 from pipeline.decide import Wanted, difference
 from pipeline.machine import described
 from pipeline.reading import flatten
@@ -58,6 +59,9 @@ def foretold(wanted: Wanted, stages: Sequence[dict[str, Any]], arms: dict[str, d
     """Predicted beside measured, with relative differences, by stage and arm. stages: their records; arms: those of the
     arms e2e and freeze."""
     plan = read_plan(wanted)
+    parts = [{"machine": described(wanted.config.train)}, *stages, *arms.values()]
+    if how := ways_unlike(way for part in parts for way in machines(part)):
+        return {"compared": False, "why": f"not all parts ran alike, and as the plan has them: {how}"}
     if why := why_not(wanted, plan):
         return {"compared": False, "why": why}
     by_stage = []

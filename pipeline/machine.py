@@ -51,15 +51,16 @@ def resolve(config: PipelineConfig, previous: PipelineConfig | None = None, dete
     return dataclasses.replace(config, train=train)
 
 
-def described(train: TrainConfig) -> dict[str, Any]:
-    """The machine, and with what the numbers of a record were made on it."""
+def described(train: TrainConfig, ranks: int = 1) -> dict[str, Any]:
+    """The machine, and with what the numbers of a record were made on it. ranks: processes that train together."""
     return {
         "device": f"{train.device} ({processor()})",
         "precision": train.precision,
         "threads": train.threads,
+        "compile": train.compile,
         "versions": {"permafrost": __version__, "python": platform.python_version()}
         | {name: version(name) for name in VERSIONS},
-    }
+    } | ({"ranks": ranks} if ranks > 1 else {})
 
 
 def processor() -> str:

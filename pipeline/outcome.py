@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.claims import FEWEST_SEEDS, Paired, crowded, interval, paired, points, ways_unlike
+from pipeline.claims import FEWEST_SEEDS, Paired, interval, paired, points
+from pipeline.comparable import crowded, trained_unlike, unfinished, ways_unlike
 from pipeline.speedup import arm_summary, cache_cost, stopped_at
 from pipeline.studies import Study
 
@@ -50,6 +51,12 @@ class Row:
         """How it was scored otherwise than another; empty where the two compare."""
         return ways_unlike(way for row in (self, other) for way in row.values.get("scored", [None]))
 
+    def not_timed(self, other: Row) -> str:
+        """Why its seconds and another's do not compare; empty where they do."""
+        pair = {row.variant: row.values for row in (self, other)}
+        busy = "other work had the cores for the training of one" if crowded(pair) else ""
+        return trained_unlike(pair.values()) or busy
+
 
 def measured(parts: Sequence[Record]) -> tuple[Record, tuple[Record, ...]]:
     """(values, curve) of an arm from the records of its parts, in order."""
@@ -76,15 +83,18 @@ def tuned(record: Record) -> Record:
 
 
 def with_control(study: Study, rows: Iterable[Row]) -> list[Row]:
-    """The rows, each with what end to end of the same seed scores when it is stopped after as many seconds."""
+    """The rows, each with what end to end of the same seed scores when it is stopped after as many seconds, or, under
+    `not_stopped`, why that is not known."""
     rows = list(rows)
     ends = {row.seed: row for row in rows if row.variant == study.end_to_end and row.curve}
     found = []
     for row in rows:
         end = ends.get(row.seed)
         if end and row.curve and row.variant != study.end_to_end and not row.unlike(end):
-            stopped = stopped_at(list(end.curve), row.values["total_seconds"])
-            more = {f"{key}_e2e_stopped": stopped[key] for key in ("knn_top1", "linear_top1")}
+            more: Record = {"not_stopped": row.not_timed(end) or unfinished(end.values)}
+            if not more["not_stopped"]:
+                stopped = stopped_at(list(end.curve), row.values["total_seconds"])
+                more = {f"{key}_e2e_stopped": stopped[key] for key in ("knn_top1", "linear_top1")}
             row = Row(row.variant, row.seed, row.state, row.values | more, row.curve)
         found.append(row)
     return found
@@ -205,6 +215,8 @@ def table_md(study: Study, name: str, facts: Sequence[str], found: Sequence[Line
         if line.unlike:
             pair, which = f"{line.variant} and {line.against}", ", ".join(map(str, line.unlike))
             out += ["", f"{pair} were scored differently with seed {which}, and are not compared there."]
+    if not_stopped := sorted({why for row in rows if (why := row.values.get("not_stopped"))}):
+        out += ["", f"Rows are not compared with end to end stopped early where {'; '.join(not_stopped)}."]
     if unknown := [row for row in rows if row.values.get("cache_cost_known") is False]:
         names = ", ".join(f"{row.variant}, seed {row.seed}" for row in unknown)
         what = "What caches that were found, or taken rows from, have cost is not known and counts as 0"

@@ -15,7 +15,8 @@ from markupsafe import Markup, escape
 
 from cache.manifest import atomic_write
 from pipeline import __version__
-from pipeline.claims import FEWEST_SEEDS, contrasts, crowded, headline, mean_seconds, scored_unlike
+from pipeline.claims import FEWEST_SEEDS, contrasts, headline, mean_seconds
+from pipeline.comparable import frozen_for_all, scored_unlike, seconds_unlike, unfinished
 from pipeline.foretold import foretold_line
 from pipeline.job import Job
 from pipeline.layout import RunPaths
@@ -100,22 +101,25 @@ def control(story: Story) -> list[str]:
     if not story.speedup:
         return []
     runs = story.runs or [story.speedup]
-    found = contrasts(story.speedup, runs)
-    if not found:
+    stopped, whole = contrasts(story.speedup, runs), contrasts(story.speedup, runs, "e2e")
+    if not whole:
         return []
     seconds, epoch = (statistics.fmean(one["early_stop"][key] for one in runs) for key in ("seconds", "epoch"))
     cached, freeze, e2e = (mean_seconds(runs, arm) for arm in ("cached", "freeze", "e2e"))
     images = story.speedup["arms"]["cached"]["curve"][-1]["probe_images"]
-    whole = contrasts(story.speedup, runs, "e2e")
+    why = unfinished(story.speedup["arms"]["e2e"])
     errors = (
         "Seconds and scores are means over seeds; intervals are 95 %, by Student's t, of differences paired by seed. A "
         "difference within its interval is none."
         if len(story.seeds) >= FEWEST_SEEDS
         else f"A score on {images} images has the standard error given; what another seed would change comes on top."
     )
-    return [
+    early = (
         f"End to end stopped after {seconds:.1f} s (epoch {epoch:.1f}) against cached training at its end, "
-        f"{cached:.1f} s: {'; '.join(map(str, found))}.",
+        f"{cached:.1f} s: {'; '.join(map(str, stopped))}{f' ({why})' if why else ''}."
+    )
+    return [
+        *([early] if stopped else []),
         f"End to end at its own end, {e2e:.1f} s, against the same: {'; '.join(map(str, whole))}.",
         errors,
         f"Freezing alone, without a cache, took {freeze:.1f} s in all, {freeze / cached:.2f}× the time of cached "
@@ -155,8 +159,10 @@ def warnings(story: Story) -> Iterator[str]:
             f"Reading features costs: a cached step runs at {story.speedup['loader_bound']:.2f} of its speed on "
             "features in memory."
         )
-    if busy := crowded(story.summaries):
-        yield f"{busy[0].upper()}{busy[1:]}."
+    if story.stages and (shared := frozen_for_all(story.stages[0])):
+        yield f"{shared[0].upper()}{shared[1:]}."
+    if why := seconds_unlike(story.summaries):
+        yield f"{why[0].upper()}{why[1:]}."
     for name, record in story.records.items():
         waited = record.get("loader_wait_seconds") or 0.0
         if record["status"] == "done" and waited > WAITING * record["train_seconds"] > 0:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from cache.manifest import atomic_write
-from pipeline.claims import PROBES, crowded, scored_unlike
+from pipeline.claims import PROBES
+from pipeline.comparable import frozen_for_all, machines, scored_unlike, seconds_unlike, unfinished
 from pipeline.config import ConfigError
 from pipeline.decide import ARMS, Wanted, judge_all
 from pipeline.desk import Desk, at_work
@@ -88,6 +89,7 @@ def summary(wanted: Wanted) -> dict[str, Any]:
     ]
     found = {
         "arms": arms,
+        "frozen_for_all": frozen_for_all(stages[0]),
         "speedup_total": arms["e2e"]["total_seconds"] / arms["cached"]["total_seconds"],
         "speedup_by_stage": by_stage,
         "loader_bound": min(loading, default=1.0),
@@ -148,7 +150,8 @@ def arm_summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "epochs": sum(part["epochs"] for part in parts),
         "images": sum(part["images"] for part in parts),
         "scored": distinct(part.get("scored") for part in parts),
-        "ranks": sorted({part.get("machine", {}).get("ranks", 1) for part in parts}),
+        "machines": distinct(one for part in parts for one in machines(part)),
+        "lr_schedule": parts[-1].get("inputs", {}).get("train.lr_schedule"),
         "knn_top1": parts[-1]["knn_top1"],
         "linear_top1": parts[-1]["linear_top1"],
         "curve": curve,
@@ -238,19 +241,21 @@ def show(found: dict[str, Any]) -> None:
     if unlike := scored_unlike([found], found["arms"]):
         out.print(unlike, markup=False)
     out.print(rows)
-    if busy := crowded(found["arms"]):
-        out.print(busy, markup=False)
+    if why := seconds_unlike(found["arms"]):
+        out.print(why, markup=False)
+    if shared := found.get("frozen_for_all"):
+        out.print(shared, markup=False)
     stopped, cached = found["early_stop"], found["arms"]["cached"]
     out.print(
         f"e2e stopped at the cached arm's {cached['total_seconds']:.0f} s (epoch {stopped['epoch']:.1f}): "
         f"kNN {score(stopped['knn_top1'])}, linear {score(stopped['linear_top1'])}; "
         f"cached: {score(cached['knn_top1'])}, {score(cached['linear_top1'])}"
+        + (f"; {why}" if (why := unfinished(found["arms"]["e2e"])) else ""),
+        markup=False,
     )
     for control, told in (("stopped then", "cached_less_early_stop"), ("at its end", "cached_less_e2e")):
         for key, pair in found.get("seeds", {}).get(told, {}).items():
             out.print(f"cached less e2e {control}: {PROBES[key]} {pair['said']}")
-    if len(ranks := {tuple(arm.get("ranks", ())) for arm in found["arms"].values()}) > 1:
-        out.print(f"arms were trained on different numbers of ranks, {sorted(ranks)}: their seconds do not compare")
     if shared := cached["cache_seconds_elsewhere"]:
         whose = "other runs that share the caches, or on rows taken over"
         out.print(f"of the cache seconds, {shared:.1f} were spent by {whose}")

@@ -56,6 +56,8 @@ def row(arm: Measured = "cached", against: str = "", /, **settings: Any) -> Vari
     return Variant({key.replace("__", "."): value for key, value in settings.items()}, arm, against)
 
 
+STEADY: Settings = {"train.lr_schedule": "constant"}
+"""Every point of a curve is then a place where one may stop."""
 SHORT: Settings = {
     "data.source": "cifar10",
     "model.image_size": 32,
@@ -67,7 +69,7 @@ SHORT: Settings = {
     "schedule.cuts": [0, 3, 6, 9],
     "schedule.epochs": [8, 4, 4, 4],
     "train.batch_size": 128,
-    "train.lr_schedule": "constant",
+    **STEADY,
     "train.warmup_epochs": 1.0,
     "eval.every": 2,
     "eval.train_limit": 10_000,
@@ -82,12 +84,14 @@ network: DATA='path/to/cifar10/train-{000000..000007}.tar', and DATA_VAL likewis
 def seeds() -> Study:
     """The sceptic's controls on the sample: three arms, and end to end stopped early, over three seeds.
 
-    Compared: the cached arm with end to end at its end, and with end to end stopped at the cached arm's total time.
+    Compared: the cached arm with end to end at its end, and with end to end stopped at the cached arm's total time. The
+    rate is constant: under the sample's cosine a stopped arm is one whose rate has not fallen yet.
     Data: the recipe's (CONFIG, DATA), scored on the sample's own evaluation images, of other data on a tenth that is
     held out, or on DATA_VAL. Nothing is chosen.
     """
     arms = {"e2e": row("e2e"), "freeze": row("freeze"), "cached": row()}
-    return Study("Does the cached arm beat end to end, whole and stopped early?", arms, "e2e", {"eval.every": 1})
+    question = "Does the cached arm beat end to end, whole and stopped early?"
+    return Study(question, arms, "e2e", {**STEADY, "eval.every": 1})
 
 
 def cached_vs_early_stop() -> Study:
@@ -177,9 +181,10 @@ def freezeout() -> Study:
     """FreezeOut with AdamW: spacing, t0 and scaled rates, against freezing at the same times with one constant rate.
 
     Compared: each with the row of its spacing and t0 whose layers share the constant rate until they freeze.
-    Data: SHORT; 20 epochs in all. End to end at the constant rate is the row that nothing freezes in.
+    Data: SHORT; 20 epochs in all. End to end at the constant rate is the row that nothing freezes in: of a run that
+    freezes by the explicit schedule, since arms share stage 0, in which FreezeOut freezes blocks in place.
     """
-    variants = {"e2e": row("e2e", schedule__layer_rates="shared")}
+    variants = {"e2e": row("e2e", schedule__kind="explicit")}
     for scale, t0 in (("linear", 0.5), ("squared", 0.65), ("cubic", 0.65), ("cubic", 0.8), ("cubic", 0.9)):
         when: dict[str, Any] = {"schedule.scale": scale, "schedule.t0": t0}
         name = f"{scale}-{t0}"

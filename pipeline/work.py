@@ -23,7 +23,7 @@ from models.learner import Learner
 from models.mim import MaskedModel
 from models.teacher import EmaTeacher, Teacher
 from models.vit import Encoder, frozen_hash
-from pipeline.claims import scored_so_far
+from pipeline.comparable import so_far
 from pipeline.config import PipelineConfig
 from pipeline.decide import Wanted, inputs_digest
 from pipeline.desk import Desk
@@ -206,9 +206,9 @@ def carry_out(
     """Train an arm, its record saying so from the start. Raises Interrupted with the state saved, or RunFailed."""
     segments, team = arm.segments, desk.job.team
     record = arm.tag | facts | {"status": "running", "fingerprint": arm.inputs}
-    machine = described(desk.wanted.config.train) | ({"ranks": team.rank.ranks} if team.rank.ranks > 1 else {})
-    record |= {"epochs": sum(segment.epochs for segment in segments), "machine": machine}
-    record |= {"scored": scored_so_far(desk.wanted.record(paths), arm.inputs, desk.wanted.scored)}
+    record |= {"epochs": sum(segment.epochs for segment in segments)}
+    made = {"machine": described(desk.wanted.config.train, team.rank.ranks), "scored": desk.wanted.scored}
+    record |= {key: so_far(desk.wanted.record(paths), arm.inputs, key, now) for key, now in made.items()}
     write_record(paths, record)
     hooks = Hooks(
         log=desk.log,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,14 +10,16 @@ from typing import Any
 
 import pytest
 
-from pipeline import runner, speedup
+from pipeline import comparable, runner, speedup
 from pipeline.studies import STUDIES
 from tests.pipeline.toy import job, tiny
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _short_measurements() -> Iterator[None]:
+    """Toys are measured briefly, on a machine that other work may share, which is told where `crowds` is used."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparable, "CROWDED", math.inf)
         patch.setattr(speedup, "ARM_SECONDS", 0.02)
         patch.setattr(runner, "plan_first", lambda desk: None)  # a second a run; test_pipeline_foretold has it back
         yield
@@ -32,6 +35,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(finished: Path, tmp_path: Path) -> Path:
     return shutil.copytree(finished, tmp_path / "toy")
+
+
+@pytest.fixture
+def crowds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds that were taken beside other work are told, as they are outside the tests."""
+    monkeypatch.setattr(comparable, "CROWDED", 0.05)
 
 
 @pytest.fixture

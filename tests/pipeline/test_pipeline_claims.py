@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.claims import PROBES, contrasts, headline, interval, scored_so_far, scored_unlike, standard_error
+from pipeline.claims import PROBES, contrasts, headline, interval, standard_error
+from pipeline.comparable import machines, scored_unlike, seconds_unlike, so_far
 from pipeline.sceptic import differences, over_seeds
 
 Pair = tuple[float | None, float | None]
@@ -134,14 +135,49 @@ def test_arms_that_were_scored_differently_are_not_compared(other: Any, how: str
     assert differences(dict(enumerate(seeds)), "e2e") == {}
 
 
+@pytest.mark.usefixtures("crowds")
+def test_seconds_that_do_not_compare_and_rates_that_have_not_fallen_carry_no_claim_of_stopping_early() -> None:
+    def three() -> list[dict[str, Any]]:
+        return [comparison((0.50, 0.60), (0.53 + shift, 0.63 + shift)) for shift in (0.0, 0.001, -0.001)]
+
+    fair, unfair = three(), three()
+    assert ", and ahead of end to end stopped" in headline(fair[0], fair)
+    for one in unfair:
+        one["arms"]["e2e"]["lr_schedule"] = "cosine"
+    line = headline(unfair[0], unfair)
+    assert f"; above {AT} in kNN and linear probe, but its rate (train.lr_schedule = cosine) had not fallen" in line
+    for runs, claimed in ((fair, True), (unfair, False)):
+        told = differences(dict(enumerate(runs)), "early_stop")["knn_top1"]
+        assert (told["claimed"], round(told["mean"], 4)) == (claimed, 0.03)
+        assert ("not claimed" in told["said"]) is not claimed
+    below = [comparison((0.56, 0.66), (0.53, 0.63)) for _ in range(3)]
+    for one in below:
+        one["arms"]["e2e"]["lr_schedule"] = "cosine"
+    assert differences(dict(enumerate(below)), "early_stop")["knn_top1"]["claimed"], "it can only be better"
+    fair[1]["arms"]["cached"] |= {"train_seconds": 30.0, "crowded_seconds": 15.0}
+    assert "; other work had the cores for 50 % of the training of cached" in headline(fair[0], fair)
+    assert differences(dict(enumerate(fair)), "early_stop") == {} != differences(dict(enumerate(fair)), "e2e")
+
+
+def test_what_goes_on_elsewhere_names_both_machines() -> None:
+    here = {"device": "cpu", "threads": 1, "precision": "float32", "versions": {"permafrost": "1", "torch": "2"}}
+    first = list(machines({"machine": here}))
+    assert first == [{"device": "cpu", "threads": 1, "compile": "auto", "ranks": 1, "permafrost": "1", "torch": "2"}]
+    went_on = so_far({"fingerprint": "a", "machine": here}, "a", "machine", here | {"threads": 2})
+    assert [one["threads"] for one in machines({"machine": went_on})] == [2, 1]
+    rows = {"e2e": {"machines": list(machines({"machine": went_on}))}, "cached": {"machines": first}}
+    assert seconds_unlike(rows) == "arms were not trained alike (threads 2 or 1), so seconds do not compare"
+    assert seconds_unlike({"e2e": {"machines": first}, "cached": {"machines": first}}) == ""
+
+
 def test_what_goes_on_with_other_settings_is_scored_in_two_ways() -> None:
     now, record = SCORED | {"eval.knn_k": 5}, {"fingerprint": "a", "scored": SCORED}
-    assert scored_so_far(None, "a", now) == now == scored_so_far(record, "b", now)
-    assert scored_so_far(record, "a", SCORED) == SCORED
-    both = scored_so_far(record, "a", now)
+    assert so_far(None, "a", "scored", now) == now == so_far(record, "b", "scored", now)
+    assert so_far(record, "a", "scored", SCORED) == SCORED
+    both = so_far(record, "a", "scored", now)
     assert both == now | {"before": SCORED}
-    assert scored_so_far(record | {"scored": both}, "a", now) == both, "and stays so"
-    assert scored_so_far({"fingerprint": "a"}, "a", now) is None
+    assert so_far(record | {"scored": both}, "a", "scored", now) == both, "and stays so"
+    assert so_far({"fingerprint": "a"}, "a", "scored", now) is None
 
 
 def test_the_controls_over_seeds_are_in_the_comparison_with_their_intervals() -> None:

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from pipeline import speedup
-from pipeline.claims import crowded
+from pipeline.comparable import crowded
 from pipeline.layout import RunPaths
 from pipeline.outcome import Row, lines, table_md
 from pipeline.report import warnings
 from pipeline.story import read_story
 from pipeline.studies import Study, row
+
+pytestmark = pytest.mark.usefixtures("crowds")
 
 
 def test_from_a_twentieth_on_seconds_are_called_too_long() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import costs, equivalence, explain, runner, speedup, status
+from pipeline.comparable import frozen_for_all
 from pipeline.config import ConfigError, PipelineConfig
 from pipeline.decide import Wanted, judge_all, judge_stage
 from pipeline.freezing import event_costs
@@ -58,6 +59,7 @@ def frozen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_blocks_between_the_given_cuts_freeze_in_place(frozen: Path) -> None:
     stages, arm = [record(frozen, f"stage-{k}") for k in (0, 1)], record(frozen, "arms/freeze")
     assert [part["cut"] for part in stages[0]["segments"]] == [0]
+    assert json.loads((frozen / "speedup.json").read_text())["frozen_for_all"] == ""
     assert [(part["cut"], part["epochs"]) for part in stages[1]["segments"]] == [(1, 1), (2, 1), (3, 1)]
     assert [part["cut"] for part in arm["segments"]] == [1, 2, 3], "the freeze arm freezes exactly when the stages do"
     assert [part["cut"] for part in record(frozen, "arms/e2e")["segments"]] == [0]
@@ -172,6 +174,9 @@ def test_heads_of_blocks_frozen_in_stage_0_are_back_in_the_end_to_end_arm(tmp_pa
     runner.run_arm(job(tmp_path / "toy", config, target="e2e"))
     names = {key for event in lines(tmp_path / "toy") if event.get("arm") == "e2e" for key in event}
     assert {"loss_block1_pixels", "loss_block4_pixels"} <= names
+    assert "(at its end 1 of them): e2e trains end to end in later stages only" in frozen_for_all(
+        record(tmp_path / "toy", "stage-0")
+    )
     assert not [key for key in read_state(tmp_path / "toy" / "stage-0" / STATE)[2] if key.startswith("decoder/block1.")]
 
 

@@ -19,6 +19,7 @@ import torch
 
 from pipeline import runner, speedup
 from pipeline.checks import check
+from pipeline.claims import contrasts, headline
 from pipeline.config import ConfigError
 from pipeline.ranks import on_own_device, rank_here, refuse_what_ranks_cannot
 from pipeline.reading import to_toml
@@ -95,16 +96,20 @@ def test_two_ranks_fine_tune_as_one(finished: Path, tmp_path: Path) -> None:
     assert "from stage 2" in words(tmp_path, 2)[0] and not words(tmp_path, 2)[1]
 
 
-def test_arms_of_different_numbers_of_ranks_are_told_apart(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_arms_that_were_not_trained_alike_are_told_apart(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads((finished / "speedup.json").read_text())
-    assert [arm["ranks"] for arm in found["arms"].values()] == [[1], [1], [1]]
-    speedup.show(found)
-    assert "numbers of ranks" not in capsys.readouterr().out
-    parts = [record(finished, "stage-0"), record(finished, "arms/e2e")]
-    parts[1]["machine"] |= {"ranks": 2}
-    found["arms"]["e2e"] = speedup.arm_summary(parts)
-    speedup.show(found)
-    assert "different numbers of ranks, [(1,), (1, 2)]: their seconds do not compare" in capsys.readouterr().out
+    assert [[one["ranks"] for one in arm["machines"]] for arm in found["arms"].values()] == [[1], [1], [1]]
+    quiet = {arm: found["arms"][arm] | {"crowded_seconds": 0.0} for arm in found["arms"]}
+    speedup.show(found | {"arms": quiet})
+    assert "trained alike" not in capsys.readouterr().out
+    for change, told in (({"ranks": 2}, "ranks 1 or 2"), ({"compile": "on"}, "compile auto or on")):
+        parts = [record(finished, "stage-0"), record(finished, "arms/e2e")]
+        parts[1]["machine"] |= change
+        one = found | {"arms": quiet | {"e2e": speedup.arm_summary(parts)}}
+        speedup.show(one)
+        out = " ".join(capsys.readouterr().out.split())
+        assert f"arms were not trained alike ({told}), so seconds do not compare" in out
+        assert told in headline(one) and not contrasts(one) and contrasts(one, other="e2e")
 
 
 def test_make_starts_ranks() -> None:

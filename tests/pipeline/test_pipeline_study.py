@@ -322,6 +322,27 @@ def test_rows_that_were_scored_differently_are_not_compared() -> None:
     assert "were scored differently with seed" in table_md(study, "tiny", [], list(found.values()), rows)
 
 
+@pytest.mark.usefixtures("crowds")
+@pytest.mark.parametrize(
+    ("which", "change", "why"),
+    [
+        ("e2e", {"lr_schedule": "cosine"}, "its rate (train.lr_schedule = cosine) had not fallen by then"),
+        ("near", {"train_seconds": 70.0, "crowded_seconds": 7.0}, "where other work had the cores for the training of"),
+        ("near", {"machines": [{"threads": 1}]}, "(threads 1 or 2), so seconds do not compare"),
+    ],
+)
+def test_nothing_is_stopped_at_seconds_or_on_a_curve_that_cannot_tell(which: str, change: dict, why: str) -> None:
+    asked, rows = three_seeds()
+    same = {"machines": [{"threads": 2}]}
+    rows = [replace(one, values=one.values | same | (change if one.variant == which else {})) for one in rows]
+    rows = [replace(one, values={k: v for k, v in one.values.items() if "stopped" not in k}) for one in rows]
+    rows = with_control(asked, rows)
+    near, far = (next(line for line in lines(asked, rows) if line.variant == name) for name in ("near", "far"))
+    assert not near.stopped and near.control["knn_top1"].mean == pytest.approx(-0.07)
+    assert bool(far.stopped) is (which == "near")
+    assert why in table_md(asked, "q", [], [near], rows)
+
+
 def test_only_seeds_that_both_have_finished_are_paired() -> None:
     assert paired({0: 0.5, 1: 0.6}, {2: 0.5}, 100) is None
     found = paired({0: 0.5, 1: 0.6, 3: 0.9}, {1: 0.5, 0: 0.5, 2: 0.1}, 100)

@@ -1,0 +1,100 @@
+"""Whether numbers compare at all: scores that were taken alike, seconds of the same machine with its cores free, a
+curve that may be stopped anywhere. Pure functions of records and of speedup.json; each says why not, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+CROWDED = 0.05
+"""Share of training lost to other work on the machine, from which on its seconds are said to be too long."""
+ANYWHERE = ("constant", "schedule_free")
+"""Schedules of the rate (`train.lr_schedule`) under which a curve's every point is as good an end as its last one."""
+
+
+def so_far(before: Mapping[str, Any] | None, inputs: str, key: str, now: dict[str, Any]) -> dict[str, Any] | None:
+    """How an arm is scored, or on what it is trained, from first to last: one that goes on may have parts that were
+    made otherwise, which then stand under `before`; None where an earlier version began it, which did not note it.
+
+    before: the record there is; inputs: the fingerprint of the arm that is now trained; key: of what is noted.
+    """
+    if before is None or before.get("fingerprint") != inputs:
+        return now
+    had = before.get(key)
+    return had if had is None or had | now == had else now | {"before": had}
+
+
+def ways_unlike(ways: Iterable[Mapping[str, Any] | None]) -> str:
+    """How things differ in how they were made, `eval.val_limit 40 or 400`; empty where they do not, and
+    compare. None is a way that an earlier version has not noted: it is known to be like no other."""
+    found = list(ways)
+    if all(way == found[0] for way in found):
+        return ""
+    if None in found:
+        return "in part by an earlier version, which has not noted how"
+    named = [way for way in found if way is not None]
+    told = []
+    for key in sorted({key for way in named for key in way}):
+        values = list(dict.fromkeys(str(way.get(key, "alike")) for way in named))
+        if len(values) > 1:
+            told.append(f"{key} {' or '.join(value[:8] if key.startswith('data') else value for value in values)}")
+    return ", ".join(told)
+
+
+def scored_unlike(runs: Sequence[dict[str, Any]], arms: Iterable[str] = ("e2e", "cached")) -> str:
+    """That arms of comparisons were scored differently, and how; empty where their scores compare."""
+    how = ways_unlike(way for one in runs for arm in arms for way in one["arms"][arm].get("scored", [None]))
+    return f"arms were scored differently ({how}): their scores do not compare, no difference is claimed" if how else ""
+
+
+def machines(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """On what a part was trained, as far as it changes its seconds; more than one where it went on elsewhere."""
+    machine = record.get("machine")
+    while machine:
+        versions = {name: machine["versions"].get(name) for name in ("permafrost", "torch")}
+        yield {key: machine.get(key) for key in ("device", "threads")} | {
+            "compile": machine.get("compile", "auto"),
+            "ranks": machine.get("ranks", 1),
+            **versions,
+        }
+        machine = machine.get("before")
+
+
+def seconds_unlike(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Why seconds of these do not compare; empty where they do. rows: by name, as `arm_summary` makes them."""
+    return "; ".join(why for why in (trained_unlike(rows.values()), crowded(rows)) if why)
+
+
+def trained_unlike(rows: Iterable[Mapping[str, Any]]) -> str:
+    """That these were trained on different machines, threads, ranks or versions, and how; empty where they were not."""
+    how = ways_unlike(way for row in rows for way in row.get("machines", ()))
+    return f"arms were not trained alike ({how}), so seconds do not compare" if how else ""
+
+
+def crowded(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """That other work had the cores while some of these were trained, so that their seconds mislead; else empty.
+
+    rows: by name, what has `crowded_seconds`, missing or None where it was not measured, and `train_seconds`.
+    """
+    told = [
+        f"{100 * lost / trained:.0f} % of the training of {name}"
+        for name, row in rows.items()
+        if (lost := row.get("crowded_seconds") or 0.0) > CROWDED * (trained := row.get("train_seconds") or 0.0)
+    ]
+    what = "so seconds are too long and do not compare; scores are what they would be"
+    return f"other work had the cores for {', '.join(told)}, {what}" if told else ""
+
+
+def frozen_for_all(stage_0: Mapping[str, Any]) -> str:
+    """That arms have more in common than their start: FreezeOut may freeze blocks in place before the first cut, in
+    stage 0, which the end-to-end arm has for its own; empty where it did not. stage_0: its record."""
+    most = max((segment["cut"] for segment in stage_0["segments"]), default=0)
+    what = f"blocks froze in stage 0, which all arms share (at its end {most} of them)"
+    return f"{what}: e2e trains end to end in later stages only" if most else ""
+
+
+def unfinished(arm: Mapping[str, Any]) -> str:
+    """Why a point on an arm's curve is worse than the end of a training planned that short; empty where it is not.
+    Such a curve can show that stopping early does as well, not that it does worse."""
+    kind = arm.get("lr_schedule") or ANYWHERE[0]
+    return "" if kind in ANYWHERE else f"its rate (train.lr_schedule = {kind}) had not fallen by then"
