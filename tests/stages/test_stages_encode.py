@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +104,30 @@ def test_a_cache_of_a_cache_is_that_of_the_images_but_for_rounding(
     assert torch.equal(a.ids_BL, b.ids_BL) and torch.equal(a.pixels_BLP, b.pixels_BLP) and a.keys == b.keys
     difference = (a.features_BLD - b.features_BLD).norm() / b.features_BLD.norm()
     assert 0 < difference < 1e-3
+
+
+@pytest.mark.parametrize(("parent_cut", "cut"), [(0, 3), (3, 6), (0, 6)])
+def test_a_cache_of_a_cache_runs_only_the_blocks_between(tmp_path: Path, parent_cut: int, cut: int) -> None:
+    """Of 8 blocks. Two views of 30 images in shards of 12, 12 and 6 rows and batches of at most 5: 16 batches, each of
+    which runs a block once, over all of its groups."""
+    deep = replace(MODEL, depth=8)
+    encoder, file = build_encoder(deep, seed=3), tmp_path / "model.safetensors"
+    save_file(encoder.vit.state_dict(), file)
+
+    def deep_job(cut: int, parent: Path | None) -> EncodeJob:
+        continued = open_cache(parent).manifest.fingerprint if parent else ""
+        spec = tiny_spec(IMAGES, DATA, frozen_hash(encoder.vit.state_dict(), cut), cut, depth=8, parent=continued)
+        layout = Layout(spec, len(IMAGES), shard_rows=12)
+        return encode_job(tmp_path / f"cut-{cut}", layout, deep, DATA, file, batch=5, parent=parent)
+
+    one = deep_job(cut, built(deep_job(parent_cut, None)) if parent_cut else None)
+    calls: Counter[int | str] = Counter()
+    encoding = encode.frozen_encoder(one.weights, one.layout.spec.weights, cut, deep, "cpu")
+    for index, block in enumerate(encoding.vit.blocks):
+        block.register_forward_hook(lambda *_, index=index: calls.update([index]))
+    encoding.vit.patch_embed.register_forward_hook(lambda *_: calls.update(["embed"]))
+    built(one)
+    assert calls == dict.fromkeys(range(parent_cut, cut), 16) | ({} if parent_cut else {"embed": 16})
 
 
 def test_a_parent_is_opened_once_and_anew_where_it_was_built_anew(
