@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,12 +91,9 @@ class Book:
         """Bring the accounts up to date and log an event. `spent` is the loader's total since the loop began."""
         self.settle()
         losses, self.recent = self.recent, []
-        seconds, loading = self.watch.lap(), spent.since(self.spent)
+        seconds, loading = self.train_lap(), spent.since(self.spent)
         self.spent = spent
-        self.totals.train_seconds += seconds
         self.totals.loader_wait_seconds += loading.wait_seconds
-        if self.crowd:
-            self.totals.crowded_seconds = (self.totals.crowded_seconds or 0.0) + self.crowd.lap(seconds)
         if losses:
             self.hooks.log(
                 self.arm.tag
@@ -109,6 +107,14 @@ class Book:
                     **self.speeds(len(losses), seconds, loading),
                 }
             )
+
+    def train_lap(self) -> float:
+        """Count the seconds since the last lap as training time."""
+        seconds = self.watch.lap()
+        self.totals.train_seconds += seconds
+        if self.crowd:
+            self.totals.crowded_seconds = (self.totals.crowded_seconds or 0.0) + self.crowd.lap(seconds)
+        return seconds
 
     def speeds(self, steps: int, seconds: float, loading: Spent) -> dict[str, float]:
         """images/s of training, of its steps were there no waiting, and of the loader's threads by themselves, where
@@ -159,8 +165,14 @@ class Book:
     def check(self, watch: Watch, model: Learner) -> None:
         """Measure how far the watched blocks have moved. It is part of the method, and so of its training time."""
         numbers = watch.check(model.encoder, self.epoch, self.progress.checks)
+        self.train_lap()  # before an evaluation at the same point takes the lap
         self.progress.checks.append(numbers)
         self.hooks.log(self.arm.tag | numbers)
+
+    def keep(self, path: Path, model: Learner) -> None:
+        """Keep the encoder as it is here. That is training time, as saving a state is."""
+        self.hooks.keep(path, model)
+        self.train_lap()
 
     def end(self, why: str) -> None:
         """Let the arm end here, if there is a reason."""

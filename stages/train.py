@@ -264,7 +264,7 @@ def take_stock(
         if watch and not rest and not last:
             book.end(watch.settling.why_settled(progress.checks))
         if keep and whole:
-            book.hooks.keep(keep, whole)
+            book.keep(keep, whole)
         if (evaluate or progress.ended) and whole:
             book.evaluate(whole)
     if evaluate and not last:

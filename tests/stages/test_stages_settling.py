@@ -90,6 +90,36 @@ def test_schedule_free_is_watched_by_its_averaged_weights(tmp_path: Path, images
     stopped_and_resumed(lambda folder: replace(asked, state=folder / STATE), tmp_path / "resume", (2, 5))
 
 
+@pytest.mark.parametrize(("eval_every", "points"), [(1, [12.0, 13.0]), (0, [13.0])])
+def test_checks_and_kept_encoders_take_training_time_beside_an_evaluation_too(
+    tmp_path: Path, images: ImageList, eval_every: int, points: list[float]
+) -> None:
+    """A look takes 1 s, of which there is one at the start and one at each of two checks, keeping an encoder 10 s, an
+    evaluation 100 s, all else nothing."""
+    clock = [0.0]
+
+    def takes(seconds: float) -> None:
+        clock[0] += seconds
+
+    class Slow(Settling):
+        def features(self, *args: Any) -> torch.Tensor:
+            takes(1.0)
+            return super().features(*args)
+
+    watched = Slow(**vars(settling(images, below=1e-9)))
+    how = hooks(
+        evaluate=lambda model: takes(100.0) or score(0.5),
+        keep=lambda path, model: takes(10.0),
+        now=lambda: clock[0],
+    )
+    kept = {1: tmp_path / "epoch-1"}
+    asked = arm(tmp_path, images, parts(0, epochs=2), settling=watched, eval_every=eval_every, keep=kept)
+    progress, _ = train_arm(asked, how)
+    totals = progress.totals[0]
+    assert (totals.train_seconds, totals.evaluate_seconds) == (13.0, 100.0 * len(points))
+    assert [point["seconds"] for point in progress.curve] == points
+
+
 def test_checks_are_counted_through_the_segments_of_a_stage(tmp_path: Path, images: ImageList) -> None:
     """As where a ring of views turns after every epoch, and blocks are looked at after every second."""
     turning, whole = (parts(0, 0, 0, 0), parts(0, epochs=4))
