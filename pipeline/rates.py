@@ -18,6 +18,7 @@ from models.mim import MaskedModel
 from pipeline.decide import Wanted
 from pipeline.feeds import live_source, source_for
 from pipeline.work import masked_build, optimizer_of
+from stages.compiling import compile_learner, compiles
 from stages.device import synchronize
 from stages.segment import Segment
 from stages.sources import Inputs, Source, StepInputs
@@ -84,7 +85,8 @@ def stage_rates(wanted: Wanted, stage: int, seconds: float, rounds: int) -> Rate
 
 
 def step_runner(wanted: Wanted, stage: int, arm: str) -> Callable[[float], Pace]:
-    """A function that trains an arm for some seconds, after a step that is not counted, and says how fast."""
+    """A function that trains an arm for some seconds, after a step that is not counted and, where the arm trains
+    compiled, is the one that compiles; it says how fast."""
     train = wanted.config.train
     segment = wanted.segments[stage] if arm != "e2e" else replace(wanted.segments[stage], cut=0)
     staged = arm in ("cached", "memory")
@@ -92,6 +94,8 @@ def step_runner(wanted: Wanted, stage: int, arm: str) -> Callable[[float], Pace]
     source = source_for(wanted, stage) if staged else live_source(wanted, segment)
     if arm == "memory":
         source = InMemory.of(source, segment, MEMORY_BATCHES, train.device)
+    if compiles(train, model, first_part(wanted, stage, arm).steps):
+        compile_learner(model)
     device = torch.device(train.device)
 
     def run(seconds: float) -> Pace:
@@ -112,6 +116,13 @@ def step_runner(wanted: Wanted, stage: int, arm: str) -> Callable[[float], Pace]
         return Pace(steps * train.batch_size / elapsed, waited / elapsed)
 
     return run
+
+
+def first_part(wanted: Wanted, stage: int, arm: str) -> Segment:
+    """What an arm trains from a stage's start on before more blocks freeze, whose length says whether it compiles."""
+    if arm == "e2e":
+        return wanted.segments[stage]
+    return (wanted.parts(stage) if arm == "freeze" else wanted.asked(stage))[0]
 
 
 def unwatched(device: str) -> int:
