@@ -245,7 +245,7 @@ def variants(wanted: Wanted, profile: DeviceProfile, scales: tuple[float, float]
     A view beyond the epochs of the longest cached stage is never read.
     """
     config, images = wanted.config, len(wanted.data.train)
-    longest = max((segment.epochs for segment in wanted.segments[1:]), default=0)
+    longest = max((-(-segment.steps // segment.steps_per_epoch) for segment in wanted.segments[1:]), default=0)
     views = sorted({count for count in (1, 2, 4, 8, 16) if count <= longest} | {config.cache.views})
     modes = [(groups, codec, count) for groups in GROUPS for codec in get_args(Codec) for count in views]
     own = (config.mask.groups, config.cache.codec, config.cache.views)

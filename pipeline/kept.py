@@ -12,21 +12,15 @@ from stages.segment import Segment
 
 
 def kept_epochs(epochs: Iterable[int], segments: Sequence[Segment]) -> tuple[int, ...]:
-    """Those of `epochs`, counted over the whole run, that end inside the segments."""
-
-    def ends_inside(epoch: int) -> bool:
-        return any(
-            part.first_epoch < epoch <= part.first_epoch + part.steps // part.steps_per_epoch for part in segments
-        )
-
-    return tuple(epoch for epoch in sorted(set(epochs)) if ends_inside(epoch))
+    """Those of `epochs`, trained by the whole run, that end inside the segments."""
+    return tuple(epoch for epoch in sorted(set(epochs)) if any(part.completes(epoch, part.steps) for part in segments))
 
 
 def last_epoch(segments: Sequence[Segment], record: dict[str, Any]) -> float:
     """Where a finished part ended: early, or where its segments do."""
     if record.get("ended"):
         return float(record["ended"]["epoch"])
-    return segments[-1].first_epoch + segments[-1].steps / segments[-1].steps_per_epoch
+    return segments[-1].trained(segments[-1].steps)
 
 
 def lost_epochs(

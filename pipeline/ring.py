@@ -78,7 +78,7 @@ class Ring:
             self._note(noted, waited + seconds)
         if turns:
             views = need.draft.first_view + need.draft.views
-            told = {"epoch": segment.first_epoch, "generation": turns, "new_view": views - 1}
+            told = {"epoch": segment.trained(0), "generation": turns, "new_view": views - 1}
             desk.log({"stage": stage, **told, "refresh_wait_seconds": seconds})
         for before in range(turns):
             self._remove(before)

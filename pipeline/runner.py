@@ -284,7 +284,7 @@ def refuse_what_is_not_labelled(wanted: Wanted) -> None:
 
 
 def refuse_epochs_that_never_end(wanted: Wanted) -> None:
-    """Raise ConfigError when `train.max_steps` ends the stages before an epoch that is to be kept."""
+    """Raise ConfigError when `train.max_steps` ends the run before an epoch that is to be kept."""
     asked = wanted.config.train.save_epochs
     if not wanted.adaptive and (never := sorted(set(asked) - set(kept_epochs(asked, wanted.segments)))):
         raise ConfigError(

@@ -68,6 +68,11 @@ def _ending_problems(schedule: ScheduleConfig, train: TrainConfig, evaluation: E
             f"train.max_steps = {train.max_steps} ends a stage that schedule.kind = adaptive ends by itself; "
             "use train.max_steps=0"
         )
+    if schedule.kind == "freezeout" and train.max_steps:
+        yield (
+            f"train.max_steps = {train.max_steps} ends stages before the {total} epochs over which schedule.kind = "
+            "freezeout lays out rates and cuts; use train.max_steps=0 with fewer schedule.epochs"
+        )
     if train.early_stop and not evaluation.every:
         yield (
             f"train.early_stop = {train.early_stop} counts evaluations, but eval.every = 0 makes none before a stage's "

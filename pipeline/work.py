@@ -45,7 +45,7 @@ from stages.images import spread
 from stages.optim import Rates, build_optimizer, parameter_groups
 from stages.pictures import reconstructions
 from stages.probe import ProbeResult, evaluate
-from stages.segment import Segment
+from stages.segment import Segment, trained_epochs
 from stages.sources import Source
 from stages.train import Build, build_model, train_arm
 from stages.views import centre_batch
@@ -206,7 +206,7 @@ def carry_out(
     """Train an arm, its record saying so from the start. Raises Interrupted with the state saved, or RunFailed."""
     segments, team = arm.segments, desk.job.team
     record = arm.tag | facts | {"status": "running", "fingerprint": arm.inputs}
-    record |= {"epochs": sum(segment.epochs for segment in segments)}
+    record |= {"epochs": trained_epochs(segments)}
     made = {"machine": described(desk.wanted.config.train, team.rank.ranks), "scored": desk.wanted.scored}
     record |= {key: so_far(desk.wanted.record(paths), arm.inputs, key, now) for key, now in made.items()}
     write_record(paths, record)
@@ -230,7 +230,7 @@ def carry_out(
         )
     if progress.ended:
         desk.log.message(f"{arm.label}: ended at epoch {progress.ended['epoch']:g}, {progress.ended['why']}")
-        record["epochs"] = progress.ended["epoch"] - segments[0].first_epoch
+        record["epochs"] = sum(part.steps for part in progress.totals) / segments[0].steps_per_epoch
     return Done(arm, record, progress, model)
 
 

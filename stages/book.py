@@ -159,8 +159,8 @@ class Book:
 
     @property
     def epoch(self) -> float:
-        """Epochs done, counted from stage 0."""
-        return self.segment.first_epoch + self.progress.step / self.segment.steps_per_epoch
+        """Epochs trained, counted from stage 0."""
+        return self.segment.trained(self.progress.step)
 
     def check(self, watch: Watch, model: Learner) -> None:
         """Measure how far the watched blocks have moved. It is part of the method, and so of its training time."""

@@ -82,7 +82,7 @@ class TrainConfig:
     accumulate: int = 1
     """Micro-batches that a step's batch is split into; gradients equal those of the whole batch."""
     max_steps: int = 0
-    """Upper bound of a stage's optimiser steps; 0 means none."""
+    """Upper bound of a stage's optimiser steps; 0 means none. What is told in epochs counts those that were trained."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["constant", "cosine", "wsd", "schedule_free"] = "cosine"

@@ -12,7 +12,11 @@ from stages.schedule import StagePlan
 
 @dataclass(frozen=True)
 class Segment:
-    """Training with a fixed cut. Steps are optimiser steps; `first_step` and `first_epoch` count from stage 0."""
+    """Training with a fixed cut. Steps are optimiser steps; `first_step` and `first_epoch` count from stage 0.
+
+    Where `train.max_steps` ends stages early there are two clocks. Rows and views go by the plan's epochs, of `epoch`;
+    what is told, scored or kept goes by the epochs that were `trained`.
+    """
 
     cut: int
     first_epoch: int
@@ -31,8 +35,16 @@ class Segment:
         return self.cut - self.in_place
 
     def epoch(self, step: int) -> int:
-        """The epoch, counted from stage 0, that the segment's `step` belongs to."""
+        """The epoch of the plan, counted from stage 0, in whose order the segment's `step` reads rows."""
         return self.first_epoch + step // self.steps_per_epoch
+
+    def trained(self, step: int) -> float:
+        """Epochs trained since stage 0 began once `step` steps of the segment are done."""
+        return (self.first_step + step) / self.steps_per_epoch
+
+    def completes(self, epoch: int, steps: int) -> bool:
+        """Whether so many trained epochs are complete within the segment's first `steps`, and were not before it."""
+        return self.first_step < epoch * self.steps_per_epoch <= self.first_step + steps
 
 
 def segments_of(plan: Sequence[StagePlan], steps_per_epoch: int, train: TrainConfig) -> tuple[Segment, ...]:
@@ -92,6 +104,11 @@ def turned(parts: Sequence[Segment], every: int) -> tuple[Segment, ...]:
             found.append(piece)
             done += epochs
     return (*found[:-1], replace(found[-1], ends_stage=True)) if found else tuple(parts)
+
+
+def trained_epochs(segments: Sequence[Segment]) -> float:
+    """Epochs that some segments train together."""
+    return sum(segment.steps for segment in segments) / segments[0].steps_per_epoch
 
 
 def as_end_to_end(segments: Sequence[Segment]) -> tuple[Segment, ...]:

@@ -170,12 +170,9 @@ def starting_point(arm: Arm) -> tuple[Progress, dict[str, Tensor] | None]:
 
 def passed_unkept(arm: Arm, progress: Progress) -> list[int]:
     """Epochs to keep that lie behind a saved state and whose encoder is not there: only training anew brings it."""
-    passed = {
-        part.first_epoch + epoch
-        for part, totals in zip(arm.segments, progress.totals, strict=False)
-        for epoch in range(1, totals.steps // part.steps_per_epoch + 1)
-    }
-    return [epoch for epoch, path in arm.keep.items() if epoch in passed and not path.exists()]
+    done = list(zip(arm.segments, progress.totals, strict=False))
+    passed = [epoch for epoch in arm.keep if any(part.completes(epoch, totals.steps) for part, totals in done)]
+    return [epoch for epoch in passed if not arm.keep[epoch].exists()]
 
 
 def train_segment(
@@ -247,8 +244,8 @@ def take_stock(
     """What is due after a step: a check of what may have settled, an encoder to keep, an evaluation; and whether the
     arm ends here, before its last step."""
     progress, step = book.progress, book.progress.step
-    epoch, rest = divmod(step, segment.steps_per_epoch)
-    keep = None if rest else arm.keep.get(segment.first_epoch + epoch)
+    epoch, rest = divmod(segment.first_step + step, segment.steps_per_epoch)
+    keep = None if rest else arm.keep.get(epoch)
     so_far = segment.first_step - arm.segments[0].first_step + step
     check = watch is not None and due(so_far, watch.settling.steps(segment.steps_per_epoch))
     evaluate = evaluation_due(arm, segment, step)
@@ -277,7 +274,7 @@ def due(step: int, every: int) -> bool:
 
 
 def evaluation_due(arm: Arm, segment: Segment, step: int) -> bool:
-    """At a stage's end, and after every `eval_every` epochs of the whole plan."""
-    epoch, rest = divmod(step, segment.steps_per_epoch)
+    """At a stage's end, and after every `eval_every` epochs that the run has trained."""
+    epoch, rest = divmod(segment.first_step + step, segment.steps_per_epoch)
     ends = step == segment.steps and segment.ends_stage
-    return ends or (rest == 0 and due(segment.first_epoch + epoch, arm.eval_every))
+    return ends or (rest == 0 and due(epoch, arm.eval_every))

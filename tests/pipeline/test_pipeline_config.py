@@ -196,6 +196,7 @@ def test_bounds_name_numbers_that_exist_and_hold_the_defaults() -> None:
             ["train.lr_restart = True", "cosine", "train.lr_schedule=constant"],
         ),
         (["schedule.kind=adaptive", "train.max_steps=5"], ["train.max_steps = 5", "train.max_steps=0"]),
+        (["schedule.kind=freezeout", "train.max_steps=5"], ["train.max_steps = 5", "7 epochs", "train.max_steps=0"]),
         (
             ["schedule.kind=freezeout", "schedule.cuts=[0]", "schedule.caches=cost", "schedule.freeze_embed=false"],
             ["nothing can be cached", "schedule.caches=given"],

@@ -218,8 +218,9 @@ def test_what_was_kept_of_another_training_is_removed(copy: Path) -> None:
 
 
 def test_epochs_that_are_never_reached_are_told_or_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"train.save_epochs has 2, an epoch that train.max_steps = 4 leaves unf"):
-        runner.run_stage(job(tmp_path / "short", keeping(2, **{"train.max_steps": 4}), target=0))
+    with pytest.raises(ConfigError, match=r"train.save_epochs has 3, an epoch that train.max_steps = 4 leaves unf"):
+        # three stages of 4 steps, 6 an epoch: 2 epochs in all
+        runner.run_stage(job(tmp_path / "short", keeping(2, 3, **{"train.max_steps": 4}), target=0))
     root, config = tmp_path / "toy", early(**{"train.save_epochs": [1, 3]})
     runner.run_stage(job(root, config, target=0))
     verdict = judge_stage(wanted(root, config), 0)

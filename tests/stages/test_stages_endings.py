@@ -233,7 +233,10 @@ def test_encoders_are_kept_after_their_epochs_and_missing_ones_bring_the_trainin
         path.parent.mkdir(exist_ok=True)
         torch.save(model.encoder.vit.state_dict(), path)
 
-    segments = tuple(replace(part, first_epoch=part.first_epoch + 5) for part in parts(0, 1, epochs=2))
+    segments = tuple(
+        replace(part, first_epoch=part.first_epoch + 5, first_step=part.first_step + 20)
+        for part in parts(0, 1, epochs=2)
+    )
     paths = {epoch: tmp_path / f"epoch-{epoch}" for epoch in (6, 9)}
     asked = arm(tmp_path, images, segments, keep=paths)
     _, model = train_arm(asked, hooks(keep=keep))

@@ -27,7 +27,7 @@ from stages.images import ImageList, open_images
 from stages.optim import Rates, build_adamw, parameter_groups
 from stages.probe import ProbeResult
 from stages.schedule import StagePlan
-from stages.segment import Segment, as_end_to_end, segments_of
+from stages.segment import Segment, as_end_to_end, segments_of, trained_epochs
 from stages.sources import Inputs, LiveImages, Sampling
 from stages.train import Build, build_model, evaluation_due, train_arm, train_step
 
@@ -138,14 +138,19 @@ def test_segments_follow_the_plan_and_max_steps_bounds_each() -> None:
     short = segments_of(plan, 10, replace(TRAIN, max_steps=4))
     assert [(s.first_step, s.steps, s.first_epoch) for s in short] == [(0, 4, 0), (4, 4, 2)]
     assert [s.cut for s in as_end_to_end(short)] == [0, 0]
+    assert [[s.epoch(step) for step in (0, 3)] for s in short] == [[0, 0], [2, 2]], "rows go by the plan's epochs"
+    assert [[s.trained(step) for step in (0, 4)] for s in short] == [[0.0, 0.4], [0.4, 0.8]]
+    assert trained_epochs(short) == 0.8 and trained_epochs(segments_of(plan, 10, TRAIN)) == 3.0
 
 
 def test_evaluation_is_due_at_every_nth_epoch_and_at_the_end(tmp_path: Path, images: ImageList) -> None:
     every = replace(arm(tmp_path, images), eval_every=1)
     assert [step for step in range(1, 9) if evaluation_due(every, SEGMENT, step)] == [4, 8]
     assert [step for step in range(1, 9) if evaluation_due(arm(tmp_path, images), SEGMENT, step)] == [8]
-    later = replace(SEGMENT, first_epoch=1, epochs=4, steps=16)
+    later = replace(SEGMENT, first_epoch=1, epochs=4, first_step=4, steps=16)
     assert [s for s in range(1, 17) if evaluation_due(replace(every, eval_every=2), later, s)] == [4, 12, 16]
+    behind = replace(SEGMENT, first_epoch=2, epochs=4, first_step=2, steps=16)  # train.max_steps ended a stage early
+    assert [s for s in range(1, 17) if evaluation_due(replace(every, eval_every=2), behind, s)] == [6, 14, 16]
 
 
 def test_an_arm_of_two_segments_freezes_in_between_and_keeps_moments(tmp_path: Path, images: ImageList) -> None:
