@@ -50,7 +50,7 @@ def counted(images: int) -> Data:
     def read(entry: object) -> bytes:
         raise AssertionError("a plan on paper reads no image")
 
-    listed = Counted((), (), (), read, images)
+    listed = Counted((), (), (), read, count=images)
     return Data(listed, listed)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -21,7 +22,7 @@ from stages import remote
 from stages.config import DataConfig
 from stages.copies import Copies
 from stages.errors import DataError
-from stages.index import Entry, Index, content_hash, indexed, refuse_odd_names
+from stages.index import Entry, Index, content_hash, indexed
 
 SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample"
 HELD_OUT = 10
@@ -38,6 +39,8 @@ class ImageList:
     skipped: tuple[tuple[str, str], ...]
     """(file, reason) of what was left out."""
     read: Callable[[Entry], bytes | Image.Image]
+    index_file: Path | None = None
+    """Where the list is kept for the next run, if anywhere."""
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -66,7 +69,7 @@ class ImageList:
         """The decoded RGB image of a row. Raises DataError when it can no longer be read, or is no longer the one that
         was hashed: what is trained on is what the digest says. Hashing takes some 2 % of the time of decoding."""
         entry = self.entries[row]
-        return _decoded(entry, lambda: self.read(entry))
+        return self._decoded(entry, lambda: self.read(entry))
 
     def several(self, rows: Sequence[int] | np.ndarray) -> Iterator[Image.Image]:
         """The same of some rows in their order, one by one; what lies behind URLs is read many at a time."""
@@ -76,30 +79,37 @@ class ImageList:
         entries = [self.entries[int(row)] for row in rows]
         contents = self.read.several(entries)
         for entry in entries:
-            yield _decoded(entry, lambda: next(contents))
+            yield self._decoded(entry, lambda: next(contents))
 
     def only(self, rows: Sequence[int] | np.ndarray) -> ImageList:
         """The list of some rows."""
         return replace(self, entries=tuple(self.entries[row] for row in rows))
 
-
-def _decoded(entry: Entry, read: Callable[[], bytes | Image.Image]) -> Image.Image:
-    """What was read of an entry, compared with its hash and decoded."""
-    try:
-        content = read()
-        if entry.sha256 and content_hash(content) != entry.sha256:
+    def _decoded(self, entry: Entry, read: Callable[[], bytes | Image.Image]) -> Image.Image:
+        """What was read of an entry, compared with its hash and decoded."""
+        try:
+            content = read()
+            if entry.sha256 and content_hash(content) != entry.sha256:
+                self._forget()
+                raise DataError(
+                    f"{entry.key} in {entry.file} was changed since the images were listed; restore it, or run again, "
+                    "which takes it as it is now"
+                )
+            found = content if isinstance(content, Image.Image) else Image.open(io.BytesIO(content))
+            return found.convert("RGB")
+        except (DataError, CacheError):  # of a store that does not answer, nothing is known
+            raise
+        except (OSError, ValueError, SyntaxError) as error:
             raise DataError(
-                f"{entry.key} in {entry.file} was changed since the images were listed; restore it, or run again, "
-                "which takes it as it is now"
-            )
-        found = content if isinstance(content, Image.Image) else Image.open(io.BytesIO(content))
-        return found.convert("RGB")
-    except (DataError, CacheError):  # of a store that does not answer, nothing is known
-        raise
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(
-            f"{entry.key} in {entry.file} can no longer be read ({error}); restore it and run again"
-        ) from error
+                f"{entry.key} in {entry.file} can no longer be read ({error}); restore it and run again"
+            ) from error
+
+    def _forget(self) -> None:
+        """Let the next run list the images anew, also where no stamp tells that one has changed: a store may keep none,
+        another decoder may give other pixels of a torchvision data set."""
+        if self.index_file:
+            with suppress(OSError):
+                self.index_file.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -150,9 +160,8 @@ def open_images(
         index, read = indexed(source, on_bad, index_file)
     if not index.entries:
         raise DataError(f"{source} has no images; give a folder of images, tars with <key>.png, or a torchvision name")
-    refuse_odd_names(index.entries)  # once more: an index that was kept may be an earlier version's
     _refuse_duplicates(source, index)
-    return ImageList(index.entries, index.classes, index.skipped, read)
+    return ImageList(index.entries, index.classes, index.skipped, read, index_file)
 
 
 def spread(count: int, limit: int) -> np.ndarray:

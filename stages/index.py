@@ -1,13 +1,12 @@
 """The index of a source of images: where every sample lies and what its bytes hash to. Made by reading everything once,
-kept as JSON, and made again when a file's size, times or inode have changed (`stamps`). What lies behind URLs is
-indexed by `remote`, with what is here."""
+kept as sealed JSON, and made again when a byte of that, or a file's size, times or inode (`stamps`), have changed. What
+lies behind URLs is indexed by `remote`, with what is here."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
 import io
-import json
 import os
 import re
 import tarfile
@@ -21,11 +20,11 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from cache.errors import CacheError
-from cache.manifest import atomic_write
+from cache.manifest import atomic_write, seal, unseal
 from stages.errors import DataError
 from stages.stamps import let_the_clock_tick, stamp_of
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 IMAGE_SUFFIXES = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"})
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 TORCHVISION = {
@@ -89,10 +88,12 @@ def keep_index(index_file: Path | None, header: dict[str, Any], index: Index) ->
     """Write an index for later, if somewhere."""
     if index_file:
         index_file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(index_file, json.dumps(header | asdict(index)).encode())
+        atomic_write(index_file, seal(header | asdict(index)))
 
 
 def _stamp(path: Path) -> list[Any]:
+    if not _is_text(str(path)):
+        raise DataError(f"the name {str(path)!r} is no UTF-8; rename it")
     try:
         return [str(path), *stamp_of(path)]
     except OSError as error:
@@ -100,10 +101,10 @@ def _stamp(path: Path) -> list[Any]:
 
 
 def kept_index(index_file: Path | None, header: dict[str, Any]) -> Index | None:
-    """The index on disk, unless anything it was made from has changed."""
+    """The index on disk, unless anything that it was made from, or a byte of it, has changed."""
     try:
-        values = json.loads(index_file.read_text()) if index_file else {}
-    except (OSError, json.JSONDecodeError):
+        values = unseal(index_file.read_bytes()) if index_file else {}
+    except (OSError, ValueError):
         return None
     if any(values.get(name) != value for name, value in header.items()):
         return None
@@ -126,7 +127,7 @@ def inspect_all(
     """Read, hash and decode every sample: (those that are images, what is none and why). What is none stops the run or
     is left out, as `on_bad` says."""
     entries = list(entries)
-    refuse_odd_names(entries)
+    _refuse_odd_keys(entries)
     good, skipped = [], []
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         for entry, reason in pool.map(lambda entry: _inspect(entry, read), entries):
@@ -173,12 +174,10 @@ def _inspect(entry: Entry, read: Reader) -> tuple[Entry, str]:
     return entry, ""
 
 
-def refuse_odd_names(entries: Iterable[Entry]) -> None:
-    """DataError for the first name that is not encoded as UTF-8, as those of other systems may be: a key is hashed and
+def _refuse_odd_keys(entries: Iterable[Entry]) -> None:
+    """DataError for the first key that is not encoded as UTF-8, as names of other systems may be: a key is hashed and
     stored as text."""
     for entry in entries:
-        if not _is_text(entry.file):
-            raise DataError(f"the name {entry.file!r} is no UTF-8; rename it")
         if not _is_text(entry.key):
             raise DataError(f"the name {entry.key!r} in {entry.file!r} is no UTF-8; rename it")
 

@@ -46,10 +46,9 @@ def test_names_that_are_no_text_are_refused_before_anything_is_read(
     assert read == []
 
 
-def test_an_index_from_before_such_names_were_refused_is_none(tmp_path, picture, fill) -> None:
-    folder = fill(tmp_path / "images", {"cat/a.jpg": picture(0, "JPEG"), "dog/1.png": picture(1)})
-    kept = tmp_path / "index.json"
-    open_images(str(folder), index_file=kept)
-    kept.write_text(kept.read_text().replace('"cat/a.jpg"', '"cat/\\udce9.jpg"'))
+def test_a_tar_whose_name_is_no_text_is_refused_though_nothing_is_in_it(tmp_path, picture, pack) -> None:
+    """The index names it, too."""
+    pack(tmp_path / "a.tar", {"1.png": picture(0)})
+    pack(tmp_path / os.fsdecode(b"caf\xe9.tar"), {})
     with pytest.raises(DataError, match="is no UTF-8; rename it"):
-        open_images(str(folder), index_file=kept)
+        open_images(str(tmp_path / "*.tar"), index_file=tmp_path / "index.json")
