@@ -8,14 +8,14 @@ from pathlib import Path
 
 from cache.errors import CacheError, DamagedCache, MissingCache, StaleCache
 from cache.layout import TARS
-from cache.lock import hold_cache
+from cache.lock import CacheBusy, hold_cache
 from cache.manifest import MANIFEST, read_manifest
 from cache.place import files_below, is_there, matching
 from cache.receipts import RECEIPTS
 from cache.users import register
 from cache.verify import Damage, Run, drop_damaged, in_threads, restore_manifest, verify_cache
 from pipeline.config import ConfigError
-from pipeline.decide import all_needs
+from pipeline.decide import all_needs, judge_cache
 from pipeline.desk import Desk, at_work
 from pipeline.job import Job, RunFailed
 from pipeline.needs import Need
@@ -111,6 +111,24 @@ def repair(desk: Desk, need: Need, run: Run = in_threads) -> None:
     from pipeline.building import mend_cache
 
     mend_cache(desk, need, damages)
+
+
+def regain(desk: Desk, need: Need) -> bool:
+    """Whether a finished cache that has lost its manifest is whole again: its copy is put back, and what does not hash
+    to that mended, as `repair` does. Not where a build has begun since, which the copy knows nothing of."""
+    spec = desk.wanted.spec(need)
+    assert spec is not None, "a cache that lies on disk has a name"
+    folder = desk.wanted.cache_folder(spec)
+    try:
+        with hold_cache(folder):
+            if is_there(folder / RECEIPTS) or not restore_manifest(folder):
+                return False
+    except CacheBusy:  # somebody builds it, which is waited for elsewhere
+        return False
+    desk.log.message(f"{folder}: manifest.json was gone, its copy is in its place")
+    with hashing(desk.job, desk.log.message) as run:
+        repair(desk, need, run)
+    return judge_cache(desk.wanted, need).current
 
 
 def run_gc(job: Job) -> None:

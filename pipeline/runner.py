@@ -203,10 +203,13 @@ def ensure_built(desk: Desk, need: Need, working: Sequence[Need] = ()) -> None:
     desk.say(verdict)
     if verdict.current:
         return
+    from pipeline.building import build_cache
+    from pipeline.care import regain
+
+    if verdict.state == "unfinished" and regain(desk, need):
+        return
     if need.parent:
         ensure_built(desk, need.parent, (need, *working))
-    from pipeline.building import build_cache
-
     paths = desk.wanted.paths
     build_cache(desk, need, paths.finetune if need.tunes else paths.stage(need.stage))
     release(desk, (need, *working))
