@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -160,13 +161,23 @@ def check_inputs(job: EncodeJob, images: ImageList, parent: CacheManifest | None
         return
     found = open_data(job.data, Path(job.index_folder)).train
     if found.digest != spec.data:
-        now, then = ({entry.key: entry.sha256 for entry in listed.entries} for listed in (found, images))
-        changed = min(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
-        how = "changed" if changed in now and changed in then else "added" if changed in now else "removed"
+        changed, how = what_changed(found, images)
         raise StaleCache(
             f"{changed} in {job.data.source} was {how} while the cache was built; undo that, or run again, which takes "
             "the images as they are now"
         )
+
+
+def what_changed(now: ImageList, then: ImageList) -> tuple[str, str]:
+    """The key of an image by which two lists of other digests differ, and what became of it: of its content before its
+    label, which a new class may give to all, and of both before its place."""
+    for how, value in (("changed", attrgetter("sha256")), ("relabelled", attrgetter("label"))):
+        new, old = ({entry.key: value(entry) for entry in listed.entries} for listed in (now, then))
+        if changed := [key for key in new.keys() | old.keys() if new.get(key) != old.get(key)]:
+            key = min(changed)
+            return key, how if key in new and key in old else "added" if key in new else "removed"
+    places = zip(now.keys, then.keys, strict=True)
+    return next(key for key, before in places if key != before), "put elsewhere in the order"
 
 
 @dataclass(frozen=True)

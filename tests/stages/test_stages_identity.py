@@ -4,8 +4,10 @@ the cache is finished. And what is mended is what was there."""
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,6 +55,11 @@ def images(source: Path, tmp_path: Path) -> ImageList:
 
 @pytest.fixture
 def job(tmp_path: Path, source: Path, images: ImageList, encoder: Encoder) -> EncodeJob:
+    return job_over(tmp_path, source, images, encoder)
+
+
+def job_over(tmp_path: Path, source: Path, images: ImageList, encoder: Encoder) -> EncodeJob:
+    """A cache of two views at cut 1."""
     weights = tmp_path / "model.safetensors"
     save_file(encoder.vit.state_dict(), weights)
     data, blocks = data_of(source), frozen_hash(encoder.vit.state_dict(), 1)
@@ -143,24 +150,38 @@ def test_an_image_edited_during_a_build_stops_it_by_name(job: EncodeJob, images:
     assert next(build(job, images, map)) == (3, 6), "what was made is kept"
 
 
-@pytest.mark.parametrize("how", ["changed", "added", "removed"])
+def as_packed(picture: Callable[..., bytes], names: str = "abc", edited: str = "", label: int = 1) -> dict[str, bytes]:
+    """Images by their names, that of `edited` another one, and their labels, that of b to be chosen."""
+    contents = {name: picture(ord(name) + 100 * (name == edited), size=(20, 20)) for name in names}
+    labels = {name: label if name == "b" else 0 for name in names}
+    return {file: made for n in names for file, made in ((f"{n}.png", contents[n]), (f"{n}.cls", b"%d" % labels[n]))}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"edited": "b"}, "b in {} was changed"),
+        ({"names": "abcd"}, "d in {} was added"),
+        ({"names": "ac"}, "b in {} was removed"),
+        ({"label": 2}, "b in {} was relabelled"),
+        ({"names": "acb"}, "c in {} was put elsewhere in the order"),
+        ({"names": "acbd", "label": 2}, "d in {} was added"),
+    ],
+    ids=["changed", "added", "removed", "relabelled", "reordered", "all at once"],
+)
 def test_images_that_change_after_they_were_read_are_named_before_the_cache_is_finished(
-    job: EncodeJob, images: ImageList, source: Path, picture, how: str
+    tmp_path: Path, encoder: Encoder, picture, fill, pack, change: dict[str, Any], told: str
 ) -> None:
-    building = build(job, images, map)
-    for _ in range(6):
+    fill(tmp_path / "val", {"v.png": picture(50)})
+    source = pack(tmp_path / "a.tar", as_packed(picture))
+    images = open_data(data_of(source), tmp_path / "index").train
+    building = build(job_over(tmp_path, source, images, encoder), images, map)
+    for _ in range(2):
         next(building)
-    victim = Path(images.entries[3].file)
-    if how == "changed":
-        victim.write_bytes(picture(99, size=(20, 20)))
-    elif how == "removed":
-        victim.unlink()
-    else:
-        victim = source / "new.png"
-        victim.write_bytes(picture(99))
-    with pytest.raises(StaleCache, match=f"{victim.name} in {source} was {how} while the cache was built; undo that"):
+    pack(source, as_packed(picture, **change))
+    with pytest.raises(StaleCache, match=f"^{told.format(source)} while the cache was built; undo that, or run again"):
         next(building)
-    assert not (Path(job.folder) / "manifest.json").exists()
+    assert not (tmp_path / "cache" / "manifest.json").exists()
 
 
 # --- weights and parents ----------------------------------------------------------------------------------------------
