@@ -45,7 +45,7 @@ class ShardEntry:
     difference to what the frozen blocks gave, sum of squares of that, largest difference."""
     batch: int = 0
     """Of a shard of features: samples that passed the frozen blocks at once, on which their last bits depend; 0 where
-    that is not known."""
+    that is not known, as of rows that were partly taken over."""
     last_crc: int = field(default=0, compare=False)
     """Of a Zarr shard: the crc32c behind its last chunk, by which a reader tells it from another whole one of its size;
     0 where that is not known. Says no more than the checksum, so that entries without it are equal."""

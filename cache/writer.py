@@ -251,15 +251,15 @@ def finish(
 
 
 def amend(folder: Path, limit: ErrorLimit = NO_LIMIT) -> bool:
-    """Takes what was written again of a finished cache into its manifest; says whether it is, to the bit, what was
-    there. TooCoarse as for `finish`."""
+    """Takes what was written again of a finished cache into its manifest; says whether its files are, to the bit, what
+    they were. TooCoarse as for `finish`."""
     manifest = read_manifest(folder)
     layout = manifest.layout
     names = [STORE_RECEIPT, *(receipt_name(shard) for shard in layout.shards)]
     again = {entry.name: entry for name in names for entry in read_receipt(folder, layout, name) or ()}
     entries = tuple(_renewed(folder, entry, again.get(entry.name, entry)) for entry in manifest.shards)
-    same = entries == manifest.shards
-    if not same:
+    same = all(now.checksum == before.checksum for now, before in zip(entries, manifest.shards, strict=True))
+    if entries != manifest.shards:  # of the same bits it may be known by now in what batches they come
         stats, errors = _view_stats(entries, layout)
         worst = max(error.relative_rmse for error in errors)
         limit.check(worst, layout.spec)

@@ -131,7 +131,7 @@ def mend_cache(desk: Desk, need: Need, damages: Sequence[Damage]) -> None:
     """Compute the damaged shards of a finished cache again, in place."""
     job, images = encode_job(desk.wanted, need), desk.wanted.data.train
     with held(desk, job), sweeping(desk) as run:
-        for done, total in mend(job, images, damages, run):
+        for done, total in mend(job, images, damages, run, desk.log.message):
             told = {"cache": need.name, "cut": job.layout.spec.cut, "repair": True}
             desk.log(need.tag | told | {"shard": done, "shards": total})
             if desk.job.stop.is_set() and done < total:

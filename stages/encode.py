@@ -255,7 +255,8 @@ def encode_shard(task: tuple[EncodeJob, Shard, Taken | None], load: Load | None 
     names = dict(zip(taken.places.tolist(), taken.keys, strict=True))
     names |= dict(zip(taken.new.tolist(), block.keys, strict=True)) if block else {}
     keys = [names[place] for place in range(len(rows))]
-    write_stored(folder, layout, shard, map(row, range(len(rows))), keys, job.limit, job.batch)
+    # Rows of two makings: no one batch, from the shard's first row on, gives the bits of all.
+    write_stored(folder, layout, shard, map(row, range(len(rows))), keys, job.limit, batch=0)
     return shard
 
 

@@ -4,7 +4,7 @@ until then. Beside `encode`, which builds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from cache.backends import close_shared, files_of
@@ -18,9 +18,16 @@ from stages.encode import EncodeJob, RunTasks, check_inputs, encode_shard, inher
 from stages.images import ImageList
 
 
-def mend(job: EncodeJob, images: ImageList, damages: Sequence[Damage], run: RunTasks) -> Iterator[tuple[int, int]]:
-    """Compute the damaged shards of a finished cache again; yields (shards done, shards in all) after each. Raises
-    CacheError. The caller holds the cache. Stopped anywhere, what is still damaged is found damaged again."""
+def mend(
+    job: EncodeJob,
+    images: ImageList,
+    damages: Sequence[Damage],
+    run: RunTasks,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Iterator[tuple[int, int]]:
+    """Compute the damaged shards of a finished cache again; yields (shards done, shards in all) after each, and tells
+    where that gave other bits. Raises CacheError. The caller holds the cache. Stopped anywhere, what is still damaged
+    is found damaged again."""
     folder = place_of(job.folder)
     manifest, (job, parent) = read_manifest(folder), inherited(job)
     check_spec(manifest, job.layout.spec)
@@ -41,5 +48,9 @@ def mend(job: EncodeJob, images: ImageList, damages: Sequence[Damage], run: RunT
     finally:
         close_shared()
     check_inputs(job, images, parent)
-    amend(folder, job.limit)
+    if not amend(folder, job.limit):
+        tell(
+            f"{folder}: what was mended is not to the bit what was there: features may differ in last bits, as in "
+            "other batches or on another processor; the manifest says what they are now"
+        )
     assert not (folder / RECEIPTS).exists()

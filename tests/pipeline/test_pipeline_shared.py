@@ -10,6 +10,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,7 @@ from pipeline.decide import Wanted, judge_all
 from pipeline.job import Interrupted, Job
 from pipeline.layout import RunPaths
 from pipeline.seconds import read_seconds, sum_known, write_seconds
+from stages import encode
 from tests.cache.conftest import files_of
 from tests.pipeline.toy import StopAfter, job, record, same, toy, weights
 
@@ -231,6 +233,22 @@ def test_a_repair_keeps_layout_and_batches_of_the_cache(shared: Path, changes: d
     assert [files_of(folder) for folder in folders] == whole
     untouched = {path for path in times if "/c/1/" not in path.as_posix() and "/c/2/" not in path.as_posix()}
     assert len(untouched) > 4 and all(path.stat().st_mtime_ns == times[path] for path in untouched)
+
+
+def test_a_repair_says_where_it_gave_other_bits(shared: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    first, second = first_caches(shared)
+    for folder in (first, second):
+        (folder / "data.zarr/view_1/features/c/1/0/0").unlink()
+    plain = encode.frozen_forward
+
+    def elsewhere(model: Any, job: Any, part: Any) -> Any:
+        features, prefix = plain(model, job, part)
+        return features * (1 + 2**-9 * (job.folder == str(second))), prefix
+
+    monkeypatch.setattr(encode, "frozen_forward", elsewhere)
+    care.run_repair(sharing(shared / "first", shared / "store"))
+    told = [line for line in capsys.readouterr().out.splitlines() if "not to the bit what was there" in line]
+    assert len(told) == 1 and str(second) in told[0]
 
 
 @pytest.mark.parametrize("how", ["flip", "delete"])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,14 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def alike(grown: Path, fresh: Path) -> bool:
+    """Whether two caches are equal, file by file, but that the first does not know the batches of some shards."""
+    found, known = read_manifest(grown), read_manifest(fresh)
+    shards = (replace(e, batch=e.batch or k.batch) for e, k in zip(found.shards, known.shards, strict=True))
+    one, other = (files(folder) | {"manifest.json": b""} for folder in (grown, fresh))
+    return one == other and replace(found, shards=tuple(shards)) == known
+
+
 @pytest.mark.parametrize("backend", ["zarr", "webdataset"])
 @pytest.mark.parametrize("codec", ["float16", "int8"])
 def test_new_edited_and_removed_images_cost_what_is_new(
@@ -120,7 +129,7 @@ def test_new_edited_and_removed_images_cost_what_is_new(
     forwards.clear()
     fresh = make(tmp_path / "elsewhere" / "cut-2-new", grown, **how)
     assert sum(forwards) == 2 * 9
-    assert files(found) == files(fresh)
+    assert alike(found, fresh)
 
 
 def test_views_are_added_and_taken_away(tmp_path: Path, make: Callable[..., Path], forwards: list[int]) -> None:
@@ -184,7 +193,7 @@ def test_a_second_cut_takes_over_though_its_parent_is_another(
     assert sum(forwards) == 2 * 2, "two views of z, at both cuts"
     other = tmp_path / "elsewhere"
     fresh = make(other / "late-new", new, 3, parent=make(other / "early-new", new))
-    assert files(late) == files(fresh)
+    assert alike(late, fresh)
     forwards.clear()
     make(root / "late-images", new, 3)  # from images: other numbers, since nothing was rounded at cut 2
     assert sum(forwards) == 2 * 8

@@ -290,9 +290,47 @@ def test_a_shard_that_another_machine_computes_otherwise_is_taken_into_the_manif
         return features * np.float32(1 + 2**-9), prefix
 
     monkeypatch.setattr(encode, "frozen_forward", elsewhere)
-    list(mend(job, images, verify_cache(folder), map))
+    told: list[str] = []
+    list(mend(job, images, verify_cache(folder), map, told.append))
     after = read_manifest(folder)
     assert verify_cache(folder) == [] and after != before
+    assert len(told) == 1 and told[0].startswith(f"{folder}: what was mended is not to the bit what was there")
     changed = [e.name for e, old in zip(after.shards, before.shards, strict=True) if e != old]
     assert set(changed) <= set(job.layout.files(Shard(0, 0, 6))) and changed and after.stats[1] == before.stats[1]
     assert after.stats[0].std > before.stats[0].std
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["bits depend on the batch", "they do not"])
+def test_a_repair_of_a_grown_cache_says_so_where_its_batches_give_other_bits(
+    job: EncodeJob, images: ImageList, source: Path, encoder: Encoder, picture, fill, monkeypatch, beside: bool
+) -> None:
+    """Of 18 images in shards of 6 the last is new: alone in its batch, its shard was computed in no batches of 4."""
+    plain = encode.frozen_forward
+
+    def forward(model: Encoder, job: EncodeJob, part: encode.Part) -> tuple[torch.Tensor, torch.Tensor]:
+        features, prefix = plain(model, job, part)
+        return features * (1 + beside * len(part.keys) * 2**-9), prefix
+
+    monkeypatch.setattr(encode, "frozen_forward", forward)
+    list(build(job, images, map))
+    fill(source, {"99.png": picture(99, size=(20, 20))})
+    folder, grown = source.with_name("grown"), open_data(data_of(source), source.with_name("index")).train
+    job = replace(job_over(source.parent, source, grown, encoder), folder=str(folder))
+    list(build(job, grown, map))
+
+    def batches() -> list[int]:
+        return [entry.batch for entry in read_manifest(folder).shards if entry.moments]
+
+    assert batches() == [4, 4, 0, 4, 4, 0], "two shards of each view are linked"
+    whole, told = files_of(folder), list[str]()
+    for shard in (Shard(0, 12, 6), Shard(0, 0, 6)):
+        (folder / job.layout.files(shard)[0]).unlink()
+    list(mend(job, grown, verify_cache(folder), map, told.append))
+    assert verify_cache(folder) == [] and batches() == [4, 4, 4, 4, 4, 0], "now it is known"
+    changed = {name for name, content in files_of(folder).items() if whole[name] != content}
+    assert changed <= {"manifest.json", *job.layout.files(Shard(0, 12, 6))} and len(told) == beside
+    assert (job.layout.files(Shard(0, 12, 6))[0] in changed) == beside
+    whole = files_of(folder)
+    (folder / job.layout.files(Shard(0, 12, 6))[0]).unlink()
+    list(mend(job, grown, verify_cache(folder), map, told.append))
+    assert files_of(folder) == whole and len(told) == beside
