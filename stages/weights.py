@@ -5,14 +5,13 @@ file's digest."""
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache.checksum import sha256_of
-from cache.manifest import atomic_write
+from cache.manifest import atomic_write, seal, unseal
 from cache.place import blocks_of, describe, is_there, path_or_url, place_of, size_of
 from stages.stamps import let_the_clock_tick, stamp_of
 
@@ -89,8 +88,8 @@ def weights_digest(path: str, index_file: Path | None) -> str:
     A file that was read and is gone since is still the file that it was. Raises WeightsError.
     """
     try:
-        kept = json.loads(index_file.read_text()) if index_file else {}
-    except (OSError, json.JSONDecodeError):
+        kept = unseal(index_file.read_bytes()) if index_file else {}
+    except (OSError, ValueError):
         kept = {}
     path = path_or_url(path)
     place = place_of(path)
@@ -104,7 +103,7 @@ def weights_digest(path: str, index_file: Path | None) -> str:
     if _stamp(path) != stamp:
         raise WeightsError(f"model.weights={path} was changed while it was read; run again when nothing writes to it")
     if index_file:
-        atomic_write(index_file, json.dumps(stamp | {"sha256": found}).encode())
+        atomic_write(index_file, seal(stamp | {"sha256": found}))
     return found
 
 

@@ -114,6 +114,13 @@ def test_a_file_is_its_content_and_is_read_once(
     assert weights_digest(str(moved), index) == changed and len(reads) == 2
     with pytest.raises(WeightsError, match=r"a.safetensors is no file"):
         weights_digest(str(path), index)
+    believed = index.read_bytes()
+    index.write_bytes(believed.replace(changed[:8].encode(), b"00000000"))
+    with pytest.raises(WeightsError, match=r"b.safetensors is no file"):  # an altered digest is no digest
+        weights_digest(str(moved), index)
+    index.write_bytes(b"\xff" + believed[1:])
+    with pytest.raises(WeightsError, match=r"b.safetensors is no file"):
+        weights_digest(str(moved), index)
     index.write_text("{")
     with pytest.raises(WeightsError, match="is no file"):
         weights_digest(str(moved), index)
