@@ -17,6 +17,11 @@ LONG = 5000
 start-up for all twelve blocks of the sample, 8 s for the last three, and 7-10 % less time a step of 70-220 ms."""
 
 
+VARIANTS = 64
+"""How often a process may compile the same function, as it does for every cut and every model of a study. torch's own
+limit is 8, after which it would run the function as it is, with a warning, and the segment would be no faster."""
+
+
 def compiles(train: TrainConfig, model: Learner, steps: int) -> bool:
     """Whether a segment of so many steps is compiled: a pure function of settings, so that a resumed run does the same.
 
@@ -38,6 +43,9 @@ def compiler() -> str | None:
 
 def compile_learner(model: Learner) -> None:
     """Compile what runs in a step: all that learns as one, frozen blocks, which run outside of it, one by one."""
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, VARIANTS)
     model.compile()
     for block in model.encoder.vit.blocks[: model.encoder.cut]:
         block.compile()

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from models.config import HeadSpec, MaskConfig
 from models.drop import DepthDrop
 from stages.checkpoint import Progress
-from stages.compiling import LONG, compiles
-from stages.config import TrainConfig
+from stages.compiling import LONG, compile_learner, compiles
+from stages.config import DataConfig, TrainConfig
 from stages.images import ImageList, open_images
-from stages.train import build_model, train_arm
-from tests.stages.loop import BUILD, arm, hooks, parts, plain, stopped_and_resumed
+from stages.sources import LiveImages, Sampling
+from stages.train import build_model, train_arm, train_step
+from tests.stages.loop import BUILD, MODEL, TRAIN, arm, hooks, parts, plain, stopped_and_resumed
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +41,37 @@ def test_a_compiled_step_gives_the_same_losses_and_resumes(images: ImageList, tm
     stopped_and_resumed(lambda folder: arm(folder, images, segments, compile="on"), tmp_path, stops=(6,))
 
 
+@pytest.mark.slow
+def test_a_segment_at_every_cut_of_one_process_is_compiled(monkeypatch: pytest.MonkeyPatch, images: ImageList) -> None:
+    """torch compiles a function 8 times and then, with a warning, runs it as it is: the cut is one of what it compiles
+    for. A FreezeOut run of 12 blocks has 12 cuts. Here without code generation, which takes longest."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    compile_of, graphs = torch.nn.Module.compile, [0]
+
+    def counted(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        def run(*values: torch.Tensor) -> Any:
+            graphs[0] += 1
+            return graph(*values)
+
+        return run
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_of(module, backend=counted))
+    heads = (HeadSpec(12, "pixels"),)
+    build = replace(BUILD, model=replace(MODEL, depth=12), heads=heads)
+    source = LiveImages(images, Sampling(0, 8, DataConfig(), build.model, MaskConfig(), heads))
+    ran = []
+    for cut in range(12):
+        model = build_model(build, cut, "cpu")
+        compile_learner(model)
+        optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.0)
+        graphs[0] = 0
+        train_step(model, optimizer, source, source.load(parts(cut)[0], 0), TRAIN)
+        ran.append(graphs[0])
+    whole = ran[0]  # 1, but for what checks the types of arguments under test
+    assert ran == [whole + cut for cut in range(12)], "frozen blocks one by one, and what learns as at cut 0"
+
+
 @pytest.mark.parametrize(
     ("how", "steps", "layer_drop", "there", "wanted"),
     [
@@ -56,5 +91,3 @@ def test_auto_compiles_long_segments_where_it_can(
     drop = DepthDrop(0, 0.0, layer_drop, 100)
     model = build_model(replace(BUILD, drop=drop), 0, "cpu")
     assert compiles(replace(TrainConfig(), compile=how), model, steps) == wanted  # type: ignore[arg-type]
-
-
