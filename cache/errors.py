@@ -16,6 +16,10 @@ class StaleCache(CacheError):
     """The cache holds something else than what is wanted."""
 
 
+class LaterCache(CacheError):
+    """A later version made the cache; this one neither reads it nor touches it."""
+
+
 class DamagedCache(CacheError):
     """A file of the cache is missing, cut short or altered."""
 

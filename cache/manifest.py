@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from cache.checksum import Buffer, Checksum, feed
-from cache.errors import CacheError, DamagedCache, MissingCache, StaleCache
+from cache.errors import CacheError, DamagedCache, LaterCache, MissingCache, StaleCache
 from cache.layout import Layout
 from cache.lock import aside
 from cache.place import describe, is_remote, is_there, new_object, place_of, read_bytes, size_of
@@ -173,7 +173,8 @@ def manifest_copy(folder: Path) -> Path:
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> CacheManifest:
-    """The manifest of a finished cache. MissingCache, DamagedCache, or StaleCache for another version's format."""
+    """The manifest of a finished cache. MissingCache, DamagedCache, StaleCache for another version's format, LaterCache
+    for that of one to come."""
     path = place_of(folder) / MANIFEST
     try:
         content = read_bytes(path)
@@ -185,7 +186,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> CacheManifest:
     except ValueError:
         raise DamagedCache(f"{path} is altered or cut short; run `make repair`") from None
     if values["format"] > FORMAT:
-        raise CacheError(
+        raise LaterCache(
             f"{path} has format {values['format']}, this version reads {FORMAT}: a later version made it and may need "
             "it; update, or remove the folder"
         )

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
+from safetensors import SafetensorError
+
 from cache.adopt import Donor
 from cache.layout import Layout
 from cache.lock import CacheBusy, hold_cache
@@ -23,6 +25,7 @@ from pipeline.layout import StagePaths
 from pipeline.needs import Need
 from pipeline.seconds import read_seconds, write_seconds
 from pipeline.tasks import RunTasks
+from stages.carried import WeightsUnseen, frozen_state
 from stages.device import best_batch
 from stages.encode import EncodeJob, build
 from stages.mend import mend
@@ -125,6 +128,16 @@ class Pace:
             return found
         before, started = self.first
         return found | {"images_per_second": (images - before) / max(self.now() - started, 1e-9)}
+
+
+def weights_there(wanted: Wanted, need: Need) -> bool:
+    """Whether the weights that a cache was made with still lie there, whatever they would be trained with today."""
+    job = encode_job(wanted, need)
+    try:
+        frozen_state(job.weights, job.layout.spec.cut, job.layout.spec.weights)
+    except (WeightsUnseen, SafetensorError):  # gone, others, or cut short
+        return False
+    return True
 
 
 def mend_cache(desk: Desk, need: Need, damages: Sequence[Damage]) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from cache.errors import CacheError, DamagedCache, MissingCache, StaleCache
+from cache.errors import DamagedCache, LaterCache, MissingCache, StaleCache
 from cache.layout import TARS
 from cache.lock import CacheBusy, hold_cache
 from cache.manifest import MANIFEST, read_manifest
@@ -15,22 +15,24 @@ from cache.receipts import RECEIPTS
 from cache.users import register
 from cache.verify import Damage, Run, drop_damaged, in_threads, restore_manifest, verify_cache
 from pipeline.config import ConfigError
-from pipeline.decide import all_needs, judge_cache
+from pipeline.decide import Wanted, judge_cache
 from pipeline.desk import Desk, at_work
 from pipeline.job import Job, RunFailed
+from pipeline.layout import RunPaths
 from pipeline.needs import Need
 from pipeline.replay import replay
 from pipeline.runner import ensure_built, ensure_maker
-from pipeline.sharing import other_users, remove_unused, used
+from pipeline.sharing import asked_for, other_users, remove_unused, used
+from stages.errors import DataError
 
 
 def run_verify(job: Job) -> None:
-    """Hash every file of every cache of the run again, or compare the order of training with its record. RunFailed when
-    something is damaged, or differs."""
+    """Hash every file of every cache in the run's folder of caches again, or compare the order of training with its
+    record. RunFailed when something is damaged, or differs; what another version made is neither."""
     if job.order:
         replay(job)
         return
-    bad, folders = 0, caches(job)
+    bad, harmed, folders, wanted = 0, [], caches(job), Wanted(job.config, job.paths)
     if not folders:
         raise ConfigError(f"no cache in {job.paths.cache_root}; `make stage-1` builds one")
     with hashing(job, print) as run:
@@ -38,13 +40,58 @@ def run_verify(job: Job) -> None:
             if in_progress(folder):
                 print(f"{folder}: unfinished; `make stage-N` goes on with it")
                 continue
-            damages = check(folder, run)
+            try:
+                damages = check(folder, run)
+            except StaleCache as error:
+                print(f"{folder}: {error}{way_on(wanted, folder)}")
+                continue
+            except LaterCache as error:
+                print(f"{folder}: {error}")
+                continue
             bad += len(damages)
+            harmed += [folder] if damages else []
             for damage in damages:
                 print(f"damaged: {damage.file}: {damage.what}")
             print(f"{folder}: {f'{len(damages)} damaged files' if damages else f'sound, {size(folder)}'}")
     if bad:
-        raise RunFailed(f"{bad} damaged files; run `make repair`, which rebuilds only what is bad")
+        raise RunFailed(f"{bad} damaged files; {remedies(wanted, harmed)}")
+
+
+def remedies(wanted: Wanted, harmed: Sequence[Path]) -> str:
+    """What makes damaged caches whole, or ends them: whoever asks for a cache can mend it."""
+    try:
+        mended = set(mendable(wanted))
+    except DataError:  # `repair` needs the images, and says what is wrong with them
+        mended = set(harmed)
+    found, strays = ["run `make repair`, which rebuilds only what is bad"] if mended & set(harmed) else [], []
+    for folder in harmed:
+        others = [] if folder in mended else other_users(wanted, folder)
+        if others:
+            there = f"CONFIG={RunPaths(Path(others[0].run)).config} RUN={others[0].run}"
+            found.append(f"run `make repair {there}`, for {others[0]} uses {folder.name}")
+        elif folder not in mended:
+            strays.append(folder.name)
+    found += [f"run `make gc`, which removes what no run asks for: {', '.join(strays)}"] if strays else []
+    return "; ".join(found)
+
+
+def way_on(wanted: Wanted, folder: Path) -> str:
+    """How a cache that is to be built again is, or who else does that, or that nobody needs to; goes on from there."""
+    try:
+        need = mendable(wanted).get(folder)
+    except DataError:  # who needs it is not known, and whoever does builds it
+        return ""
+    if need:
+        return f" with `make {'finetune' if need.tunes else f'cache-{need.stage}'}`"
+    if others := other_users(wanted, folder):
+        return f", or let {others[0]}, which uses it, do that"
+    return ", or run `make gc`, which removes it: no run asks for it"
+
+
+def mendable(wanted: Wanted) -> dict[Path, Need]:
+    """The caches that `repair` goes through, by folder, parents first; `gc` leaves no others but those of other runs.
+    DataError where there are no images, by which caches are known."""
+    return {wanted.cache_folder(spec): need for need in asked_for(wanted) if (spec := wanted.spec(need))}
 
 
 @contextmanager
@@ -75,7 +122,7 @@ def size(folder: Path) -> str:
 def run_repair(job: Job) -> None:
     """Rebuild the damaged shards of the run's caches, and nothing else."""
     with at_work(job) as desk, hashing(job, desk.log.message) as run:
-        for need in all_needs(desk.wanted):
+        for need in asked_for(desk.wanted):
             repair(desk, need, run)
 
 
@@ -100,7 +147,13 @@ def repair(desk: Desk, need: Need, run: Run = in_threads) -> None:
     desk.log.message(f"{folder}: {len(damages)} damaged files")
     if not damages:
         return
-    ensure_maker(desk, need.maker)
+    from pipeline.building import mend_cache, weights_there
+
+    if not weights_there(desk.wanted, need):
+        ensure_maker(desk, need.maker)
+        if desk.wanted.spec(need) != spec:
+            desk.log.message(f"{folder}: the weights that made it are gone; `make gc` removes it")
+            return
     if not whole:
         with hold_cache(folder, desk.log.message, desk.job.stop.is_set):
             drop_damaged(folder, damages)
@@ -108,8 +161,6 @@ def repair(desk: Desk, need: Need, run: Run = in_threads) -> None:
         return
     if need.parent:
         ensure_built(desk, need.parent, [need])
-    from pipeline.building import mend_cache
-
     mend_cache(desk, need, damages)
 
 
@@ -173,9 +224,9 @@ def in_progress(folder: Path) -> bool:
 
 
 def check(folder: Path, run: Run = in_threads) -> list[Damage]:
-    """The damage in a cache that was finished."""
+    """The damage in a cache that was finished. StaleCache or LaterCache where another version made it."""
     try:
         read_manifest(folder)
-    except CacheError as error:
+    except (DamagedCache, MissingCache) as error:
         return [Damage(file="manifest.json", what=str(error), rows=None, view=None)]
     return verify_cache(folder, run)

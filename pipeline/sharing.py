@@ -16,16 +16,25 @@ from pipeline.needs import Need
 from pipeline.remaining import needed_now
 
 
+def asked_for(wanted: Wanted, more: Iterable[Need] = ()) -> list[Need]:
+    """The caches that the run's settings ask for, with those that they continue, parents first."""
+    found: list[Need] = []
+    for need in [*all_needs(wanted), *made_ahead(wanted), *more]:
+        line = [need]
+        while parent := line[0].parent:
+            line.insert(0, parent)
+        found += [one for one in line if one not in found]
+    return found
+
+
 def used(wanted: Wanted, more: Iterable[Need] = ()) -> set[Path]:
-    """The caches that the run's settings ask for and whose identity is known, with those that they continue; with
-    `cache.keep=needed` those that are still needed, and that of fine-tuning."""
+    """Where the caches lie that the run's settings ask for and whose identity is known; with `cache.keep=needed` those
+    that are still needed, and that of fine-tuning."""
     if wanted.config.cache.keep == "needed":
         tuned = [need for need in all_needs(wanted) if need.tunes]
         needs = [*needed_now(wanted, [*tuned, *more]), *made_ahead(wanted)]
-        return {wanted.cache_folder(spec) for spec in map(wanted.spec, needs) if spec}
-    needs = [*all_needs(wanted), *made_ahead(wanted), *more]
-    for need in needs:
-        needs += [need.parent] if need.parent and need.parent not in needs else []
+    else:
+        needs = asked_for(wanted, more)
     return {wanted.cache_folder(spec) for spec in map(wanted.spec, needs) if spec}
 
 
