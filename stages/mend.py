@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from cache.backends import close_shared, files_of
+from cache.checksum import checksum
+from cache.errors import StaleCache
 from cache.layout import Shard
-from cache.manifest import atomic_write, check_spec, read_manifest
+from cache.manifest import ShardEntry, atomic_write, check_spec, read_manifest
 from cache.place import place_of
-from cache.receipts import RECEIPTS
+from cache.receipts import RECEIPTS, STORE_RECEIPT, write_receipt
 from cache.verify import Damage
 from cache.writer import amend, drop_receipts
 from stages.encode import EncodeJob, RunTasks, check_inputs, encode_shard, inherited
@@ -34,8 +36,16 @@ def mend(
     drop_receipts(folder)
     layout, bad = manifest.layout, {damage.file for damage in damages}
     static = files_of(layout.backend).static_files(layout, images.labels, images.keys, images.digests)
-    for name in bad & static.keys():
+    without_rows = bad & {entry.name for entry in manifest.shards if not entry.rows}
+    if gone := without_rows - static.keys():
+        raise StaleCache(
+            f"this version no longer writes {folder / min(gone)}; remove {folder}, and build the cache again"
+        )
+    for name in without_rows:
         atomic_write(folder / name, static[name])
+    # Another version of a library may have written them otherwise: the manifest has to say what they are now.
+    again = [ShardEntry(name, 0, 0, len(static[name]), checksum(static[name])) for name in sorted(without_rows)]
+    write_receipt(folder, layout, STORE_RECEIPT, again)
     batch_of = {entry.name: entry.batch for entry in manifest.shards if entry.batch}
     tasks: list[tuple[EncodeJob, Shard, None]] = []
     for shard in layout.shards:

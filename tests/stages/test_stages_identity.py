@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from cache import open_cache
+from cache.backends import files_of as files_of_backend
 from cache.errors import StaleCache
 from cache.layout import Layout, Shard
 from cache.manifest import read_manifest
@@ -334,3 +336,45 @@ def test_a_repair_of_a_grown_cache_says_so_where_its_batches_give_other_bits(
     (folder / job.layout.files(Shard(0, 12, 6))[0]).unlink()
     list(mend(job, grown, verify_cache(folder), map, told.append))
     assert files_of(folder) == whole and len(told) == beside
+
+
+@pytest.mark.parametrize(("backend", "name"), [("zarr", "data.zarr/keys/zarr.json"), ("webdataset", "index/keys.json")])
+def test_metadata_that_is_written_otherwise_today_is_taken_into_the_manifest(
+    job: EncodeJob, images: ImageList, backend: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library of another version spaces its JSON otherwise: what is mended is read, and what is sound stays."""
+    job = replace(job, layout=replace(job.layout, backend=backend))
+    list(build(job, images, map))
+    folder, before, whole = Path(job.folder), read_manifest(job.folder), files_of(Path(job.folder))
+    writer = files_of_backend(backend)
+    plain = writer.static_files
+
+    def spaced(*args) -> dict[str, bytes]:
+        return {name: content + b"\n" * name.endswith(".json") for name, content in plain(*args).items()}
+
+    monkeypatch.setattr(writer, "static_files", spaced)
+    (folder / name).write_bytes(b"{")
+    assert list(mend(job, images, verify_cache(folder), map)) == []
+    assert verify_cache(folder) == [] and open_cache(folder, verify=True).keys[16] == "16.png"
+    after = files_of(folder)
+    assert {file for file in whole if whole[file] != after[file]} == {name, "manifest.json"}
+    assert after[name] == whole[name] + b"\n" and not (folder / "receipts").exists()
+    old, new = ({entry.name: entry for entry in found.shards} for found in (before, read_manifest(folder)))
+    assert {file for file in old if old[file] != new[file]} == {name}
+
+
+def test_metadata_that_nobody_writes_any_more_has_a_remedy(job: EncodeJob, images: ImageList, monkeypatch) -> None:
+    list(build(job, images, map))
+    folder = Path(job.folder)
+    writer = files_of_backend("zarr")
+    plain = writer.static_files
+
+    def moved(*args) -> dict[str, bytes]:
+        return {name.replace("keys/c/0", "keys/0"): content for name, content in plain(*args).items()}
+
+    monkeypatch.setattr(writer, "static_files", moved)
+    (folder / "data.zarr/keys/c/0").unlink()
+    before = files_of(folder)
+    with pytest.raises(StaleCache, match=f"no longer writes {folder}/data.zarr/keys/c/0; remove {folder}, and build"):
+        list(mend(job, images, verify_cache(folder), map))
+    assert files_of(folder) == before
