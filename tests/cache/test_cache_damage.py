@@ -32,7 +32,8 @@ from cache.manifest import atomic_write, read_manifest, seal
 from cache.users import read_cost, register, users, write_cost
 from cache.verify import remove_cache, verify_cache
 from cache.writer import create_store, finish, missing_shards, write_rows
-from tests.cache.trials import BACKENDS, KINDS, TRIALS, damage_trial, named, of_backend
+from tests.cache.mending import KINDS, VARIANTS, Sound, damage_trial
+from tests.cache.trials import BACKENDS, TRIALS, of_backend
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -45,7 +46,7 @@ def backend(request) -> str:
 @pytest.fixture(scope="module")
 def whole(backend: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     wanted = of_backend(backend)
-    folder = named(tmp_path_factory.mktemp("whole"), wanted)
+    folder = tmp_path_factory.mktemp("whole") / "cut-3-00000000"
     wanted.build(folder)
     return folder
 
@@ -56,18 +57,27 @@ def in_python(code: str, *args: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
 
 
-@settings(max_examples=TRIALS or 60, deadline=None)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the caches of all variants are made, by what is trained once."""
+    return tmp_path_factory.mktemp("sound")
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def sound(trained: Path, request) -> Sound:
+    return Sound.build(trained, request.param)
+
+
+@settings(max_examples=TRIALS or 14, deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
     picks=st.tuples(st.integers(0, 999), st.integers(0, 999)),
     place=st.integers(0, 2**20),
     mask=st.integers(1, 255),
 )
-def test_every_damage_is_found_and_mended_to_the_bit(whole: Path, backend: str, kind, picks, place, mask) -> None:
-    wanted = of_backend(backend)
+def test_every_damage_is_found_and_mended_to_the_bit(sound: Sound, kind, picks, place, mask) -> None:
     with tempfile.TemporaryDirectory() as trial:
-        found = damage_trial(whole, wanted, named(Path(trial), wanted), kind, picks, place, mask)
-    assert found == (True, True)
+        assert damage_trial(sound, Path(trial) / "store", kind, picks, place, mask) == (True, True)
 
 
 def test_builds_killed_in_real_processes_end_in_the_same_bits() -> None:

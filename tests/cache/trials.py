@@ -1,6 +1,7 @@
 """Damage, many times over: `python -m tests.cache.trials --damage 1000 --kills 100` flips, cuts, empties, deletes and
-exchanges files of finished caches of both backends and kills builds in real processes, and counts what was found and
-what was mended to the bit. The suite runs a few of the same trials; PERMAFROST_TRIALS says how many."""
+exchanges files of finished caches of both backends, which `repair` then mends, and kills builds in real processes, and
+counts what was found and what was mended to the bit. The suite runs a few of the same trials; PERMAFROST_TRIALS says
+how many."""
 
 from __future__ import annotations
 
@@ -16,15 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from cache.errors import CacheError
 from cache.lock import hold_cache
-from cache.manifest import cache_folder_name
-from cache.verify import drop_damaged, restore_manifest, verify_cache
+from cache.verify import verify_cache
 from cache.writer import missing_shards
 from tests.cache.conftest import Example, files_of, make_example
+from tests.cache.mending import KINDS, VARIANTS, Sound, damage_trial
 
 BACKENDS = ("zarr", "webdataset")
-KINDS = ("flip", "truncate", "empty", "delete", "exchange", "lengthen")
 TRIALS = int(os.environ.get("PERMAFROST_TRIALS", "0"))
 """How many trials of each kind the suite runs; 0 leaves it at a few."""
 
@@ -44,74 +43,21 @@ def of_backend(backend: str) -> Example:
     return replace(made, layout=replace(made.layout, backend=backend))
 
 
-def harm(kind: str, path: Path, place: int, mask: int, other: Path) -> set[Path]:
-    """Damages a file at a place; the files that are no longer as they were."""
-    content = path.read_bytes()
-    at = place % len(content)
-    if kind == "flip":
-        path.write_bytes(content[:at] + bytes([content[at] ^ mask]) + content[at + 1 :])
-    elif kind == "truncate":
-        path.write_bytes(content[:at])
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "lengthen":
-        path.write_bytes(content + bytes([mask]))
-    elif kind == "delete":
-        path.unlink()
-    elif kind == "exchange" and other.read_bytes() != content:
-        path.write_bytes(other.read_bytes())
-        other.write_bytes(content)
-        return {path, other}
-    elif kind == "exchange":  # two files of the same content: no damage, so take the mildest other one
-        return harm("flip", path, place, mask, other)
-    return {path}
-
-
-def damage_trial(
-    whole: Path, wanted: Example, folder: Path, kind: str, picks: tuple[int, int], place: int, mask: int
-) -> tuple[bool, bool]:
-    """(found, mended) of one damage done to a copy of a whole cache, mended as `repair` does."""
-    shutil.copytree(whole, folder)
-    shutil.copytree(whole.parent / ".permafrost", folder.parent / ".permafrost", dirs_exist_ok=True)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    path, other = (files[pick % len(files)] for pick in picks)
-    harmed = {file.relative_to(folder).as_posix() for file in harm(kind, path, place, mask, other)}
-    try:
-        damages = verify_cache(folder)
-        seen = {damage.file for damage in damages}
-    except CacheError:  # the manifest is not there
-        damages, seen = [], {"manifest.json"}
-    found = seen == harmed or seen == {"manifest.json"} <= harmed  # nothing is believed without a manifest
-    if "manifest.json" in seen:
-        found &= restore_manifest(folder)
-        damages = verify_cache(folder)
-        found &= {damage.file for damage in damages} == harmed - {"manifest.json"}
-    drop_damaged(folder, damages)
-    wanted.build(folder)
-    return found, files_of(folder) == files_of(whole)
-
-
-def named(folder: Path, wanted: Example) -> Path:
-    """The folder that the cache's name asks for, so that the copy of its manifest is believed."""
-    return folder / cache_folder_name(wanted.layout.spec)
-
-
 def damage_trials(count: int, seed: int) -> Count:
+    """Files of encoded caches damaged and mended by `repair`, as `damage_trial` counts them; names what failed."""
     chance, total = random.Random(seed), Count()
     with tempfile.TemporaryDirectory() as place:
-        wholes = {}
-        for backend in BACKENDS:
-            wanted = of_backend(backend)
-            wholes[backend] = (wanted, named(Path(place) / backend, wanted))
-            wanted.build(wholes[backend][1])
+        sound = {variant: Sound.build(Path(place), variant) for variant in VARIANTS}
         for number in range(count):
-            wanted, whole = wholes[BACKENDS[number % 2]]
-            folder = named(Path(place) / f"trial-{number}", wanted)
-            picks = (chance.randrange(1000), chance.randrange(1000))
-            kind, mask = KINDS[number // 2 % len(KINDS)], chance.randrange(1, 256)
-            found, mended = damage_trial(whole, wanted, folder, kind, picks, chance.randrange(2**20), mask)
+            variant = tuple(VARIANTS)[number % len(VARIANTS)]
+            kind, mask = KINDS[number // len(VARIANTS) % len(KINDS)], chance.randrange(1, 256)
+            picks, at = (chance.randrange(1000), chance.randrange(1000)), chance.randrange(2**20)
+            store = Path(place) / f"trial-{number}"
+            found, mended = damage_trial(sound[variant], store, kind, picks, at, mask)
+            if not (found and mended):
+                print(f"trial {number}: {variant}, {kind} {picks} {at} {mask}: {found=} {mended=}", flush=True)
             total = Count(total.trials + 1, total.found + found, total.mended + mended)
-            shutil.rmtree(folder.parent)
+            shutil.rmtree(store)
     return total
 
 
@@ -207,8 +153,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    print(f"damage: {damage_trials(asked.damage, asked.seed)}", flush=True)
+    # First what forks: mending starts threads, and a fork takes their locks along.
     print(f"kill -9: {kill_trials(asked.kills, asked.seed)}", flush=True)
+    print(f"damage: {damage_trials(asked.damage, asked.seed)}", flush=True)
 
 
 if __name__ == "__main__":
