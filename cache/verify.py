@@ -1,6 +1,6 @@
-"""Whether a finished cache still is what was written, and how a damaged one becomes whole: `verify_cache` hashes every
-file again, `drop_damaged` turns the cache back into a half-built one, and the ordinary build then rebuilds only what is
-bad, bit for bit."""
+"""Whether a finished cache still is what was written: `verify_cache` hashes every file again, `restore_manifest` puts a
+copy in the place of a bad manifest, and without one `drop_manifest` makes the cache an unfinished one, to be built from
+the start. What else is bad, stages.mend computes again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from cache.manifest import (
     unseal,
 )
 from cache.place import asked, is_there, place_of, read_bytes, remove_tree
-from cache.receipts import RECEIPTS, STORE_RECEIPT, receipt_name, write_receipt
+from cache.receipts import RECEIPTS
 
 
 @dataclass(frozen=True)
@@ -115,32 +115,12 @@ def restore_manifest(folder: Path) -> bool:
     return True
 
 
-def drop_damaged(folder: Path, damages: Iterable[Damage]) -> None:
-    """Makes a half-built cache of a damaged one: good shards get their receipts back, then the manifest goes.
-
-    A kill in between leaves a cache that still has its manifest, and whose damage is found again.
-    """
-    bad = {damage.file for damage in damages}
-    if not bad:
-        return
-    if MANIFEST not in bad:
-        manifest = read_manifest(folder)
-        layout = manifest.layout
-        entries = {entry.name: entry for entry in manifest.shards}
-        parts = {receipt_name(shard): layout.files(shard) for shard in layout.shards}
-        parts[STORE_RECEIPT] = [entry.name for entry in manifest.shards if not entry.rows]
-        for receipt, names in parts.items():
-            if bad.isdisjoint(names):
-                write_receipt(folder, layout, receipt, [entries[name] for name in names])
-    _remove_manifest(folder)
-
-
 def remove_cache(folder: Path) -> None:
     """Deletes a cache, finished or not; the manifest first, so that a kill leaves no cache that looks finished."""
     if not any(is_there(folder / part) for part in (MANIFEST, STORE, TARS, RECEIPTS)):
         raise MissingCache(f"{folder} is no cache; nothing was removed")
     try:
-        _remove_manifest(folder)
+        drop_manifest(folder)
         remove_tree(folder)
         for kind in ("manifests", "costs"):
             aside(folder, kind, ".json").unlink(missing_ok=True)
@@ -150,6 +130,7 @@ def remove_cache(folder: Path) -> None:
         ) from error
 
 
-def _remove_manifest(folder: Path) -> None:
+def drop_manifest(folder: Path) -> None:
+    """Makes an unfinished cache of one that is finished; without it no file of the cache is believed."""
     asked(folder, lambda: (folder / MANIFEST).unlink(missing_ok=True))
     sync_folder(folder)

@@ -13,7 +13,7 @@ from cache.manifest import MANIFEST, read_manifest
 from cache.place import files_below, is_there, matching
 from cache.receipts import RECEIPTS
 from cache.users import register
-from cache.verify import Damage, Run, drop_damaged, in_threads, restore_manifest, verify_cache
+from cache.verify import Damage, Run, drop_manifest, in_threads, restore_manifest, verify_cache
 from pipeline.config import ConfigError
 from pipeline.decide import Wanted, judge_cache
 from pipeline.desk import Desk, at_work
@@ -156,7 +156,7 @@ def repair(desk: Desk, need: Need, run: Run = in_threads) -> None:
             return
     if not whole:
         with hold_cache(folder, desk.log.message, desk.job.stop.is_set):
-            drop_damaged(folder, damages)
+            drop_manifest(folder)
         ensure_built(desk, need)
         return
     if need.parent:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import pytest
 
 from cache.layout import Layout, Shard
 from cache.manifest import CacheManifest
-from cache.writer import RowBlock, create_store, finish, missing_shards, write_rows
+from cache.verify import Damage
+from cache.writer import RowBlock, amend, create_store, finish, missing_shards, write_rows
 from models.spec import FeatureSpec
 
 SPEC = FeatureSpec(
@@ -78,6 +79,15 @@ class Example:
         for shard in shards:
             write_rows(folder, self.layout, shard.view, shard.first_row, self.block(shard))
         return finish(folder, self.layout), shards
+
+    def mend(self, folder: Path, damages: Sequence[Damage]) -> list[Shard]:
+        """Writes the damaged shards of a finished cache again, as stages.mend does; returns them."""
+        folder, bad = self.at(folder), {damage.file for damage in damages}
+        shards = [shard for shard in self.layout.shards if not bad.isdisjoint(self.layout.files(shard))]
+        for shard in shards:
+            write_rows(folder, self.layout, shard.view, shard.first_row, self.block(shard))
+        assert amend(folder), "the same to the bit"
+        return shards
 
 
 def make_example(num_samples: int = 7, shard_rows: int = 3, **changes: Any) -> Example:

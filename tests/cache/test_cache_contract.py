@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
 from cache import open_cache
-from cache.errors import CacheError, DamagedCache, MissingCache, StaleCache, TooCoarse, Unrepresentable
+from cache.errors import CacheError, DamagedCache, StaleCache, TooCoarse, Unrepresentable
 from cache.layout import Shard
 from cache.manifest import check_spec, read_manifest, seal, unseal
 from cache.size import array_bytes, cache_bytes
 from cache.tar import escape_key, unescape_key
-from cache.verify import drop_damaged, verify_cache
+from cache.verify import verify_cache
 from cache.writer import ErrorLimit, create_store, finish, missing_shards, write_rows
 
 
@@ -196,11 +196,7 @@ def test_a_missing_or_truncated_file_is_named_and_repaired_to_the_bit(
     reader.read([0, 1, 2, 6], view=1)
     with pytest.raises(DamagedCache, match="run `make repair`"):
         reader.read([4], view=1)
-    drop_damaged(wanted.at(folder), damages)
-    with pytest.raises(MissingCache, match="is unfinished"):
-        open_cache(wanted.at(folder))
-    _, built = wanted.build(folder)
-    assert built == [Shard(1, 3, 3)] and tree(folder) == tree(whole)
+    assert wanted.mend(folder, damages) == [Shard(1, 3, 3)] and tree(folder) == tree(whole)
 
 
 def test_a_build_goes_on_at_the_first_missing_shard(tmp_path: Path, whole: Path, wanted, tree) -> None:

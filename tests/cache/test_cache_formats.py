@@ -13,8 +13,8 @@ from blake3 import blake3
 
 from cache import open_cache
 from cache.manifest import atomic_write, read_manifest, seal
-from cache.receipts import RECEIPTS
-from cache.verify import drop_damaged, verify_cache
+from cache.receipts import RECEIPTS, STORE_RECEIPT, receipt_name, write_receipt
+from cache.verify import drop_manifest, verify_cache
 from cache.writer import amend, missing_shards, write_rows
 from tests.cache.trials import BACKENDS, of_backend
 
@@ -84,9 +84,14 @@ def test_a_shard_of_format_3_that_became_another_is_told(earlier: Path, wanted) 
 
 def test_a_half_built_cache_of_format_3_goes_on_where_it_was(whole: Path, earlier: Path, wanted, tree) -> None:
     """Receipts of format 3 are believed, and what is finished then says both kinds of checksums."""
-    gone = wanted.layout.files(wanted.layout.shards[1])[0]
+    entries = read_manifest(earlier).shards
+    parts = {receipt_name(shard): wanted.layout.files(shard) for shard in wanted.layout.shards}
+    parts[STORE_RECEIPT] = [entry.name for entry in entries if not entry.rows]
+    gone, *_ = parts.pop(receipt_name(wanted.layout.shards[1]))
     (earlier / gone).unlink()
-    drop_damaged(earlier, verify_cache(earlier))
+    for receipt, names in parts.items():
+        write_receipt(earlier, wanted.layout, receipt, [entry for entry in entries if entry.name in names])
+    drop_manifest(earlier)
     for receipt in (earlier / RECEIPTS).iterdir():
         text = receipt.read_bytes().replace(b'"format": 4', b'"format": 3')
         assert b'"format": 3' in text

@@ -18,7 +18,7 @@ from cache.layout import Layout, Shard
 from cache.manifest import check_spec, read_manifest
 from cache.shard import ShardReader
 from cache.size import array_bytes, cache_bytes
-from cache.verify import drop_damaged, verify_cache
+from cache.verify import verify_cache
 from cache.writer import create_store, write_rows
 
 PREFIX = 2
@@ -84,9 +84,8 @@ def test_damage_is_found_named_and_repaired(tmp_path: Path, example) -> None:
         open_cache(tmp_path).read([3], view=1)
     (damage,) = verify_cache(tmp_path)
     assert (damage.file, damage.rows, damage.view) == ("data.zarr/view_1/prefix/c/1/0/0", range(3, 6), 1)
-    drop_damaged(tmp_path, [damage])
-    _, rebuilt = wanted.build(tmp_path)
-    assert rebuilt == [Shard(1, 3, 3)] and file.read_bytes() == good and not verify_cache(tmp_path)
+    assert wanted.mend(tmp_path, [damage]) == [Shard(1, 3, 3)]
+    assert file.read_bytes() == good and not verify_cache(tmp_path)
 
 
 def test_a_cache_with_another_number_of_prefix_tokens_is_stale(tmp_path: Path, example) -> None:

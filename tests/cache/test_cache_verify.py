@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cache import open_cache
 from cache.errors import CacheError, DamagedCache, MissingCache
 from cache.layout import Shard
-from cache.verify import Damage, drop_damaged, remove_cache, verify_cache
+from cache.verify import Damage, drop_manifest, remove_cache, verify_cache
 from cache.writer import create_store, missing_shards
 
 
@@ -102,12 +102,7 @@ def test_repair_rebuilds_only_what_is_bad(tmp_path: Path, whole: Path, example, 
     store = folder / "data.zarr"
     flip(store / "view_0/token_ids/c/1/0", 3, 128)
     (store / "view_1/crop/c/2/0").unlink()
-    flip(store / "labels/zarr.json", 30, 1)
-    drop_damaged(folder, verify_cache(folder))
-    with pytest.raises(MissingCache, match="is unfinished"):
-        open_cache(folder)
-    _, built = example().build(folder)
-    assert built == [Shard(0, 3, 3), Shard(1, 6, 1)]
+    assert example().mend(folder, verify_cache(folder)) == [Shard(0, 3, 3), Shard(1, 6, 1)]
     assert tree(folder) == tree(whole)
 
 
@@ -118,15 +113,11 @@ def test_a_damaged_manifest_rebuilds_everything(tmp_path: Path, whole: Path, exa
     assert [damage.file for damage in damages] == ["manifest.json"]
     with pytest.raises(DamagedCache, match="run `make repair`"):
         example().build(folder)
-    drop_damaged(folder, damages)
+    drop_manifest(folder)
+    with pytest.raises(MissingCache, match="is unfinished"):
+        open_cache(folder)
     _, built = example().build(folder)
     assert len(built) == 6 and tree(folder) == tree(whole)
-
-
-def test_nothing_to_drop_leaves_the_cache(whole: Path, tree) -> None:
-    before = tree(whole)
-    drop_damaged(whole, verify_cache(whole))
-    assert tree(whole) == before
 
 
 def test_remove(tmp_path: Path, whole: Path, example) -> None:

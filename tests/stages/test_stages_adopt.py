@@ -20,13 +20,14 @@ from cache.errors import CacheError
 from cache.layout import Layout
 from cache.manifest import read_manifest
 from cache.size import cache_bytes
-from cache.verify import drop_damaged, verify_cache
+from cache.verify import verify_cache
 from models.config import ModelConfig
 from models.vit import Encoder, build_encoder, frozen_hash
 from stages import encode
 from stages.config import DataConfig
 from stages.encode import EncodeJob, build
 from stages.images import ImageList, open_images
+from stages.mend import mend
 from tests.encoding import encode_job, tiny_spec
 
 MODEL = ModelConfig(image_size=16, patch_size=4, width=24, depth=4, heads=2)
@@ -70,12 +71,13 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def make(encoder: Encoder, weights: Path) -> Callable[..., Path]:
-    """make(folder, data, ...) builds a cache, in shards of 3 rows and batches of 1."""
+    """make(folder, data, ...) builds a cache, in shards of 3 rows and batches of 1, or mends `damages` of it."""
 
     def made(folder: Path, data: DataConfig, cut: int = 2, parent: Path | None = None, **changes: Any) -> Path:
         images: ImageList = open_images(data.source)
         held = read_manifest(parent) if parent else None
         backend, told = changes.pop("backend", "zarr"), changes.pop("told", [])
+        damages = changes.pop("damages", ())
         settled = {"groups": 2, "pixels": True, "parent": held.fingerprint if held else ""}
         spec = tiny_spec(images, data, frozen_hash(encoder.vit.state_dict(), cut), cut, **(settled | changes))
         layout = Layout(spec, len(images), shard_rows=3, backend=backend)
@@ -89,7 +91,7 @@ def make(encoder: Encoder, weights: Path) -> Callable[..., Path]:
         monkey = encode.training_images
         encode.training_images = lambda *_: images  # type: ignore[assignment] # a tenth is not held out here
         try:
-            list(build(job, images, serial, told.append))
+            list(mend(job, images, damages, serial) if damages else build(job, images, serial, told.append))
         finally:
             encode.training_images = monkey
         assert verify_cache(folder) == []
@@ -233,9 +235,8 @@ def test_mending_one_cache_leaves_those_that_share_its_files_alone(
     want = files(four)
     shard = "data.zarr/view_0/features/c/0/0/0"
     (two / shard).unlink()
-    drop_damaged(two, verify_cache(two))
-    make(two, data)
-    assert verify_cache(two) == [] and files(four) == want
+    make(two, data, damages=verify_cache(two))
+    assert files(four) == want
 
 
 def test_a_file_that_the_donor_has_lost_is_computed(
