@@ -15,6 +15,7 @@ from pipeline.__main__ import main
 from pipeline.decide import Wanted
 from pipeline.job import Job
 from pipeline.layout import run_paths
+from pipeline.sharing import used
 from tests.cache.conftest import files_of
 from tests.pipeline.toy import SMALL, toy, weights
 
@@ -211,3 +212,16 @@ def test_weights_that_are_gone_are_trained_again_for_a_repair(first: Job, lr: fl
     assert main(words("verify", first, *asked)) == 1
     assert f"run `make gc`, which removes what no run asks for: {old.name}" in capsys.readouterr().err
     assert main(words("gc", first, *asked, "--yes")) == 0 and not old.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [({}, 1), ({"cache.keep": "needed"}, 1), ({"cache.refresh": 1, "cache.refresh_ahead": 2}, 3)],
+    ids=["all", "needed", "ring"],
+)
+def test_repair_looks_at_all_that_gc_keeps(first: Job, changes: dict[str, object], kept: int) -> None:
+    """Also at the views that are made ahead: what neither mends nor clears away would be damaged for ever."""
+    job = in_store(first.paths.root.parent, "first", **changes)
+    wanted = Wanted(job.config, job.paths)
+    keeps = used(wanted)
+    assert len(keeps) == kept and keeps <= set(care.mendable(wanted))
