@@ -5,7 +5,7 @@ Stands between the settings and the verdicts of `decide`. Free of torch."""
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -44,6 +44,12 @@ class Course:
         """How encoders are scored while they are trained. No stage trains again for it, so every record says it."""
         names = ("train_limit", "val_limit", "knn_k")
         return {f"eval.{name}": getattr(self.config.eval, name) for name in names} | {"data.val": self.data.val.digest}
+
+    @property
+    def model_inputs(self) -> dict[str, Any]:
+        """What an encoder's weights are shaped by, and what it computes with them, by the setting's name."""
+        settings = asdict(self.config.model)
+        return {f"model.{name}": value for name, value in settings.items() if name not in ("attention", "weights")}
 
     @cached_property
     def identity(self) -> dict[str, Any]:

@@ -118,7 +118,7 @@ class Wanted(Course):
         config, train = self.config, self.config.train
         inputs: dict[str, Any] = {"seed": config.seed, "data": self.data.train.digest, "version": TRAINING_VERSION}
         inputs |= {"data.views": view_transform_id(config.data, config.model.image_size)} | config.cache.order_inputs
-        inputs |= _named("model", config.model, {"attention", "weights"}) | _named("mask", config.mask, {"groups"})
+        inputs |= self.model_inputs | _named("mask", config.mask, {"groups"})
         inputs |= {"model.weights": self.weights} if config.model.weights else {}
         inputs |= _named("target", config.target) | config.decoder.inputs() | _named("heads", config.heads)
         unused = set() if train.lr_schedule == "wsd" else {"decay_share"}

@@ -139,6 +139,11 @@ def warnings(story: Story) -> Iterator[str]:
         yield f"{verdict.what} is stale: {verdict.reason}."
     if story.outdated:
         yield "speedup.json is of earlier stages or arms, so it is left out here."
+    if story.probe_unlike:
+        yield (
+            f"The scores of {', '.join(story.probe_unlike)} in probe.json are of other weights or images than the "
+            "run's, so they are left out; `make probe` scores what is here."
+        )
     if story.settings.get("mask", {}).get("groups") == 1 and len(story.settings["schedule"]["cuts"]) > 1:
         yield (
             "Full mode (mask.groups = 1) leaks: visible features have attended to the tokens that are hidden "

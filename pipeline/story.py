@@ -64,6 +64,7 @@ class Story:
     outdated: bool
     """Whether there is one of earlier ones."""
     probe: Record
+    """What `probe` found of the encoders that lie there, on the run's own images."""
     plan: Record
     steps: dict[str, list[Record]]
     """By place, such as `stage-0`, the events of its steps, without those that were trained again later."""
@@ -71,6 +72,8 @@ class Story:
     verdicts: list[Verdict]
     unknown: str = ""
     """Why there are no verdicts."""
+    probe_unlike: list[str] = field(default_factory=list)
+    """The encoders of which probe.json has other scores."""
     seeds: dict[int, Record] = field(default_factory=dict)
     """By seed, the comparisons of runs beside this one that differ from it in their seed only, and its own."""
 
@@ -116,6 +119,8 @@ def read_story(paths: RunPaths) -> Story:
     current = compares(comparison, records)
     verdicts, unknown = standing(paths)
     tuned = records.get("finetune", {})
+    probed = read_json(paths.probe)
+    own = own_probes(probed, records)
     return Story(
         paths=paths,
         settings=read_settings(paths),
@@ -125,7 +130,8 @@ def read_story(paths: RunPaths) -> Story:
         finetune=tuned if tuned.get("status") == "done" else None,
         speedup=comparison if current else None,
         outdated=bool(comparison) and not current,
-        probe=read_json(paths.probe),
+        probe=own,
+        probe_unlike=[name for name in probed if name not in own],
         plan=read_json(paths.plan),
         steps=step_events(read_events(paths.events)),
         caches=list(read_caches(paths, records)),
@@ -160,6 +166,17 @@ def compares(comparison: Record, records: dict[str, Record]) -> bool:
     stages, arms = finished(records)
     states = [record["state"] for record in (*stages, *(arms[name] for name in ARMS if name in arms))]
     return bool(comparison) and comparison.get("of") == states
+
+
+def own_probes(found: Record, records: dict[str, Record]) -> Record:
+    """Of what `probe` found, the scores of the weights that records speak of, on the images of those records."""
+
+    def own(name: str, scores: Record) -> bool:
+        record, scored = records.get(name, {}), scores.get("scored", {})
+        images = record.get("inputs", {}).get("data"), (record.get("scored") or {}).get("data.val")
+        return scores["weights"] == record.get("weights") and images == (scored.get("data"), scored.get("data.val"))
+
+    return {name: scores for name, scores in found.items() if own(name, scores)}
 
 
 def standing(paths: RunPaths) -> tuple[list[Verdict], str]:

@@ -89,8 +89,7 @@ class Tuning:
         wanted, config = self.wanted, self.wanted.config
         inputs: dict[str, Any] = {"seed": config.seed, "data": wanted.data.train.digest, "version": FINETUNE_VERSION}
         inputs |= {"classes": num_classes(wanted.data), "data.views": self.views, "encoder": self.encoder}
-        inputs |= {"encoder weights": (self.record or {}).get("weights")}
-        inputs |= {f"model.{k}": v for k, v in asdict(config.model).items() if k not in ("attention", "weights")}
+        inputs |= {"encoder weights": (self.record or {}).get("weights")} | wanted.model_inputs
         inputs |= {f"finetune.{k}": v for k, v in asdict(config.finetune).items() if k not in BY_STEPS}
         inputs |= {"finetune.steps": self.segment.steps, "finetune.steps_per_epoch": self.segment.steps_per_epoch}
         inputs |= {"train.precision": config.train.precision} | config.cache.order_inputs

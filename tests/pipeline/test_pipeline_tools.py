@@ -118,14 +118,14 @@ def test_flop_bound_is_counted_on_the_step(finished: Path) -> None:
     assert flop_bound(Wanted(toy(), RunPaths(finished)), 2) == pytest.approx(learning / cached, rel=1e-6)
 
 
-def test_probe_scores_what_the_record_says(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runner.run_probe(job(finished, target=2))
+def test_probe_scores_what_the_record_says(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runner.run_probe(job(copy, target=2))
     out = capsys.readouterr().out
-    assert "stage 2" in out and "stage 1" not in out and f"{record(finished, 'stage-2')['knn_top1']:.3f}" in out
-    runner.run_probe(job(finished))
+    assert "stage 2" in out and "stage 1" not in out and f"{record(copy, 'stage-2')['knn_top1']:.3f}" in out
+    runner.run_probe(job(copy))
     assert "arm freeze" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="no trained"):
-        runner.run_probe(job(finished / "nowhere"))
+        runner.run_probe(job(copy / "nowhere"))
 
 
 def test_status_tells_of_every_part_and_of_no_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
