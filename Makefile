@@ -1,6 +1,6 @@
 # Each target is one call of the command line, in an environment that makes itself. `make` alone lists the targets.
 PYTHON ?= python3
-CONFIG ?= sample
+CONFIG ?=
 DATA ?=
 DATA_VAL ?=
 RUN ?=
@@ -12,8 +12,7 @@ RANKS ?=
 READY := .venv/.ready
 BIN := .venv/bin
 PERMAFROST = $(BIN)/$(if $(RANKS),torchrun --standalone --nproc-per-node $(RANKS) -m -- pipeline,python -m pipeline)
-FLAGS = --config "$(CONFIG)" $(MORE)
-MORE = $(if $(DATA),--data "$(DATA)") $(if $(DATA_VAL),--data-val "$(DATA_VAL)") \
+FLAGS = $(if $(CONFIG),--config "$(CONFIG)") $(if $(DATA),--data "$(DATA)") $(if $(DATA_VAL),--data-val "$(DATA_VAL)") \
 	$(if $(RUN),--run "$(RUN)") $(if $(CACHE_ROOT),--cache-root "$(CACHE_ROOT)") $(ARGS) $(if $(SET),--set $(SET))
 NAME ?=
 HOURS ?=
@@ -26,6 +25,7 @@ help: ## this list
 	@echo
 	@echo '  CONFIG=recipe or file.toml (sample)   DATA=images   DATA_VAL=images to evaluate on   RUN=folder (runs/<recipe>)'
 	@echo '  SET="key=value ..."   CACHE_ROOT=folder   ARGS="further flags such as --debug or --yes"   RANKS=2   PYTHON=python3'
+	@echo '  What trains, plan and explain go by CONFIG and SET; all others by the config.toml of RUN, or of runs/<CONFIG>.'
 
 setup: $(READY) ## .venv from pinned versions; does nothing when it is up to date
 
@@ -88,10 +88,8 @@ finetune: $(READY) ## supervised fine-tuning of the last stage's encoder (ARGS=2
 export: $(READY) ## an encoder as a folder that timm loads: <run>/export
 	@$(PERMAFROST) export $(FLAGS)
 
-# A study has a recipe of its own, in whose place a CONFIG that was given goes.
 study: $(READY) ## a grid of overrides and seeds as one table: NAME=study, HOURS=limit; without NAME their list
-	@$(PERMAFROST) study $(NAME) $(if $(filter file,$(origin CONFIG)),,--config "$(CONFIG)") \
-		$(if $(HOURS),--hours "$(HOURS)") $(MORE)
+	@$(PERMAFROST) study $(NAME) $(if $(HOURS),--hours "$(HOURS)") $(FLAGS)
 
 # What the cache is compared with has needs of its own (an older numpy); where it cannot be had, bench goes on without.
 .venv-peers/.tried: constraints-peers.txt

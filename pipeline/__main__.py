@@ -29,7 +29,7 @@ from pipeline.job import Interrupted, Job, RunFailed
 from pipeline.layout import run_paths
 from pipeline.machine import resolve, wait_briefly
 from pipeline.ranks import TRAINING, rank_here
-from pipeline.reading import Settings, parse, read_config, read_toml, run_tyro
+from pipeline.reading import Settings, parse, read_config, read_toml, run_name, run_tyro
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 WRONG_PATH = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
@@ -86,6 +86,13 @@ VERBS = {
     ),
 }
 
+OWN = ("status", "speedup", "probe", "verify", "repair", "equivalence", "gc", "export", "bench", "report")
+"""Verbs that work on a run as it lies, and so start from the run's own settings. What trains, and what foretells that,
+starts from the recipe, so that a changed setting makes stale what it touches."""
+
+RECIPE = "sample"
+"""What settings start from where nothing else is given."""
+
 ARMS = ("e2e", "freeze")
 MANY = 10**6
 """Stages where only the data tell how many there are; the verb itself refuses what does not exist."""
@@ -96,8 +103,9 @@ Text = Annotated[str, tyro.conf.arg(metavar="TEXT")]
 class Flags:
     """Flags that every verb takes."""
 
-    config: Text = "sample"
-    """A recipe (sample, cifar10, vit_b16, localmim, original, adapt) or a TOML file."""
+    config: Text = ""
+    """A recipe (sample, cifar10, vit_b16, localmim, original, adapt) or a TOML file; empty means sample. Verbs that
+    work on a run as it lies start from its config.toml instead, unless both --config and --run are given."""
     data: Text = ""
     """Short for --data.source."""
     data_val: Text = ""
@@ -203,6 +211,8 @@ def overview() -> str:
             "",
             *lines,
             "",
+            f"{', '.join(OWN)} start from",
+            "the settings of the run that they work on, <run>/config.toml, unless both --config and --run are given.",
             "`permafrost VERB --help` lists every flag and setting with its default.",
             "torchrun --nproc-per-node N -m -- pipeline VERB trains on N ranks; see docs/DISTRIBUTED.md.",
         )
@@ -217,7 +227,8 @@ def read_job(name: str, args: list[str]) -> Job:
     verb = VERBS[name]
     flags, rest = run_tyro(flags_of(verb), args, return_unknown_args=True, add_help=False)
     overrides = [text for texts in flags.set for text in texts]
-    recipe, config = read_config(flags.config, overrides, flags.data, flags.data_val)
+    own = own_settings(name, flags)
+    recipe, config = read_config(own or flags.config or RECIPE, overrides, flags.data, flags.data_val)
     short = {
         "cache.root": flags.cache_root,
         "cluster.address": flags.scheduler_address,
@@ -233,7 +244,7 @@ def read_job(name: str, args: list[str]) -> Job:
     check(config)
     use_store(config.store)
     paths = run_paths(flags.run, recipe, config.cache.root)
-    previous = read_toml(paths.config) if paths.config.exists() else None
+    previous = read_toml(paths.config) if paths.config.exists() and not own else None
     config = resolve(config, previous, detect=verb.torch)
     stages = MANY if config.schedule.caches == "cost" else len(config.schedule.cuts)
     target = read_target(name, verb.target, words, stages)
@@ -242,6 +253,15 @@ def read_job(name: str, args: list[str]) -> Job:
     if verb.plans and flags.images < 0:
         raise ConfigError(f"--images {flags.images} must be at least 1; leave it out to take the images of the data")
     return Job(recipe, config, paths, yes=flags.yes, target=target, **more)
+
+
+def own_settings(name: str, flags: Flags) -> str:
+    """The config.toml of the run that a verb works on as it lies; empty where there is none, and where settings are
+    given beside a run. A config without a run says which run."""
+    if name not in OWN or (flags.config and flags.run):
+        return ""
+    file = run_paths(flags.run, run_name(flags.config or RECIPE), "").config
+    return str(file) if file.exists() else ""
 
 
 def request_type(verb: Verb) -> type[Any]:

@@ -1,4 +1,5 @@
-"""Where a job is worked on: the run's lock is held, its settings are written down, its log is open. Free of torch."""
+"""Where a job is worked on: the run's lock is held, its log is open, and config.toml says with which settings what is
+there was made. Free of torch."""
 
 from __future__ import annotations
 
@@ -24,25 +25,29 @@ class Desk:
     log: EventLog
 
     def say(self, verdict: Verdict) -> None:
-        """Tell a verdict before acting on it."""
+        """Tell a verdict before acting on it: what is not current is trained or built next."""
+        if not verdict.current:
+            self.note_settings()
         self.log.message(f"{verdict.what}: {verdict.state} ({verdict.reason})")
+
+    def note_settings(self) -> None:
+        """Write the resolved settings to config.toml. A call that is refused, or only looks, leaves there those with
+        which the stages, arms and caches of the run were made: later calls take them for the run's own."""
+        file, text = self.job.paths.config, to_toml(self.job.config)
+        if not file.exists() or file.read_text() != text:
+            atomic_write(file, text.encode())
 
 
 @contextmanager
 def at_work(job: Job) -> Iterator[Desk]:
-    """Hold the run's lock, write its resolved settings, open its log, and tell at the end how often this process had to
-    ask an object store again."""
-    with job.paths.lock():
-        text = to_toml(job.config)
-        if not job.paths.config.exists() or job.paths.config.read_text() != text:
-            atomic_write(job.paths.config, text.encode())
-        with EventLog(job.paths.events, job.paths.tensorboard, show=True) as log:
-            use_store(job.config.store)  # of a study, every run's own
-            before = Counter(repeated())
-            try:
-                yield Desk(job, Wanted(job.config, job.paths), log)
-            finally:
-                if again := Counter(repeated()) - before:
-                    why = ", ".join(f"{count} {kind}" for kind, count in again.most_common())
-                    log({"store_requests_repeated": again.total(), "why": why})
-                    log.message(f"object store: {again.total()} requests were made again ({why})")
+    """Hold the run's lock, open its log, tell at the end how often this process had to ask an object store again."""
+    with job.paths.lock(), EventLog(job.paths.events, job.paths.tensorboard, show=True) as log:
+        use_store(job.config.store)  # of a study, every run's own
+        before = Counter(repeated())
+        try:
+            yield Desk(job, Wanted(job.config, job.paths), log)
+        finally:
+            if again := Counter(repeated()) - before:
+                why = ", ".join(f"{count} {kind}" for kind, count in again.most_common())
+                log({"store_requests_repeated": again.total(), "why": why})
+                log.message(f"object store: {again.total()} requests were made again ({why})")

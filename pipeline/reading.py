@@ -43,18 +43,26 @@ def read_config(
     config: str, overrides: Sequence[str] = (), data: str = "", val: str = ""
 ) -> tuple[str, PipelineConfig]:
     """load_config before the check: flags of the command line may still come."""
-    path = Path(config)
-    if path.suffix == ".toml" or os.sep in config:
-        # A run's own config.toml is named after its run, so that running from it goes on with that run.
-        name = path.absolute().parent.name if path.stem == "config" else path.stem
-        base = read_toml(path)
-    else:
-        name, base = config, recipe(config)
+    base = read_toml(Path(config)) if is_file(config) else recipe(config)
     values: dict[str, Any] = {}
     for override in overrides:
         values |= dict([parse_override(override)])
     values |= {key: value for key, value in (("data.source", data), ("data.val_source", val)) if value}
-    return name, parse(values, base)
+    return run_name(config), parse(values, base)
+
+
+def is_file(config: str) -> bool:
+    """Whether settings are asked for as a TOML file, not as a recipe's name."""
+    return Path(config).suffix == ".toml" or os.sep in config
+
+
+def run_name(config: str) -> str:
+    """The name of a run that starts from a recipe or a TOML file. A run's own config.toml is named after its run, so
+    that running from it goes on with that run."""
+    path = Path(config)
+    if not is_file(config):
+        return config
+    return path.absolute().parent.name if path.stem == "config" else path.stem
 
 
 def read_toml(path: Path) -> PipelineConfig:

@@ -28,6 +28,7 @@ def run_all(job: Job) -> None:
     """All stages, both baseline arms, the comparison, and the report."""
     with at_work(job) as desk:
         _run_all(desk)
+        desk.note_settings()  # all is as they ask for, also where nothing had to run
         from pipeline.report import write_report
 
         desk.log.message(f"written: {write_report(job.paths)}")

@@ -138,6 +138,7 @@ def tuned_behind(run: Run, wanted: Wanted) -> list[Need]:
 def take_parts(desk: Desk, pool: Path) -> None:
     """Take what is there, and say so."""
     for where in take(desk.wanted, pool):
+        desk.note_settings()
         desk.log.message(f"{where}: taken over, an equal run has trained it")
 
 

@@ -118,7 +118,7 @@ def test_make_hands_a_study_its_name_its_hours_and_no_recipe_but_one_that_was_gi
     call = ["make", "-s", "study", "PERMAFROST=printf '<%s>'", "NAME=plans", "HOURS=1.5", "DATA=a b", "SET=a=1"]
     for given, told in (([], ""), (["CONFIG=c.toml"], "--config c.toml ")):
         shown = subprocess.run([*call, *given], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60)
-        want = f"study plans {told}--hours 1.5 --data a|b --set a=1"
+        want = f"study plans --hours 1.5 {told}--data a|b --set a=1"
         assert re.findall("<(.*?)>", shown.stdout) == [word.replace("|", " ") for word in want.split()]
 
 
