@@ -4,6 +4,9 @@ one rank loads, to the bit, for every source; and the same again after stopping 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +26,13 @@ from models.drop import DepthDrop
 from models.learner import Learner
 from models.vit import Encoder
 from stages.checkpoint import apply_tensors, read_state
+from stages.config import TrainConfig
 from stages.finetune import CachedPrefix, LiveViews
 from stages.images import ImageList
+from stages.ranks import of_rank
 from stages.segment import Segment
 from stages.sources import CachedFeatures, LiveFeatures, LiveImages, Sampling
-from stages.train import Build, build_model, train_arm
+from stages.train import Build, build_model, loader, train_arm
 from tests.stages.loop import BUILD, HEADS, MODEL, STATE, StopAfter, arm, hooks, parts
 from tests.stages.test_stages_finetune import IMAGES as LABELLED
 from tests.stages.test_stages_finetune import classifier, lessons, prefix_cache
@@ -97,6 +102,39 @@ def test_ranks_together_load_what_one_loads(shelf: dict[int, Any], mask: str, ta
             assert {(part.step, part.progress, part.group) for part in shared} == {
                 (whole.step, whole.progress, whole.group)
             }
+
+
+def taken(source: Any, segment: Segment, ranks: int, steps: range, threads: int) -> Iterator[dict[str, Tensor]]:
+    """The global batches of some steps as the ranks' loaders hand them out, each of which has made others ahead when it
+    is stopped."""
+    train, rest = TrainConfig(loader_threads=threads, prefetch=3, device="cpu"), range(steps.start, segment.steps)
+    with ExitStack() as stack:
+        loaders = [
+            stack.enter_context(loader(of_rank(source, rank, 1), segment, rest, train, math.inf))
+            for rank in ranks_of(ranks)
+        ]
+        for _ in steps:
+            yield joined([next(one) for one in loaders])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("target", ["pixels", "features"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_cached_batches_are_the_same_after_stops_within_an_epoch_and_with_other_ranks(
+    shelf: dict[int, Any], mask: str, target: str, threads: int
+) -> None:
+    """Two epochs of 6 steps: one rank stops after 2, two after 5, four after 8, and one ends them."""
+    segment = replace(SEGMENT, epochs=2, steps=12, steps_per_epoch=6)
+    head = HeadSpec(4, target, matching=True)  # type: ignore[arg-type]
+    how = Sampling(5, 4, DATA, PREFIXED, MASKS[mask], (head,), 0.5, 20)
+    source = CachedFeatures(shelf[MASKS[mask].groups], how, IMAGES)
+    straight = [joined([source.load(segment, step)]) for step in range(12)]
+    goes = [(1, range(2)), (2, range(2, 5)), (4, range(5, 8)), (1, range(8, 12))]
+    found = [batch for ranks, steps in goes for batch in taken(source, segment, ranks, steps, threads)]
+    assert len(found) == 12 and not np.array_equal(straight[0]["values"], straight[1]["values"])
+    for ours, theirs in zip(found, straight, strict=True):
+        assert ours.keys() == theirs.keys() >= {"values", "noise", "ids_BL", "prefix_BSD", "decode_noise"}
+        assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize("ranks", RANKS[1:])
