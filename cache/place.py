@@ -3,7 +3,8 @@ knows. Paths of both kinds behave alike (universal_pathlib); what differs betwee
 `manifest`, and nowhere else. Free of torch.
 
 In a store an object appears whole or not at all, so that writing needs no second name, and nothing is locked: two
-builders of one cache write the same bytes. What a store fails to answer for a reason that passes is asked again.
+builders of one cache write the same bytes where their settings agree. What a store fails to answer for a reason that
+passes is asked again.
 """
 
 from __future__ import annotations
