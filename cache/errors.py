@@ -29,4 +29,4 @@ class Unrepresentable(CacheError):
 
 
 class TooCoarse(CacheError):
-    """A cache, with the caches before it, loses more than is allowed."""
+    """A cache, by itself or behind the caches before it, loses more than is allowed."""

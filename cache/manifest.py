@@ -81,11 +81,15 @@ class CacheManifest:
     stats: tuple[ViewStats, ...]
     errors: tuple[ViewError, ...]
     accumulated_error: float
-    """The largest relative RMSE of a view, plus that of every cache that this one continues."""
+    """Relative RMSE, of the worst view, against what the frozen blocks make of the images: of all values where the
+    cache was built from these; where it continues another, measured on `error_samples` of them before it was built."""
     kin: str
     """Caches of one kin hold equal numbers for equal samples and views (`FeatureSpec.kin`)."""
     backend: str = "zarr"
     compression: str = ""
+    error_samples: int = 0
+    """0 where the cache was built from images; and where it continues another and is older than this measurement: then
+    `accumulated_error` is the sum of what every cache of the chain has lost by itself, which blocks may amplify."""
     format: int = FORMAT
     complete: bool = True
 
@@ -102,6 +106,13 @@ class CacheManifest:
     def parent(self) -> str:
         """Fingerprint of the cache that this one was built from; empty when built from images."""
         return self.spec.parent
+
+    @property
+    def error_basis(self) -> str:
+        """What `accumulated_error` is of, in words."""
+        if not self.parent:
+            return "of all samples"
+        return f"of {self.error_samples} samples" if self.error_samples else "a sum over its caches, not measured"
 
     @property
     def num_tokens(self) -> int:
@@ -132,6 +143,7 @@ class CacheManifest:
             "stats": [asdict(stats) for stats in self.stats],
             "errors": [asdict(error) for error in self.errors],
             "accumulated_error": self.accumulated_error,
+            "error_samples": self.error_samples,
             "shards": [dict(vars(entry)) for entry in self.shards],
             "complete": self.complete,
         }
@@ -146,6 +158,7 @@ class CacheManifest:
             stats=tuple(ViewStats(**stats) for stats in values["stats"]),
             errors=tuple(ViewError(**error) for error in values["errors"]),
             accumulated_error=values["accumulated_error"],
+            error_samples=values.get("error_samples", 0),
             kin=values["kin"],
             backend=values["backend"],
             compression=values["compression"],

@@ -68,19 +68,36 @@ class RowBlock:
 class ErrorLimit:
     """How much of its features a cache may lose, as relative RMSE."""
 
-    inherited: float = 0.0
-    """The accumulated error of the cache that this one continues."""
     largest: float = math.inf
     """cache.max_error"""
 
     def check(self, own: float, spec: FeatureSpec) -> None:
-        """TooCoarse, with the numbers, when a part of a cache loses so much."""
-        if own + self.inherited > self.largest:
-            before = f" after {self.inherited:.4f} in the caches before it" if self.inherited else ""
+        """TooCoarse, with the numbers, when storing a part of a cache loses so much."""
+        if own > self.largest:
             raise TooCoarse(
-                f"{describe(spec)} loses {own:.4f} (relative RMSE) at cut {spec.cut}{before}, in all more than "
+                f"{describe(spec)} loses {own:.4f} (relative RMSE) at cut {spec.cut}, more than "
                 f"cache.max_error = {self.largest:g}; use cache.codec=float16 or a smaller cache.block, or raise it"
             )
+
+    def check_chain(self, chain: ChainError, spec: FeatureSpec) -> None:
+        """The same of a cache and those before it together."""
+        if not chain.relative_rmse <= self.largest:  # what is no number is refused, too
+            raise TooCoarse(
+                f"{describe(spec)} at cut {spec.cut}, behind the caches before it, differs by "
+                f"{chain.relative_rmse:.4f} (relative RMSE of {chain.samples} samples) from what the frozen blocks "
+                f"make of the images, more than cache.max_error = {self.largest:g}; use cache.codec=float16 and no "
+                "cache.later_codec, or raise it"
+            )
+
+
+@dataclass(frozen=True)
+class ChainError:
+    """How far a cache that continues another is from what the frozen blocks make of the images themselves."""
+
+    relative_rmse: float
+    """Of the worst view."""
+    samples: int
+    """On how many it was measured."""
 
 
 NO_LIMIT = ErrorLimit()
@@ -91,7 +108,7 @@ def create_store(
 ) -> None:
     """Writes metadata, labels, keys and digests (N, 32), the sha256 of the images. Does nothing to what is there and as
     it should be."""
-    if _finished(folder, layout):
+    if finished(folder, layout):
         return
     assert len(labels) == len(keys) == len(digests) == layout.num_samples
     entries = []
@@ -110,7 +127,7 @@ RECEIPTS_AT_ONCE = 16
 def missing_shards(folder: Path, layout: Layout, run: Run = map) -> list[Shard]:
     """Shards still to be written: no receipt of this very layout, or files that, hashed afresh, differ from it. `run`
     hashes anywhere."""
-    if _finished(folder, layout):
+    if finished(folder, layout):
         return []
     there = {path.name for path in matching(folder / RECEIPTS, "*.json")}
     noted = [shard for shard in layout.shards if f"{receipt_name(shard)}.json" in there]
@@ -212,13 +229,18 @@ def write_stored(
 
 
 def finish(
-    folder: Path, layout: Layout, limit: ErrorLimit = NO_LIMIT, parent_kin: str = ""
+    folder: Path,
+    layout: Layout,
+    limit: ErrorLimit = NO_LIMIT,
+    parent_kin: str = "",
+    chain_error: ChainError | None = None,
 ) -> CacheManifest:
-    """Declares the cache finished; a second call changes nothing. parent_kin: the kin of the cache that it continues.
+    """Declares the cache finished; a second call changes nothing. parent_kin: the kin of the cache that it continues;
+    chain_error: what was measured of it, then.
 
     CacheError when a shard is still missing, TooCoarse when it lost more than it may.
     """
-    manifest = _finished(folder, layout)
+    manifest = finished(folder, layout)
     if manifest is None:
         names = [STORE_RECEIPT, *(receipt_name(shard) for shard in layout.shards)]
         receipts = {name: read_receipt(folder, layout, name) for name in names}
@@ -239,7 +261,8 @@ def finish(
             shards=entries,
             stats=stats,
             errors=errors,
-            accumulated_error=limit.inherited + worst,
+            accumulated_error=chain_error.relative_rmse if chain_error else worst,
+            error_samples=chain_error.samples if chain_error else 0,
             kin=layout.spec.kin(parent_kin),
             backend=layout.backend,
             compression=layout.compression,
@@ -263,9 +286,8 @@ def amend(folder: Path, limit: ErrorLimit = NO_LIMIT) -> bool:
         stats, errors = _view_stats(entries, layout)
         worst = max(error.relative_rmse for error in errors)
         limit.check(worst, layout.spec)
-        manifest = replace(
-            manifest, shards=entries, stats=stats, errors=errors, accumulated_error=limit.inherited + worst
-        )
+        accumulated = manifest.accumulated_error if manifest.parent else worst
+        manifest = replace(manifest, shards=entries, stats=stats, errors=errors, accumulated_error=accumulated)
         atomic_write(manifest_copy(folder), seal(manifest.to_dict()))
         write_manifest(folder, manifest)
     _sweep(folder, {entry.name for entry in manifest.shards})
@@ -284,7 +306,8 @@ def drop_receipts(folder: Path) -> None:
     forget(folder / RECEIPTS)
 
 
-def _finished(folder: Path, layout: Layout) -> CacheManifest | None:
+def finished(folder: Path, layout: Layout) -> CacheManifest | None:
+    """The manifest of a cache that needs no building; None where it does. StaleCache where it holds something else."""
     try:
         manifest = read_manifest(folder)
     except (MissingCache, StaleCache):  # stale: another version's, and built anew over it

@@ -27,7 +27,8 @@ FEATURE_BOUND = {"float32": 1e-3, "bfloat16": 1e-2}
 """Largest relative RMSE of cached against live features. float16 alone rounds by 2^-12 of a value on average; under
 bfloat16 autocast such a difference can flip a rounding of 2^-9 in every later block."""
 CODEC_SHARE = 2.0
-"""How much of what a codec has lost on the way may be found at the end, as a multiple: blocks may amplify it."""
+"""How much of what a cache loses against the images may be found in a batch, as a multiple: of a cache that continues
+another it was measured on other samples, and few."""
 LOSS_BOUND = 1e-3
 """Largest relative difference of the first step's loss."""
 
@@ -43,7 +44,7 @@ class Comparison:
     cached_loss: float
     live_loss: float
     stored_error: float
-    """What the manifest says that its codec, and those before it, have lost."""
+    """What the manifest says that it loses against the images."""
 
     @property
     def loss_difference(self) -> float:

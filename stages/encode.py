@@ -25,14 +25,16 @@ from cache.loader import prefetch
 from cache.manifest import MANIFEST, CacheManifest, read_manifest
 from cache.place import place_of
 from cache.reader import MEMORY
-from cache.rounding import room
+from cache.rounding import Moments, Rounded, moments, relative_rmse, room
 from cache.size import check_space
 from cache.writer import (
     NO_LIMIT,
+    ChainError,
     ErrorLimit,
     RowBlock,
     create_store,
     finish,
+    finished,
     missing_shards,
     stored_rows,
     write_rows,
@@ -46,7 +48,7 @@ from stages.augment import augmenter
 from stages.carried import frozen_state
 from stages.config import DataConfig
 from stages.device import autocast
-from stages.images import ImageList, open_data
+from stages.images import ImageList, open_data, spread
 from stages.views import image_batch, token_orders
 
 
@@ -72,7 +74,7 @@ class EncodeJob:
     rand_augment: float = 0.0
     """Magnitude of RandAugment on every view; the spec's view transform names it."""
     limit: ErrorLimit = NO_LIMIT
-    """What the cache may lose; `build` adds what its parent has lost."""
+    """What the cache may lose."""
     together: bool = False
     """Whether two tasks of a worker run the frozen blocks at once, each with half of its threads: 1.2 times as fast on
     two cores, since none waits for another that writes. Otherwise, on a GPU or beside training, one at a time."""
@@ -103,9 +105,10 @@ def build(
     cache (cache.lock), the workers do not.
     """
     folder, layout = place_of(job.folder), job.layout
-    job, parent = inherited(job)
+    parent = parent_of(job)
     parent_kin = parent.kin if parent else ""
     create_store(folder, layout, images.labels, images.keys, images.digests)
+    chain_error = measure_chain(job, images, run, tell) if parent and not finished(folder, layout) else None
     donor = None
     if missing := missing_shards(folder, layout, run):
         kin = layout.spec.kin(parent_kin)
@@ -136,17 +139,46 @@ def build(
         close_shared()
     if not (folder / MANIFEST).exists():
         check_inputs(job, images, parent)
-    finish(folder, layout, job.limit, parent_kin)
+    finish(folder, layout, job.limit, parent_kin, chain_error)
 
 
-def inherited(job: EncodeJob) -> tuple[EncodeJob, CacheManifest | None]:
-    """The job with what its parent has lost, and the parent as it is now. TooCoarse where that alone is too much."""
-    if not job.parent:
-        return job, None
-    parent = read_manifest(job.parent)
-    job = replace(job, limit=replace(job.limit, inherited=parent.accumulated_error))
-    job.limit.check(0.0, job.layout.spec)
-    return job, parent
+def parent_of(job: EncodeJob) -> CacheManifest | None:
+    """The cache that a job continues, as it is now."""
+    return read_manifest(job.parent) if job.parent else None
+
+
+CHAIN_SAMPLES = 8
+"""Samples on which a cache that continues another is compared with the images: their forward costs a moment, and of
+each there are all tokens of all views."""
+
+
+def measure_chain(job: EncodeJob, images: ImageList, run: RunTasks, tell: Callable[[str], None]) -> ChainError:
+    """How far a cache that continues another will be from what the frozen blocks make of the images: blocks may amplify
+    what the caches before it have lost, so that no sum of what each loses tells. TooCoarse where it is too far, before
+    anything is encoded. The views travel with the tasks: workers need not see the images."""
+    spec, rows = job.layout.spec, spread(len(images), CHAIN_SAMPLES)
+    slots = range(spec.views)
+    tasks = ((job, slot, rows, from_images(job, spec.view_at(slot), images)(rows)) for slot in slots)
+    try:
+        found = ChainError(float(np.max(list(run(view_error, tasks)))), len(rows))
+    finally:
+        close_shared()
+    job.limit.check_chain(found, spec)
+    told = f"relative RMSE against the images {found.relative_rmse:.2e}"
+    tell(f"cut {spec.cut}, built from the cache of cut {job.parent_cut}: {told}, of {found.samples} samples")
+    return found
+
+
+def view_error(task: tuple[EncodeJob, int, np.ndarray, Part]) -> float:
+    """The same of one view, whose images are given: what would be stored of it against what would be given to store."""
+    job, slot, rows, part = task
+    torch.set_num_threads(job.task_threads)
+    live = replace(job, parent=None, batch=len(rows))
+    given_NLD = encode_rows(live, slot, rows, lambda rows: part).features_NLD.copy()
+    stored = stored_rows(job.layout, slot, encode_rows(job, slot, rows), slice(len(rows)))
+    rounded = Rounded(stored["features"], stored.get("scale"))
+    total = Moments.join(moments(given_NLD, rounded, job.layout.spec.codec))
+    return relative_rmse(total.error_squares, total.given_squares)
 
 
 def check_inputs(job: EncodeJob, images: ImageList, parent: CacheManifest | None) -> None:
@@ -314,10 +346,10 @@ def loader(job: EncodeJob, view: int) -> Load:
     return from_cache(job, view) if job.parent else from_images(job, job.layout.spec.view_at(view))
 
 
-def from_images(job: EncodeJob, view: int) -> Load:
-    """A function that cuts a view of some rows."""
-    spec = job.layout.spec
-    images, size = training_images(job.data, job.index_folder, spec.data), job.model.image_size
+def from_images(job: EncodeJob, view: int, images: ImageList | None = None) -> Load:
+    """A function that cuts a view of some rows, of images that are at hand or are opened."""
+    spec, size = job.layout.spec, job.model.image_size
+    images = training_images(job.data, job.index_folder, spec.data) if images is None else images
     augment = augmenter(job.rand_augment, spec.seed)
 
     def load(rows: np.ndarray) -> Part:

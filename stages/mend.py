@@ -16,7 +16,7 @@ from cache.place import place_of
 from cache.receipts import RECEIPTS, STORE_RECEIPT, write_receipt
 from cache.verify import Damage
 from cache.writer import amend, drop_receipts
-from stages.encode import EncodeJob, RunTasks, check_inputs, encode_shard, inherited
+from stages.encode import EncodeJob, RunTasks, check_inputs, encode_shard, parent_of
 from stages.images import ImageList
 
 
@@ -31,7 +31,7 @@ def mend(
     where that gave other bits. Raises CacheError. The caller holds the cache. Stopped anywhere, what is still damaged
     is found damaged again."""
     folder = place_of(job.folder)
-    manifest, (job, parent) = read_manifest(folder), inherited(job)
+    manifest, parent = read_manifest(folder), parent_of(job)
     check_spec(manifest, job.layout.spec)
     drop_receipts(folder)
     layout, bad = manifest.layout, {damage.file for damage in damages}

@@ -26,7 +26,7 @@ from cache.manifest import check_spec, read_manifest, seal, unseal
 from cache.size import array_bytes, cache_bytes
 from cache.tar import escape_key, unescape_key
 from cache.verify import verify_cache
-from cache.writer import ErrorLimit, create_store, finish, missing_shards, write_rows
+from cache.writer import ChainError, ErrorLimit, create_store, finish, missing_shards, write_rows
 
 
 class Kept(NamedTuple):
@@ -113,19 +113,28 @@ def test_the_manifest_states_the_measured_error(whole: Path, wanted) -> None:
     assert manifest.accumulated_error == max(error.relative_rmse for error in manifest.errors)
 
 
-def test_errors_add_up_along_a_chain_and_are_refused_above_the_bound(tmp_path: Path, whole: Path, wanted, tree) -> None:
+def test_the_error_of_a_chain_is_what_was_measured_of_it_and_refused_above_the_bound(
+    tmp_path: Path, whole: Path, wanted, tree
+) -> None:
     own = read_manifest(wanted.at(whole)).accumulated_error
     layout, shards = wanted.layout, wanted.layout.shards
     create_store(wanted.at(tmp_path), layout, wanted.labels_N, wanted.keys, wanted.digests_N)
     for shard in shards:
-        write_rows(wanted.at(tmp_path), layout, shard.view, shard.first_row, wanted.block(shard), ErrorLimit(0.25, 0.5))
-    with pytest.raises(TooCoarse, match=rf"loses {own:.4f} .* at cut 3 after 0.2500 .* cache.max_error = 0.25"):
-        finish(wanted.at(tmp_path), layout, ErrorLimit(0.25, 0.25))
-    assert finish(wanted.at(tmp_path), layout, ErrorLimit(0.25, 0.5)).accumulated_error == 0.25 + own
+        write_rows(wanted.at(tmp_path), layout, shard.view, shard.first_row, wanted.block(shard), ErrorLimit(0.5))
+    with pytest.raises(TooCoarse, match=rf"loses {own:.4f} .* at cut 3, .* cache.max_error = 1e-09"):
+        finish(wanted.at(tmp_path), layout, ErrorLimit(1e-9))
+    chain = ChainError(0.25, 5)
+    with pytest.raises(TooCoarse, match=r"at cut 3, .* 0.2500 .* 5 samples.* cache.max_error = 0.24; use cache.codec"):
+        ErrorLimit(0.24).check_chain(chain, layout.spec)
+    ErrorLimit(0.25).check_chain(chain, layout.spec)
+    with pytest.raises(TooCoarse, match="differs by nan"):
+        ErrorLimit(0.25).check_chain(ChainError(float("nan"), 5), layout.spec)
+    found = finish(wanted.at(tmp_path), layout, ErrorLimit(0.5), chain_error=chain)
+    assert (found.accumulated_error, found.error_samples) == (0.25, 5) and found == read_manifest(wanted.at(tmp_path))
     create_store(wanted.at(tmp_path / "b"), layout, wanted.labels_N, wanted.keys, wanted.digests_N)
     before = tree(tmp_path / "b")
     with pytest.raises(TooCoarse, match=r"cache.max_error = 1e-09"):
-        write_rows(wanted.at(tmp_path / "b"), layout, 0, 0, wanted.block(shards[0]), ErrorLimit(0.0, 1e-9))
+        write_rows(wanted.at(tmp_path / "b"), layout, 0, 0, wanted.block(shards[0]), ErrorLimit(1e-9))
     assert tree(tmp_path / "b") == before, "not even a part of the shard is left"
 
 

@@ -192,7 +192,7 @@ def test_a_second_cut_takes_over_though_its_parent_is_another(
     make(root / "late-old", old, 3, parent=make(root / "early-old", old))
     forwards.clear()
     late = make(root / "late-new", new, 3, parent=make(root / "early-new", new))
-    assert sum(forwards) == 2 * 2, "two views of z, at both cuts"
+    assert sum(forwards) == 2 * 2 + 2 * 2 * 8, "two views of z, at both cuts; of all 8 to measure, from both sides"
     other = tmp_path / "elsewhere"
     fresh = make(other / "late-new", new, 3, parent=make(other / "early-new", new))
     assert alike(late, fresh)
