@@ -36,7 +36,9 @@ def run_speedup(job: Job) -> None:
         if not missing and len(desk.wanted.segments) == 1:
             raise ConfigError(f"{desk.wanted.why_nothing_freezes}: there are no arms to compare")
         if missing:
-            raise ConfigError(f"not current: {', '.join(missing)}; `make all` runs them, `make explain` says why")
+            run = f" CONFIG={job.paths.config} RUN={job.paths.root}" if job.paths.config.exists() else ""
+            ways = f"`make all{run}` runs them, `make explain{run}` says why"
+            raise ConfigError(f"not current: {', '.join(missing)}; {ways}")
         compare(desk)
 
 
