@@ -16,9 +16,9 @@ import pytest
 from cache import open_cache
 from cache.errors import CacheError, DamagedCache
 from cache.layout import Shard
-from cache.manifest import MANIFEST
+from cache.manifest import MANIFEST, read_manifest
 from cache.place import is_there
-from cache.verify import drop_damaged, verify_cache
+from cache.verify import verify_cache
 from cache.writer import create_store, finish, missing_shards, write_rows
 
 
@@ -96,7 +96,7 @@ def test_what_builders_of_other_layouts_leave_is_right_or_refused(
         if is_there(folder / MANIFEST):
             read_all(wanted, folder)
             if damages := verify_cache(folder):
-                drop_damaged(folder, damages)
+                replace(wanted, layout=read_manifest(folder).layout).mend(folder, damages)
         one.start()  # alone
         assert one.end() == "" and verify_cache(folder) == [] and read_all(wanted, folder) == 14
     assert seen == {"lacks parts", "whole"} | ({"refused"} if "shards" in differ else set())
