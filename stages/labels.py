@@ -8,9 +8,13 @@ import numpy as np
 from stages.errors import DataError
 from stages.images import Data
 
+MOST = 2**20
+"""Classes of a head at most. Larger labels are ids, which number no classes from 0."""
+
 
 def require_labels(data: Data) -> None:
-    """Raise DataError when an image that is trained or evaluated on has no label, or when all have the same."""
+    """Raise DataError when an image that is trained or evaluated on has no label, when all have the same, and when
+    labels are no numbers of classes."""
     for what, images in (("training", data.train), ("evaluation", data.val)):
         without = np.flatnonzero(images.labels < 0)
         if len(without):
@@ -20,7 +24,12 @@ def require_labels(data: Data) -> None:
             )
 
 
-    if num_classes(data) < 2:
+    if (count := num_classes(data)) > MOST:
+        raise DataError(
+            f"labels run to {count - 1}, above {MOST - 1}, and every number up to it would be a class of the head; "
+            "number the classes from 0, or put the images into a folder for each"
+        )
+    if count < 2:
         raise DataError("all training images have the same label; fine-tuning needs at least 2 classes")
 
 

@@ -109,15 +109,16 @@ def encoded(
 def knn_top1(train_x: np.ndarray, train_y: np.ndarray, val_x: np.ndarray, val_y: np.ndarray, k: int) -> float:
     """Cosine neighbours vote with weight exp(similarity / 0.07). Source: `eval_knn` in facebookresearch/dino."""
     train, val, k = _unit(train_x), _unit(val_x), min(k, len(train_y))
-    classes, rows = int(max(train_y.max(), val_y.max())) + 1, max(1, SIMILARITIES // len(train_y))
+    classes, train_y = np.unique(train_y, return_inverse=True)  # labels may be any numbers, however large
+    rows = max(1, SIMILARITIES // max(len(train_y), len(classes)))
     right = 0
     for start in range(0, len(val_y), rows):
         similarity = val[start : start + rows] @ train.T
         nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
         weights = np.exp(np.take_along_axis(similarity, nearest, axis=1) / TEMPERATURE)
-        votes = np.zeros((len(similarity), classes))
+        votes = np.zeros((len(similarity), len(classes)))
         np.add.at(votes, (np.arange(len(votes))[:, None], train_y[nearest]), weights)
-        right += int((votes.argmax(axis=1) == val_y[start : start + rows]).sum())
+        right += int((classes[votes.argmax(axis=1)] == val_y[start : start + rows]).sum())
     return right / len(val_y)
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -137,7 +138,11 @@ def test_what_follows_a_cache_is_its_stage_and_nothing_is_made_up(copy: Path) ->
     paths.plan.write_text(json.dumps({"stages": PLAN}))
     # 30 s of the cache, 10 of stage 1, 20 + 10 of stage 2; both arms are done
     assert "goes on with stage 1 0:10, stage 2 0:30, as `make plan` predicts: 1:10 left" in ahead(paths, SHARD)
-    assert ahead(paths, {"arm": "freeze", "step": 1, "steps": 2}) == ""
+    arm = {"arm": "freeze", "step": 1, "steps": 2}
+    assert ahead(paths, arm) == ""
+    shutil.copytree(copy / "stage-2", copy / "stage-2.bak")  # is no stage
+    shutil.rmtree(copy / "stage-2")
+    assert "goes on with stage 2 0:30, as `make plan` predicts: 0:30 left" in ahead(paths, arm)
     paths.plan.write_text(json.dumps({"stages": [stage | {"cut": 2} for stage in PLAN]}))
     assert ahead(paths, SHARD) == "", "a plan of other stages says nothing"
 

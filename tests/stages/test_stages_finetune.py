@@ -290,6 +290,9 @@ def test_images_without_labels_are_refused_by_name() -> None:
         require_labels(Data(without_labels(data.train, range(3, 5)), data.val))
     with pytest.raises(DataError, match=r"\d+ of \d+ evaluation images have no label"):
         require_labels(Data(data.train, without_labels(data.val, range(9))))
+    ids = replace(data.train, entries=tuple(replace(e, label=2_119_789) for e in data.train.entries))
+    with pytest.raises(DataError, match=r"labels run to 2119789, above 1048575, .*number the classes from 0"):
+        require_labels(Data(ids, data.val))
 
 
 def test_classes_are_those_of_the_training_images() -> None:

@@ -81,6 +81,8 @@ def test_knn_votes_by_direction_and_nearness() -> None:
     assert knn_top1(train_x, train_y, query, np.array([0]), k=3) == 1
     assert knn_top1(train_x, train_y, query, np.array([0]), k=99) == 1
     assert knn_top1(train_x, train_y, query, np.array([7]), k=3) == 0
+    far = np.array([5, 10**12, 10**12])
+    assert knn_top1(train_x, far, np.concatenate([query, -query]), np.array([5, 10**12]), k=3) == 1, "labels are names"
 
 
 def test_a_linear_probe_separates_what_is_separable_and_only_that() -> None:
