@@ -35,7 +35,7 @@ class BranchDrop(DropPath):
 
     def forward(self, branch_BLD: Tensor) -> Tensor:
         """The branch as its block adds it: some samples dropped, the rest scaled; untouched in eval mode."""
-        if self.ranks > 1:
+        if self.ranks > 1 and self.training and self.drop_prob:  # evaluation draws nothing, of batches of any size
             drawn = super().forward(branch_BLD.new_ones(self.ranks * len(branch_BLD), 1, 1))
             dropped_BLD = branch_BLD * self.own(drawn)
         else:

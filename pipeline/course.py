@@ -12,7 +12,7 @@ from typing import Any
 from cache.order import steps_per_epoch
 from models.config import HeadSpec, head_specs, learning_heads, without
 from models.identity import model_identity
-from pipeline.config import PipelineConfig
+from pipeline.config import ConfigError, PipelineConfig
 from pipeline.layout import RunPaths, StagePaths
 from stages.flops import Work
 from stages.images import Data, open_data
@@ -61,7 +61,13 @@ class Course:
 
     @cached_property
     def heads(self) -> tuple[HeadSpec, ...]:
-        return head_specs(self.config.heads, self.config.target, self.identity["depth"], self.config.teacher)
+        depth, blocks = self.identity["depth"], self.config.heads.blocks
+        if blocks and blocks[-1] != depth:  # of a model of timm's name this is not known from the settings alone
+            raise ConfigError(
+                f"heads.blocks = {list(blocks)} must rise to {depth}, the last block of {self.config.model.name}: "
+                "no block behind the last head learns"
+            )
+        return head_specs(self.config.heads, self.config.target, depth, self.config.teacher)
 
     def heads_of(self, stage: int) -> tuple[HeadSpec, ...]:
         """The heads of a stage and of arms from it on: a frozen teacher is there only once stage 0 has ended."""

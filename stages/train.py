@@ -190,9 +190,10 @@ def train_segment(
         progress.totals.append(SegmentTotals())
     source = team.source(lambda: arm.source(segment), arm.train.accumulate)
     book = Book(arm, segment, progress, hooks, model, team)
-    whole = team.whole(model, lambda: arm.make(segment)) if watch or not segment.steps else None
-    if watch and whole:
-        watch.look(whole.encoder)
+    with averaged(optimizer):  # every later check, too, looks at the weights that a schedule-free stage would end with
+        whole = team.whole(model, lambda: arm.make(segment)) if watch or not segment.steps else None
+        if watch and whole:
+            watch.look(whole.encoder)
     if not segment.steps:  # a checkpoint taken as it is
         if whole:
             book.evaluate(whole)

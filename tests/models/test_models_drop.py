@@ -122,6 +122,13 @@ def test_drop_path_drops_whole_branches_of_samples_and_scales_the_rest(encoder: 
         assert float((values > 0).float().mean()) == pytest.approx(keep, abs=0.1)
 
 
+@pytest.mark.parametrize("paired", [False, True])
+def test_an_evaluation_on_several_ranks_takes_batches_of_any_size_as_they_are(encoder: Encoder, paired: bool) -> None:
+    DepthDrop(0, 0.5, 0.0, 10, rank=1, ranks=2, paired=paired).install(encoder.eval())
+    tokens = torch.randn(3, 16, 24)
+    assert all(torch.equal(block.drop_path1(tokens), tokens) for block in encoder.vit.blocks)
+
+
 def test_draws_are_a_function_of_seed_and_step_and_leave_the_generator_alone(encoder: Encoder) -> None:
     drop, tokens = DepthDrop(3, 0.5, 0.5, 10), torch.randn(8, 16, 24)
     drop.install(encoder)

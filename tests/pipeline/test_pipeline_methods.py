@@ -11,6 +11,7 @@ import torch
 
 from models.config import HeadSpec
 from pipeline import equivalence, runner
+from pipeline.config import ConfigError
 from pipeline.decide import Wanted, judge_stage
 from pipeline.feeds import sampling
 from pipeline.layout import RunPaths
@@ -199,3 +200,13 @@ def test_heads_have_names_that_files_and_plots_can_bear() -> None:
     assert [HeadSpec(2, "hog", s).name for s in (4.0, 2.0, 1.0, 0.5)] == [
         "block2_hog_x4", "block2_hog_x2", "block2_hog", "block2_hog_half",
     ]  # fmt: skip
+
+
+def test_the_last_head_stands_behind_the_last_block_of_a_model_of_timm_s_too(tmp_path: Path) -> None:
+    """How deep it is stands in none of the settings; blocks behind the last head would never learn, and be scored."""
+    named = {"model.name": "vit_small_patch16_36x1_224", "model.depth": 0, "model.width": 0, "model.heads": 0}
+    short, whole = (toy(**named | {"heads.blocks": blocks}) for blocks in ([2, 12], [2, 36]))
+    with pytest.raises(ConfigError, match=r"heads.blocks = \[2, 12\] must rise to 36, the last block of vit_small"):
+        runner.run_stage(job(tmp_path / "toy", short, target=0))
+    assert not (tmp_path / "toy" / "stage-0").exists()
+    assert [head.block for head in Wanted(whole, RunPaths(tmp_path)).heads] == [2, 36]

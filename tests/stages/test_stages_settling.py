@@ -88,6 +88,13 @@ def test_schedule_free_is_watched_by_its_averaged_weights(tmp_path: Path, images
     progress, _ = train_arm(asked, how)
     assert relative_change(seen[1], seen[0]) == progress.checks[1]["settle_measure"]
     stopped_and_resumed(lambda folder: replace(asked, state=folder / STATE), tmp_path / "resume", (2, 5))
+    zero, one = parts(0, 0)
+    first = replace(asked, segments=(replace(zero, ends_stage=True),), settling=None)
+    seen.clear()
+    train_arm(replace(first, state=tmp_path / "zero" / STATE), how)
+    later = replace(asked, tag={"stage": 1}, segments=(one,), start=tmp_path / "zero" / STATE)
+    progress, _ = train_arm(replace(later, state=tmp_path / "one" / STATE), how)
+    assert relative_change(seen[1], seen[0]) == progress.checks[0]["settle_measure"], "a stage's first check, too"
 
 
 @pytest.mark.parametrize(("eval_every", "points"), [(1, [12.0, 13.0]), (0, [13.0])])
