@@ -7,6 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
+RGB = tuple[float, float, float]
+Normalisation = tuple[RGB, RGB]
+"""Mean and standard deviation."""
+IMAGENET_MEAN: RGB = (0.485, 0.456, 0.406)
+IMAGENET_STD: RGB = (0.229, 0.224, 0.225)
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -32,6 +38,11 @@ class ModelConfig:
     """Put a class token before the patches, as checkpoints that have one need; only finetune.pool=token reads it."""
     registers: int = 0
     """Register tokens before the patches; 0 takes the named model's own."""
+    mean: RGB = IMAGENET_MEAN
+    """What is taken off red, green and blue, each 0..1, before the encoder; ImageNet's. Checkpoints know but their own:
+    MAE's and DINO's ImageNet's, timm's augreg ones and SigLIP [0.5,0.5,0.5]. Pixel and HOG targets keep ImageNet's."""
+    std: RGB = IMAGENET_STD
+    """What the three are divided by then; ImageNet's."""
     attention: Literal["auto", "plain", "fused"] = "auto"
     """plain softmax(QKᵀ)V, torch's fused kernel, or auto: plain on a CPU up to 256 tokens, where it is faster, else
     fused."""
@@ -45,6 +56,21 @@ class ModelConfig:
         """Values of one RGB patch."""
         return 3 * self.patch_size**2
 
+    @property
+    def normalisation(self) -> str:
+        """What a cache says of mean and std; nothing where they are ImageNet's, as in caches before the setting."""
+        own = (self.mean, self.std)
+        return "" if own == (IMAGENET_MEAN, IMAGENET_STD) else normalisation_words(*own)
+
+
+def normalisation_words(mean: RGB, std: RGB) -> str:
+    """`mean 0.5,0.5,0.5 std 0.5,0.5,0.5`."""
+    return f"mean {','.join(map(str, mean))} std {','.join(map(str, std))}"
+
+
+def normalisation_settings(mean: RGB, std: RGB) -> str:
+    """What gives a run another one, as the command line takes it."""
+    return f'SET="model.mean=[{",".join(map(str, mean))}] model.std=[{",".join(map(str, std))}]"'
 
 @dataclass(frozen=True)
 class MaskConfig:

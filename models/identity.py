@@ -9,7 +9,8 @@ from models.config import SIZES, ModelConfig, model_name
 
 
 def model_identity(config: ModelConfig) -> dict[str, str | int]:
-    """What a model is: timm's name, width, depth, heads, prefix. Only a model without a short name is built to know."""
+    """What a model is: timm's name, width, depth, heads, prefix, and how it takes images where that is not ImageNet's.
+    Only a model without a short name is built to know."""
     return dict(_identity(config))
 
 
@@ -28,4 +29,6 @@ def _identity(config: ModelConfig) -> dict[str, str | int]:
         sizes, prefix = (vit.embed_dim, len(vit.blocks), attention.num_heads), vit.num_prefix_tokens
     asked = (config.width, config.depth, config.heads)
     width, depth, heads = (want or own for want, own in zip(asked, sizes, strict=True))
-    return {"model": model_name(config.name), "width": width, "depth": depth, "heads": heads, "prefix": prefix}
+    found: dict[str, str | int]
+    found = {"model": model_name(config.name), "width": width, "depth": depth, "heads": heads, "prefix": prefix}
+    return found | ({"normalisation": config.normalisation} if config.normalisation else {})

@@ -16,7 +16,7 @@ from models.config import IMAGE_TARGETS, HeadSpec
 from models.learner import Learner, Part
 from models.masking import keep_lowest, mask_group, take_tokens
 from models.multiscale import Head
-from models.targets import Targets, feature_target, image_target, normalize_images, target_std
+from models.targets import Targets, feature_target, image_target, target_std
 from models.teacher import EmaTeacher, Teacher
 from models.vit import Encoder, use_attention
 
@@ -118,7 +118,7 @@ class MaskedModel(Learner):
         """
         mask = keep_lowest(noise_BL, keep)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.cut == 0):
-            tokens_BLD = self.encoder.embed(normalize_images(images_BCHW))
+            tokens_BLD = self.encoder.embed(self.encoder.normalized(images_BCHW))
             prefix_BRD = self.encoder.prefix(len(images_BCHW))
             visible_BKD = self.encoder.with_prefix(take_tokens(tokens_BLD, mask.ids_keep), prefix_BRD)
             visible_BKD = self.encoder.run(visible_BKD, 0, self.cut)
@@ -177,6 +177,6 @@ class MaskedModel(Learner):
     def frozen_features(self, images_BCHW: Tensor, ids_BL: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         """What a cache at `entry` holds of uint8 images before it is rounded: features (B, L, D) in stored order
         `ids`, and the prefix of every group, (B, groups * R, D)."""
-        tokens_BLD = take_tokens(self.encoder.embed(normalize_images(images_BCHW)), ids_BL)
+        tokens_BLD = take_tokens(self.encoder.embed(self.encoder.normalized(images_BCHW)), ids_BL)
         prefix_BSD = self.encoder.prefix(len(images_BCHW)).repeat(1, groups, 1)
         return self.encoder.run_groups(tokens_BLD, prefix_BSD, groups, 0, self.entry)

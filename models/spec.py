@@ -11,7 +11,7 @@ from typing import Any
 COMPUTATION_VERSION = 1
 """Bumped when the frozen forward gives other numbers for a reason that no field of FeatureSpec tells."""
 
-LATER_FIELDS = frozenset({"prefix", "block", "keepbits", "first_view"})
+LATER_FIELDS = frozenset({"prefix", "block", "keepbits", "first_view", "normalisation"})
 WHICH_FIELDS = ("data", "views", "first_view", "parent")
 """What a spec says of which samples and views there are, not of how they are made."""
 
@@ -75,6 +75,8 @@ class FeatureSpec:
     """Mantissa bits that bit rounding left; 0 where features were not rounded further than the codec does."""
     first_view: int = 0
     """The first of the views that are kept; above 0 in a ring, whose oldest views have been replaced."""
+    normalisation: str = ""
+    """Mean and standard deviation that images were normalised with; empty for ImageNet's."""
 
     @property
     def num_tokens(self) -> int:
@@ -104,7 +106,7 @@ class FeatureSpec:
         return [(name, mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]]
 
     def to_dict(self) -> dict[str, Any]:
-        """The record; fields that came later are left out where they are 0, as in every cache before them."""
+        """The record; fields that came later are left out where they are 0 or empty, as in every cache before them."""
         return {name: value for name, value in asdict(self).items() if name not in LATER_FIELDS or value}
 
     @classmethod

@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, conv2d, layer_norm, normalize, pad
 
+from models.config import IMAGENET_MEAN, IMAGENET_STD, RGB
+
 HOG_BINS = 9
 SOBEL = (1.0, 0.0, -1.0, 2.0, 0.0, -2.0, 1.0, 0.0, -1.0)
 TargetKey = tuple[str, float]
 """Kind and scale of a target."""
 Targets = Mapping[TargetKey, Tensor]
 """Targets; those of pixels are uint8, and normalised by `as_scored` where they are compared with a prediction."""
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
@@ -62,10 +61,10 @@ def normalize_pixels(pixels_BLP: Tensor) -> Tensor:
     return centred / (variance + 1e-6).sqrt()
 
 
-def normalize_images(images_BCHW: Tensor) -> Tensor:
-    """uint8 RGB images as the encoder takes them: float32, ImageNet's mean and standard deviation."""
-    mean, std = (constant(v, images_BCHW.device).reshape(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images_BCHW.float() / 255 - mean) / std
+def normalize_images(images_BCHW: Tensor, mean: RGB = IMAGENET_MEAN, std: RGB = IMAGENET_STD) -> Tensor:
+    """uint8 RGB images as float32 of a mean and standard deviation: ImageNet's for targets, whatever the encoder's."""
+    mean_C11, std_C11 = (constant(v, images_BCHW.device).reshape(3, 1, 1) for v in (mean, std))
+    return (images_BCHW.float() / 255 - mean_C11) / std_C11
 
 
 def pixel_target(pixels_BLP: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from models.targets import normalize_images
 from models.vit import Encoder
 
 
@@ -32,7 +31,7 @@ class Teacher:
     @torch.no_grad()
     def of_images(self, images_BCHW: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
         """`of_tokens` for uint8 images: all their tokens run together."""
-        return self.of_tokens(self.encoder.tokens(normalize_images(images_BCHW)), 0, blocks)
+        return self.of_tokens(self.encoder.tokens(self.encoder.normalized(images_BCHW)), 0, blocks)
 
     @torch.no_grad()
     def of_tokens(self, tokens_BLD: Tensor, start: int, blocks: Sequence[int]) -> dict[int, Tensor]:

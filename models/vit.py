@@ -16,30 +16,37 @@ from timm.layers import DiffAttention
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
-from models.config import PLAIN_TOKENS, ModelConfig
+from models.config import IMAGENET_MEAN, IMAGENET_STD, PLAIN_TOKENS, RGB, ModelConfig
 from models.families import ModelError, build_vit
 from models.spec import derive_seed
+from models.targets import normalize_images
 
 __all__ = ["Encoder", "ModelError", "build_encoder", "frozen_hash", "sincos_2d", "use_attention"]
 
 
 class Encoder(nn.Module):
-    """timm's VisionTransformer, split: `embed` and `prefix`, then `run` over the blocks, then `norm`.
+    """timm's VisionTransformer, split: `normalized`, `embed` and `prefix`, then `run` over the blocks, then `norm`.
 
     The prefix are the class and register tokens, where the model has them. They stand in front of the patch tokens of
     every image, and of every token group, that runs through the blocks; frozen blocks and a cache keep them apart.
     """
 
-    def __init__(self, vit: VisionTransformer, attention: str) -> None:
+    def __init__(
+        self, vit: VisionTransformer, attention: str, mean: RGB = IMAGENET_MEAN, std: RGB = IMAGENET_STD
+    ) -> None:
         super().__init__()
         self.vit = vit
-        self.attention = attention
+        self.attention, self.mean, self.std = attention, mean, std
         self.depth, self.width, self.num_tokens = len(vit.blocks), vit.embed_dim, vit.patch_embed.num_patches
         self.num_prefix: int = vit.num_prefix_tokens
         self.cut = 0
         self.skipped: frozenset[int] = frozenset()
         """Learning blocks that do not run: set for a training step by `models.drop`, empty at all other times."""
         self.freeze(0)
+
+    def normalized(self, images_BCHW: Tensor) -> Tensor:
+        """uint8 RGB images as this encoder takes them: float32, of the mean and deviation that it was trained with."""
+        return normalize_images(images_BCHW, self.mean, self.std)
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
         """(B, L, D): normalised images as patch tokens with their positions."""
@@ -152,7 +159,7 @@ def build_encoder(config: ModelConfig, seed: int) -> Encoder:
         positions_1LD.zero_()
         grid = config.image_size // config.patch_size
         positions_1LD[:, -vit.patch_embed.num_patches :] = sincos_2d(vit.embed_dim, grid)
-    return Encoder(vit, config.attention)
+    return Encoder(vit, config.attention, config.mean, config.std)
 
 
 def sincos_2d(width: int, grid: int) -> Tensor:

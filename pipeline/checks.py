@@ -140,6 +140,10 @@ def _model_problems(config: PipelineConfig) -> Iterator[str]:
             f"model.patch_size = {model.patch_size} does not divide model.image_size = {model.image_size}; "
             f"try model.image_size={max(1, model.image_size // model.patch_size) * model.patch_size}"
         )
+    if not all(0 <= mean <= 1 for mean in model.mean):
+        yield f"model.mean = {list(model.mean)} is not of values in 0..1; for values of 0..255 divide by 255"
+    if not all(0 < std <= 1 for std in model.std):
+        yield f"model.std = {list(model.std)} is not of values in 0..1 and above 0; for values of 0..255 divide by 255"
     encoder_width = model.width or SIZES.get(model.name, (0,))[0]
     decoder_sizes = decoder.sizes(encoder_width) if encoder_width else (decoder.width, decoder.heads)
     for name, width, heads in (("model", model.width, model.heads), ("decoder", *decoder_sizes)):

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from cache.order import steps_per_epoch
-from models.config import HeadSpec, head_specs, learning_heads, without
+from models.config import IMAGENET_MEAN, IMAGENET_STD, HeadSpec, head_specs, learning_heads, without
 from models.identity import model_identity
 from pipeline.config import ConfigError, PipelineConfig
 from pipeline.layout import RunPaths, StagePaths
@@ -48,8 +48,9 @@ class Course:
     @property
     def model_inputs(self) -> dict[str, Any]:
         """What an encoder's weights are shaped by, and what it computes with them, by the setting's name."""
-        settings = asdict(self.config.model)
-        return {f"model.{name}": value for name, value in settings.items() if name not in ("attention", "weights")}
+        settings, usual = asdict(self.config.model), {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        named = {name: value for name, value in settings.items() if name not in ("attention", "weights")}
+        return {f"model.{name}": value for name, value in named.items() if value != usual.get(name)}
 
     @cached_property
     def identity(self) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from timm.models import save_for_hf
 
 from models.config import ModelConfig, model_name
 from models.families import timm_args
-from models.targets import IMAGENET_MEAN, IMAGENET_STD
 from pipeline import __version__
 from pipeline.config import ConfigError
 from pipeline.decide import Verdict, Wanted, judge_arm, judge_stage
@@ -78,6 +77,6 @@ def preprocessing(config: ModelConfig) -> dict[str, Any]:
         "interpolation": "bicubic",
         "crop_pct": EVALUATION_SHARE,
         "crop_mode": "center",
-        "mean": IMAGENET_MEAN,
-        "std": IMAGENET_STD,
+        "mean": config.mean,
+        "std": config.std,
     }

@@ -137,7 +137,16 @@ def source_of(tuning: Tuning) -> Source:
     """What a step reads: the cache behind the frozen blocks, or, where nothing is frozen, images."""
     wanted, config = tuning.wanted, tuning.wanted.config
     classes = num_classes(wanted.data)
-    lessons = Lessons(config.seed, config.finetune, config.data, config.model.image_size, classes, config.cache.blocks)
+    lessons = Lessons(
+        seed=config.seed,
+        config=config.finetune,
+        data=config.data,
+        image_size=config.model.image_size,
+        classes=classes,
+        blocks=config.cache.blocks,
+        mean=config.model.mean,
+        std=config.model.std,
+    )
     if tuning.need is None:
         return LiveViews(wanted.data.train, lessons)
     spec = wanted.spec(tuning.need)

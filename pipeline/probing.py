@@ -61,7 +61,8 @@ def refuse_another_model(wanted: Wanted, name: str) -> None:
     """Raise ConfigError where an encoder's weights are those of another model than the settings describe."""
     record = wanted.record(wanted.paths.encoder(name)) or {}
     wants = json.loads(json.dumps(wanted.model_inputs))
-    had = {key: record["inputs"].get(key) for key in wants}
+    of_model = {key: value for key, value in record["inputs"].items() if key.startswith("model.")}
+    had = {key: value for key, value in of_model.items() if key != "model.weights"}
     if had != wants:
         root = wanted.paths.root
         raise ConfigError(

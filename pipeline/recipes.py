@@ -103,6 +103,8 @@ def adapt() -> PipelineConfig:
 
     Stage 0 trains for no epoch: it is the checkpoint as it is, with its class token and its own positions. The file
     must be given; a ViT of another size goes with model.name, one without class token with model.class_token=false.
+    Images are normalised as MAE's and DINO's weights want them; timm's augreg ones and SigLIP want
+    SET="model.mean=[0.5,0.5,0.5] model.std=[0.5,0.5,0.5]". Stage 0 tells what is assumed.
     Whether the adapted encoder is better than the checkpoint depends on how far your images are from those that it was
     trained on: compare stage 0's scores, which are the checkpoint's own, with stage 1's.
     Expected, as `plan` predicts it for 2,000 images on two CPU cores: 5 minutes of cache and 7 of training; 1.8 MB of

@@ -34,6 +34,7 @@ from pipeline.layout import StagePaths
 from pipeline.machine import described
 from pipeline.ring import ring_of
 from pipeline.seconds import cache_costs
+from pipeline.start import begin_from_file
 from stages.adaptive import Settle
 from stages.arm import Arm, Hooks, Result
 from stages.blind import blind_record, nothing_learnt
@@ -49,7 +50,6 @@ from stages.segment import Segment, trained_epochs
 from stages.sources import Source
 from stages.train import Build, build_model, train_arm
 from stages.views import centre_batch
-from stages.weights import load_weights
 
 
 def train_stage(desk: Desk, stage: int) -> None:
@@ -244,15 +244,6 @@ def show_reconstructions(desk: Desk, model: MaskedModel, paths: StagePaths, labe
         place = paths.root.name
         draw(rows, label, desk.wanted.paths.figures / f"reconstructions-{place}.png")
         desk.log.picture(place, np.concatenate(np.concatenate(rows, axis=2), axis=0), step)
-
-
-def begin_from_file(wanted: Wanted, model: Learner, tell: Callable[[str], None]) -> None:
-    """Load the checkpoint file that the settings name, if any, and tell what of it was left out or changed."""
-    if path := wanted.config.model.weights:
-        notes = load_weights(model.encoder, path, wanted.weights)
-        if isinstance(model, MaskedModel) and isinstance(model.teacher, EmaTeacher):
-            model.teacher.restart(model.encoder)  # it was made before the file was read
-        tell(f"weights {path} ({wanted.weights[:8]}): " + ("; ".join(notes) or "taken as they are"))
 
 
 def finish_record(paths: StagePaths, done: Done, state: dict[str, Tensor], scores: dict[str, Any]) -> None:

@@ -20,8 +20,8 @@ from timm.data.auto_augment import NAME_TO_OP
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from models.config import IMAGENET_MEAN
 from models.spec import derive_seed
-from models.targets import IMAGENET_MEAN
 from stages.config import FinetuneConfig
 from stages.views import Augment, uniform
 

@@ -42,7 +42,7 @@ from cache.writer import (
 )
 from models.config import ModelConfig
 from models.masking import take_tokens
-from models.targets import normalize_images, patchify
+from models.targets import patchify
 from models.vit import Encoder, build_encoder
 from stages.augment import augmenter
 from stages.carried import frozen_state
@@ -335,7 +335,7 @@ def frozen_forward(encoder: Encoder, job: EncodeJob, part: Part) -> tuple[Tensor
     if job.parent:
         prefix = prefix if part.prefix_BSD is None else part.prefix_BSD.to(job.device)
         return encoder.run_groups(inputs, prefix, spec.groups, job.parent_cut, spec.cut)
-    tokens = encoder.embed(normalize_images(inputs))
+    tokens = encoder.embed(encoder.normalized(inputs))
     if part.token_ids_BL is not None:
         tokens = take_tokens(tokens, torch.from_numpy(part.token_ids_BL).to(tokens.device))
     return encoder.run_groups(tokens, prefix, spec.groups, 0, spec.cut)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.targets import normalize_images
 from models.vit import Encoder
 from stages.adaptive import Settle
 from stages.config import TrainConfig
@@ -60,7 +59,7 @@ class Settling:
         found = []
         for images in self.images.split(train.batch_size):
             with autocast(device, train.precision):
-                tokens = encoder.tokens(normalize_images(images.to(device)))
+                tokens = encoder.tokens(encoder.normalized(images.to(device)))
                 found.append(encoder.run(tokens, 0, self.cut).float().cpu())
         encoder.train(learning)
         return torch.cat(found)

@@ -19,6 +19,7 @@ from cache.order import Blocks, batch_rows
 from cache.rank import ALONE, Rank
 from cache.store import CacheReader
 from models.classifier import Classifier, Head, LabelledBatch
+from models.config import IMAGENET_MEAN, IMAGENET_STD, RGB
 from models.targets import normalize_images
 from stages.augment import Mixer, augmenter, smoothed
 from stages.config import DataConfig, FinetuneConfig, TrainConfig
@@ -49,6 +50,9 @@ class Lessons:
     """How rows are shuffled by shards; None shuffles all rows of an epoch."""
     rank: Rank = ALONE
     """Which rows of every batch are loaded here; `config.batch_size` is that of all ranks."""
+    mean: RGB = IMAGENET_MEAN
+    std: RGB = IMAGENET_STD
+    """The encoder's: images are normalised before they are mixed."""
 
     def rows(self, segment: Segment, step: int, num_samples: int) -> np.ndarray:
         """This rank's samples of a step. CacheError when the ranks do not divide it.
@@ -105,13 +109,15 @@ class Labelled:
 
         Features are mixed on the grid of their tokens. The prefix stands nowhere on it: it is blended as labels are.
         """
+        how = self.lessons
         if self.values.ndim == 4:
-            values, _, shares_BK = self.lessons.mix(normalize_images(self.values), self.labels_B, self.step)
+            images_BCHW = normalize_images(self.values, how.mean, how.std)
+            values, _, shares_BK = how.mix(images_BCHW, self.labels_B, self.step)
             return Mixed(values, shares_BK)
         batch, tokens, width = self.values.shape
         side = round(tokens**0.5)
         grid_BDHW = self.values.transpose(1, 2).reshape(batch, width, side, side)
-        mixed_BDHW, samples_BB, shares_BK = self.lessons.mix(grid_BDHW, self.labels_B, self.step)
+        mixed_BDHW, samples_BB, shares_BK = how.mix(grid_BDHW, self.labels_B, self.step)
         prefix = None if self.prefix_BRD is None else torch.einsum("bc,crd->brd", samples_BB, self.prefix_BRD)
         return Mixed(mixed_BDHW.flatten(2).transpose(1, 2), shares_BK, prefix)
 
@@ -174,7 +180,7 @@ def live_prefix(
     device = next(model.parameters()).device
     images = views.view(rows, segment.epoch(step) % kept).to(device)
     with torch.no_grad(), autocast(device, precision):
-        tokens = model.at_cut(normalize_images(images)).float()
+        tokens = model.at_cut(model.encoder.normalized(images)).float()
     prefix, patches = tokens.split([model.encoder.num_prefix, model.encoder.num_tokens], dim=1)
     labels = torch.from_numpy(views.images.labels[rows]).to(device)
     return Labelled(patches, labels, step, views.lessons, prefix_BRD=prefix if model.encoder.num_prefix else None)
@@ -302,7 +308,8 @@ def _centre(images: ImageList, batch: int, image_size: int) -> Iterator[tuple[Te
 def _places(model: Classifier, views: Tensor, labels: Tensor, precision: str, device: torch.device) -> list[Tensor]:
     """For every head and image, the place of the true class among the five likeliest; 5 where it is none of them."""
     with autocast(device, precision):
-        logits = [found.float().cpu() for found in model.logits(model.at_cut(normalize_images(views.to(device))))]
+        tokens = model.at_cut(model.encoder.normalized(views.to(device)))
+        logits = [found.float().cpu() for found in model.logits(tokens)]
     places = []
     for of_head in logits:
         hits = of_head.topk(min(MANY, of_head.shape[1])).indices == labels.unsqueeze(1)

@@ -12,7 +12,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from models.targets import normalize_images
 from models.vit import Encoder
 from stages.config import EvalConfig
 from stages.device import autocast, best_batch
@@ -100,7 +99,7 @@ def encoded(
     for start in range(0, len(images), batch):
         views = centre_batch(images, range(start, min(start + batch, len(images))), image_size)
         with autocast(device, precision):
-            tokens = encoder.tokens(normalize_images(torch.from_numpy(views).to(device)))
+            tokens = encoder.tokens(encoder.normalized(torch.from_numpy(views).to(device)))
             tokens = encoder.norm(encoder.run(tokens, 0, encoder.depth))
         yield tokens.float()
     encoder.train(learning)

@@ -5,14 +5,17 @@ file's digest."""
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache.checksum import sha256_of
+from cache.errors import CacheError
 from cache.manifest import atomic_write, seal, unseal
-from cache.place import blocks_of, describe, is_there, path_or_url, place_of, size_of
+from cache.place import blocks_of, describe, is_there, path_or_url, place_of, read_bytes, size_of
+from models.config import Normalisation
 from stages.stamps import let_the_clock_tick, stamp_of
 
 if TYPE_CHECKING:
@@ -80,6 +83,18 @@ def _read(file: str, path: str) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise WeightsError(f"model.weights={path} holds a {type(content).__name__}, not a state; save its state_dict()")
     return content
+
+
+def stated_beside(path: str) -> Normalisation | None:
+    """The normalisation that a `config.json` beside a file states, as in folders that timm or `export` wrote; None
+    where there is none, it does not say, or a store does not answer, as some do where nothing is."""
+    try:
+        card = json.loads(read_bytes(place_of(path).parent / "config.json"))
+        stated = card.get("pretrained_cfg", card)
+        mean, std = (tuple(map(float, stated[name])) for name in ("mean", "std"))
+    except (OSError, CacheError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return (mean, std) if len(mean) == len(std) == 3 else None
 
 
 def weights_digest(path: str, index_file: Path | None) -> str:

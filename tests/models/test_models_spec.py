@@ -40,6 +40,7 @@ SPEC = FeatureSpec(
     block=32,
     keepbits=5,
     first_view=3,
+    normalisation="mean 0.5,0.5,0.5 std 0.5,0.5,0.5",
 )
 
 
@@ -54,16 +55,19 @@ def test_survives_a_trip_through_json() -> None:
     assert list(SPEC.to_dict()) == [field.name for field in fields(FeatureSpec)]
 
 
-@pytest.mark.parametrize("field", ["prefix", "block", "keepbits", "first_view"])
+@pytest.mark.parametrize("field", ["prefix", "block", "keepbits", "first_view", "normalisation"])
 def test_a_cache_without_a_later_field_is_recorded_as_before_there_was_any(field: str) -> None:
-    plain, value = replace(SPEC, **{field: 0}), getattr(SPEC, field)
+    value = getattr(SPEC, field)
+    nothing = type(value)()
+    plain = replace(SPEC, **{field: nothing})
     assert field not in plain.to_dict() and FeatureSpec.from_dict(plain.to_dict()) == plain
-    assert plain.differences(SPEC) == [(field, 0, value)] and SPEC.differences(plain) == [(field, value, 0)]
+    assert plain.differences(SPEC) == [(field, nothing, value)]
+    assert SPEC.differences(plain) == [(field, value, nothing)]
 
 
 def test_holds_every_setting_that_can_change_a_number() -> None:
     names = """model image_size patch_size width depth heads weights cut groups mask_ratio mask_block views
-        view_transform data seed dtype codec pixels parent version prefix block keepbits first_view"""
+        view_transform data seed dtype codec pixels parent version prefix block keepbits first_view normalisation"""
     assert {field.name for field in fields(FeatureSpec)} == set(names.split())
 
 
