@@ -70,7 +70,7 @@ def build_vit(config: ModelConfig) -> VisionTransformer:
         raise ModelError(f"model.name={config.name} cannot be used: {reason}; {REMEDY}")
     try:
         vit = timm.create_model(name, **timm_args(config))
-    except (TypeError, AssertionError, ValueError) as error:
+    except (TypeError, AssertionError, ValueError, RuntimeError) as error:  # the last for a tag that timm does not know
         raise ModelError(f"model.name={config.name} cannot be built: {error or type(error).__name__}") from error
     if part := _odd_part(vit):
         raise ModelError(f"model.name={config.name} cannot be used: it is built on {part}; {REMEDY}")

@@ -99,6 +99,16 @@ def test_every_other_family_is_refused_by_name_with_its_reason_in_one_line(name:
     assert "\n" not in str(caught.value) and str(caught.value).endswith("vit_tiny, vit_small or vit_base")
 
 
+def test_a_tag_that_timm_does_not_know_is_refused_in_one_line() -> None:
+    with pytest.raises(ModelError) as caught:
+        build_vit(dataclasses.replace(SMALL, name="vit_tiny_patch16_224.augrag"))
+    assert str(caught.value) == (
+        "model.name=vit_tiny_patch16_224.augrag cannot be built: Invalid pretrained tag (augrag) for "
+        "vit_tiny_patch16_224."
+    )
+    assert build_vit(dataclasses.replace(SMALL, name="vit_tiny_patch16_224.augreg_in21k")).embed_dim == SMALL.width
+
+
 def test_every_module_with_a_reason_is_one_of_timm_s() -> None:
     for module in REASONS:
         names = timm.list_models(module=module)
