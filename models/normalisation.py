@@ -53,7 +53,7 @@ def _assumed(own: Normalisation, published: Mapping[str, Normalisation]) -> str:
     count = f"all {len(published)} of timm's weights of this name"
     if published and not others:
         return f"{line}, as {count}"
-    line += " is assumed"
+    line += ", which is assumed"
     if not others:
         return line
     if len(others) < len(published):

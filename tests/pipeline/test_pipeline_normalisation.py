@@ -211,9 +211,9 @@ def test_export_writes_it_and_the_exported_folder_says_it_when_it_is_started_fro
         ("vit_base_patch16_clip_224", {}, f"assumed; all 13 of timm's weights of this name take others: {SET_CLIP}"),
         ("vit_tiny", {}, f"assumed; all 2 of timm's weights of this name take others: {SET_HALF}"),
         ("vit_small", {}, f"assumed; 3 of timm's 4 weights of this name take others: {SET_HALF} fits augreg_in"),
-        ("vit_small", HALF, "std 0.5,0.5,0.5 is assumed; 1 of timm's 4 weights of this name take others: SET="),
+        ("vit_small", HALF, "std 0.5,0.5,0.5, which is assumed; 1 of timm's 4 weights of this name take others: SET="),
         ("vit_tiny", HALF, "std 0.5,0.5,0.5, as all 2 of timm's weights of this name"),
-        ("vit_giant_patch14_224", {}, "std 0.229,0.224,0.225 is assumed"),
+        ("vit_giant_patch14_224", {}, "std 0.229,0.224,0.225, which is assumed"),
     ],
 )
 def test_a_line_says_which_normalisation_is_taken_and_on_whose_word(
