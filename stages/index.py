@@ -24,7 +24,7 @@ from cache.manifest import atomic_write, seal, unseal
 from stages.errors import DataError
 from stages.stamps import let_the_clock_tick, stamp_of
 
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 IMAGE_SUFFIXES = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"})
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 TORCHVISION = {
@@ -35,6 +35,8 @@ TORCHVISION = {
     "flowers102": "Flowers102",
 }
 TORCHVISION_ROOT = Path("~/.cache/permafrost").expanduser()
+DEEP = frozenset({"I", "F"})
+"""Pillow's modes of more than 8 bits a channel, of which making RGB cuts what is above 255; `I;16` is one of them."""
 
 Reader = Callable[["Entry"], bytes | Image.Image]
 
@@ -160,9 +162,7 @@ def _inspect(entry: Entry, read: Reader) -> tuple[Entry, str]:
     try:
         content = read(entry)
         entry = replace(entry, sha256=content_hash(content))
-        if isinstance(content, Image.Image):
-            return entry, ""
-        image = Image.open(io.BytesIO(content))
+        image = content if isinstance(content, Image.Image) else Image.open(io.BytesIO(content))
         image.draft("RGB", (1, 1))  # a JPEG decodes at an eighth of its size, faster and as surely
         image.load()
     except (CacheError, DataError):  # of a store: nothing is known of the image
@@ -171,7 +171,8 @@ def _inspect(entry: Entry, read: Reader) -> tuple[Entry, str]:
         return entry, "not an image format that Pillow knows"
     except Exception as error:  # on damaged files Pillow's formats raise more than they say
         return entry, " ".join(str(error).split()) or type(error).__name__
-    return entry, ""
+    deep = image.mode.partition(";")[0] in DEEP
+    return entry, "more than 8 bits a channel would be cut at 255; save it with 8" if deep else ""
 
 
 def _refuse_odd_keys(entries: Iterable[Entry]) -> None:
