@@ -27,6 +27,8 @@ from stages.stamps import let_the_clock_tick, stamp_of
 INDEX_VERSION = 4
 IMAGE_SUFFIXES = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"})
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+PARTS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "eval"})
+"""Folders of a data set that lie where classes would, in any case of letters."""
 TORCHVISION = {
     "cifar10": "CIFAR10",
     "cifar100": "CIFAR100",
@@ -120,7 +122,8 @@ def _found(source: str, files: list[Path]) -> tuple[Iterable[Entry], tuple[str, 
         return _of_torchvision(source)
     if all(file.suffix == ".tar" for file in files):
         return [entry for file in files for entry in entries_of_tar(file)], ()
-    return entries_of_folder([file.relative_to(source).as_posix() for file in files], [str(file) for file in files])
+    names = [file.relative_to(source).as_posix() for file in files]
+    return entries_of_folder(source, names, [str(file) for file in files])
 
 
 def inspect_all(
@@ -246,15 +249,28 @@ def _nearest(path: Path) -> str:
     return f"{there} exists; give a folder of images, tars, or a torchvision name such as cifar10"
 
 
-def entries_of_folder(names: list[str], files: list[str]) -> tuple[list[Entry], tuple[str, ...]]:
+def entries_of_folder(source: str, names: list[str], files: list[str]) -> tuple[list[Entry], tuple[str, ...]]:
     """Key: the path inside the folder. Label: the place of its first sub-folder among the sorted names, else -1."""
     first = [folder if inside else None for folder, inside, _ in (name.partition("/") for name in names)]
     classes = tuple(sorted({folder for folder in first if folder is not None}))
+    _refuse_parts(source.rstrip("/"), classes)
     number = {name: label for label, name in enumerate(classes)}
     return [
         Entry(name, -1 if folder is None else number[folder], file)
         for name, folder, file in zip(names, first, files, strict=True)
     ], classes
+
+
+def _refuse_parts(source: str, classes: tuple[str, ...]) -> None:
+    """DataError where all that would be classes are parts of a data set: probes would tell train from val."""
+    if not classes or any(name.lower() not in PARTS for name in classes):
+        return
+    train = " or ".join(f"{source}/{name}" for name in classes if name.lower().startswith("train"))
+    val = " or ".join(f"{source}/{name}" for name in classes if not name.lower().startswith("train"))
+    raise DataError(
+        f"{source} holds parts of a data set ({', '.join(classes)}) and no classes; give "
+        + (f"{train} with DATA and {val} with DATA_VAL" if train and val else f"{train or val} instead")
+    )
 
 
 def entries_of_tar(file: Path, name: str = "") -> Iterator[Entry]:

@@ -111,7 +111,7 @@ def indexed(source: str, on_bad: str, index_file: Path | None, copies: Copies | 
 def _made(source: str, files: list[Remote], on_bad: str, read: Reader) -> Index:
     """The index of files that nobody has read yet."""
     if not all(file.name.endswith(".tar") for file in files):
-        entries, classes = entries_of_folder([file.name for file in files], [file.url for file in files])
+        entries, classes = entries_of_folder(source, [file.name for file in files], [file.url for file in files])
         keeping = _keeping(read, read.copies)
         return as_index(source, *inspect_all(entries, keeping, on_bad, AT_A_TIME), classes)
     good, skipped = [], []
