@@ -129,6 +129,7 @@ def open_data(config: DataConfig, index_folder: Path | None = None) -> Data:
     val_source = config.val_source or ("sample:val" if config.has_own_val else "")
     if val_source:
         found = open_images(val_source, config.on_bad, _index_file(index_folder, "val"), config.cache_gb)
+        _refuse_two_numberings({config.source: train, val_source: found})
         val = _with_labels_of(train, found, val_source)
     else:
         held = np.array([_is_held_out(key) for key in train.keys])
@@ -178,6 +179,17 @@ def _index_file(folder: Path | None, name: str) -> Path | None:
 def _is_held_out(key: str) -> bool:
     """Decided by the key alone, so that adding images moves none from one side to the other."""
     return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "little") % HELD_OUT == 0
+
+
+def _refuse_two_numberings(found: dict[str, ImageList]) -> None:
+    """DataError where one source names its classes and the other numbers them: a number may mean any of the names."""
+    named = [source for source, images in found.items() if images.classes]
+    numbered = [source for source, images in found.items() if not images.classes and any(images.labels >= 0)]
+    if named and numbered:
+        raise DataError(
+            f"{named[0]} names its classes by folders and {numbered[0]} numbers them, so nothing tells which is which; "
+            "give both as folders, or both as tars with <key>.cls"
+        )
 
 
 def _with_labels_of(train: ImageList, val: ImageList, val_source: str) -> ImageList:

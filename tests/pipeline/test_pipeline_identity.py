@@ -42,7 +42,7 @@ class World(NamedTuple):
 
     def spec(self, stage: int = 1, **changes: object) -> str:
         """The fingerprint of a stage's cache under other settings."""
-        base = {"data.source": str(self.images), "data.val_source": "sample:val", "data.limit": 0}
+        base = {"data.source": str(self.images), "data.val_source": str(self.root.with_name("val")), "data.limit": 0}
         spec = Wanted(toy(**({"train.batch_size": 4} | base | changes)), RunPaths(self.root)).cache_spec(stage)
         assert spec is not None
         return spec.fingerprint
@@ -52,6 +52,7 @@ class World(NamedTuple):
 def world(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     files = {f"{'ab'[row % 2]}/{row}.png": encoded(row, size=(20, 20)) for row in range(10)}
     stage = record(finished, "stage-0")
+    in_folder(tmp_path / "val", {"v.png": encoded(50)})
     (tmp_path / "run/stage-0").mkdir(parents=True)
     (tmp_path / "run/stage-0/stage.json").write_text(json.dumps(stage))
     (tmp_path / "run/stage-1").mkdir()
