@@ -16,7 +16,7 @@ class DataConfig:
     val_source: str = ""
     """Images to evaluate on; empty holds out a tenth of the source."""
     limit: int = 0
-    """Use only so many training images, evenly spread over the list; 0 uses all."""
+    """Use only so many training images, evenly spread over the list, classes in proportion; 0 uses all."""
     cache_gb: float = 10.0
     """Of images behind URLs, keep copies of up to so many 10^9 bytes in <run>/index/copies, the least recently used
     goes first; 0 keeps none, and every image is read from its store whenever it is met."""
@@ -138,9 +138,9 @@ class EvalConfig:
     every: int = 0
     """Epochs between two evaluations; 0 evaluates at the end of each stage only."""
     train_limit: int = 0
-    """Training images that the probes learn from, evenly spread; 0 uses all."""
+    """Training images that the probes learn from, evenly spread, classes in proportion; 0 uses all."""
     val_limit: int = 0
-    """Held-out images that the probes are scored on; 0 uses all."""
+    """Held-out images that the probes are scored on, chosen likewise; 0 uses all."""
     knn_k: int = 20
     """Neighbours that vote."""
     batch_size: int = 100

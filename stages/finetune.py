@@ -24,7 +24,7 @@ from models.targets import normalize_images
 from stages.augment import Mixer, augmenter, smoothed
 from stages.config import DataConfig, FinetuneConfig, TrainConfig
 from stages.device import autocast
-from stages.images import ImageList, spread
+from stages.images import ImageList, spread_by_class
 from stages.optim import PREFIX, layer_of, learning_rate
 from stages.replay import Reading
 from stages.segment import Segment
@@ -285,7 +285,7 @@ def classify(
     model: Classifier, images: ImageList, limit: int, batch: int, image_size: int, precision: str
 ) -> FinetuneResult:
     """Score every head on centre views of images that all have labels; `limit` of them, evenly spread, 0 for all."""
-    images = images.only(spread(len(images), limit))
+    images = images.only(spread_by_class(images.labels, limit))
     learning, device = model.training, next(model.parameters()).device
     model.eval()
     places = [_places(model, views, labels, precision, device) for views, labels in _centre(images, batch, image_size)]

@@ -139,7 +139,7 @@ def open_data(config: DataConfig, index_folder: Path | None = None) -> Data:
                 f"{config.source} has {len(held)} images, too few to hold out a tenth; name an evaluation set with "
                 "data.val_source (DATA_VAL)"
             )
-    return Data(train.only(spread(len(train), config.limit)), val)
+    return Data(train.only(spread_by_class(train.labels, config.limit)), val)
 
 
 def open_images(
@@ -170,6 +170,31 @@ def spread(count: int, limit: int) -> np.ndarray:
     if not limit or limit >= count:
         return np.arange(count)
     return np.arange(limit) * count // limit
+
+
+def spread_by_class(labels: np.ndarray, limit: int) -> np.ndarray:
+    """`limit` rows that keep classes in proportion, in order; 0 takes all. Unlabelled rows count as one class.
+
+    The rows are those of `spread`, unless classes alternate in the list, so that its steps meet some more often than
+    others: then they are evenly spread over the list sorted by class.
+    """
+    rows = spread(len(labels), limit)
+    if len(rows) == len(labels) or _in_proportion(labels, rows):
+        return rows
+    return np.sort(np.argsort(labels, kind="stable")[rows])
+
+
+def _in_proportion(labels: np.ndarray, rows: np.ndarray) -> bool:
+    """Whether no class has less than half or more than twice its share among the rows, or else chance explains it:
+    Pearson's chi-square of rows drawn at random is about the number of classes, with a variance below three times that,
+    where shares of less than one row count as one. Four deviations are allowed."""
+    classes, class_of = np.unique(labels, return_inverse=True)
+    fair = np.bincount(class_of) * (len(rows) / len(labels))
+    found = np.bincount(class_of[rows], minlength=len(classes))
+    if np.all((fair / 2 <= found) & (found <= 2 * fair)):
+        return True
+    uneven = np.sum((found - fair) ** 2 / np.maximum(fair, 1))
+    return bool(uneven <= len(classes) + 4 * np.sqrt(3 * len(classes)))
 
 
 def _index_file(folder: Path | None, name: str) -> Path | None:

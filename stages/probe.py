@@ -15,7 +15,7 @@ from torch import Tensor
 from models.vit import Encoder
 from stages.config import EvalConfig
 from stages.device import autocast, best_batch
-from stages.images import Data, ImageList, spread
+from stages.images import Data, ImageList, spread_by_class
 from stages.views import centre_batch
 
 TEMPERATURE = 0.07
@@ -56,12 +56,12 @@ def evaluate(
     train, val = labelled(data.train), labelled(data.val)
     scored = len(train) > 0 and len(val) > 0
     watched = val if scored else data.val
-    watched = watched.only(spread(len(watched), config.val_limit))
+    watched = watched.only(spread_by_class(watched.labels, config.val_limit))
     watched_x = pooled_features(encoder, watched, config.batch_size, image_size, device, precision)
     std, rank = collapse(watched_x)
     if not scored:
         return ProbeResult(None, None, std, rank, len(watched))
-    train = train.only(spread(len(train), config.train_limit))
+    train = train.only(spread_by_class(train.labels, config.train_limit))
     train_x = pooled_features(encoder, train, config.batch_size, image_size, device, precision)
     return ProbeResult(
         knn_top1=knn_top1(train_x, train.labels, watched_x, watched.labels, config.knn_k),

@@ -15,7 +15,7 @@ from torch import Tensor
 from models.vit import Encoder
 from stages.config import EvalConfig
 from stages.errors import DataError
-from stages.images import Data, ImageList, spread
+from stages.images import Data, ImageList, spread_by_class
 from stages.probe import collapse, encoded, knn_top1, labelled, linear_top1
 from stages.sweep import ATTENTIVE, LINEAR, Recipe, sweep
 
@@ -85,10 +85,10 @@ def score(
     """Score an encoder with every probe that is asked for, on the images that have labels. Raises DataError. `compute`
     stands in for `features`."""
     train, val = labelled(data.train), labelled(data.val)
-    train = train.only(spread(len(train), config.train_limit))
+    train = train.only(spread_by_class(train.labels, config.train_limit))
     scored = len(train) > 0 and len(val) > 0
     watched = val if scored else data.val
-    watched = watched.only(spread(len(watched), config.val_limit))
+    watched = watched.only(spread_by_class(watched.labels, config.val_limit))
     tokens = scored and ATTENTIVE in config.probes
     if tokens:
         refuse_what_does_not_fit(encoder, len(train) + len(watched))
