@@ -270,6 +270,9 @@ def look_before(desk: Desk, last: int, more: Sequence[Need] = ()) -> None:
                 f"{name}: {len(images.skipped)} files are no images and left out, first {first}; "
                 f"{desk.wanted.paths.index} names all"
             )
+    if data.twins:
+        first = ", the same as ".join(data.twins[0])
+        desk.log.message(f"evaluation: {len(data.twins)} left out, as training has the same image, first {first}")
     leave(desk, more)
     refuse_too_little_memory(desk.wanted, last, more)
     refuse_what_does_not_fit(desk.wanted, last, more)

@@ -21,7 +21,8 @@ class DataConfig:
     """Of images behind URLs, keep copies of up to so many 10^9 bytes in <run>/index/copies, the least recently used
     goes first; 0 keeps none, and every image is read from its store whenever it is met."""
     on_bad: Literal["stop", "skip"] = "stop"
-    """A file that is no readable image stops the run, or is left out and recorded."""
+    """A file that is no readable image stops the run, or is left out and recorded; so does an image of val_source that
+    is a training image, too."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest share of the image's area that a view may show."""
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)

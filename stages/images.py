@@ -118,10 +118,13 @@ class Data:
 
     train: ImageList
     val: ImageList
+    twins: tuple[tuple[str, str], ...] = ()
+    """(evaluation image, training image of the same content), by key: what is not evaluated on for that reason."""
 
 
 def open_data(config: DataConfig, index_folder: Path | None = None) -> Data:
     """Training and evaluation images. Without `val_source` the sample has its own, and other sources a fixed tenth.
+    No content is on both sides, whatever the limit.
 
     Raises DataError.
     """
@@ -139,7 +142,34 @@ def open_data(config: DataConfig, index_folder: Path | None = None) -> Data:
                 f"{config.source} has {len(held)} images, too few to hold out a tenth; name an evaluation set with "
                 "data.val_source (DATA_VAL)"
             )
-    return Data(train.only(spread_by_class(train.labels, config.limit)), val)
+    return _apart(config, train, val)
+
+
+def _apart(config: DataConfig, train: ImageList, val: ImageList) -> Data:
+    """Both sides, the limit applied, without the evaluation images that are training images, too. DataError where a
+    named evaluation set has some and may not be cut, or nothing is left."""
+    twins = _twins(train, val)
+    if twins and config.val_source and config.on_bad == "stop":
+        row, key = next(iter(twins.items()))
+        raise DataError(
+            f"{len(twins)} of {len(val)} images of {config.val_source} are training images, too, first "
+            f"{val.keys[row]}, the same as {key} in {config.source}; leave them out of one (DATA, DATA_VAL), or out of "
+            "the evaluation with data.on_bad=skip"
+        )
+    if len(twins) == len(val):
+        raise DataError(
+            f"all {len(val)} images to evaluate on are training images of {config.source}, too, first {val.keys[0]}; "
+            "name others with data.val_source (DATA_VAL)"
+        )
+    told = tuple((val.keys[row], key) for row, key in twins.items())
+    apart = val.only([row for row in range(len(val)) if row not in twins]) if twins else val
+    return Data(train.only(spread_by_class(train.labels, config.limit)), apart, told)
+
+
+def _twins(train: ImageList, val: ImageList) -> dict[int, str]:
+    """The rows of evaluation images whose content a training image has, too, with the key of the first such."""
+    keys = {entry.sha256: entry.key for entry in reversed(train.entries)}
+    return {row: keys[entry.sha256] for row, entry in enumerate(val.entries) if entry.sha256 in keys}
 
 
 def open_images(

@@ -24,6 +24,7 @@ from pipeline.studies import STUDIES, Study, Variant, row, study
 from pipeline.study_figure import drawn
 from stages.schedule import plan_stages
 from tests.pipeline.toy import SMALL, StopAfter, ask, job, record, same, toy, weights
+from tests.stages.conftest import encoded, in_folder
 
 
 def results(root: Path) -> list[dict[str, str]]:
@@ -226,13 +227,15 @@ def test_another_study_takes_what_is_there_and_a_run_of_three_arms_is_compared(
         ({"train.threads": 2}, False, False),
         ({"train.loader_threads": 1}, False, False),
         ({"eval.knn_k": 5}, False, False),
-        ({"data.val_source": "sample"}, False, False),
+        ({"data.val_source": "val"}, False, False),
         ({"seed": 1}, False, False),
     ],
 )
 def test_a_part_is_shared_only_where_numbers_seconds_and_scores_would_be_equal(
-    finished: Path, change: dict[str, Any], first: bool, later: bool
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], first: bool, later: bool
 ) -> None:
+    monkeypatch.chdir(in_folder(tmp_path, {"val/v.png": encoded()}))
+
     def keys(config: Any) -> list[str]:
         wanted = Wanted(config, RunPaths(finished))
         return [part_key(wanted, wanted.stage_inputs(stage), cached=stage > 0) for stage in (0, 2)]

@@ -21,6 +21,7 @@ from pipeline.rates import flop_bound, stage_rates, step_runner
 from stages.index import indexed
 from stages.sources import CachedFeatures
 from tests.pipeline.toy import StopAfter, job, record, same, toy, weights
+from tests.stages.conftest import encoded, in_folder
 
 
 def test_plan_prices_every_stage_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,6 +174,19 @@ def test_unlabelled_images_train_and_compare_without_scores(tmp_path: Path) -> N
     found = json.loads((tmp_path / "toy" / "speedup.json").read_text())
     assert found["arms"]["cached"]["knn_top1"] is None and found["early_stop"]["linear_top1"] is None
     assert found["arms"]["cached"]["curve"][-1]["effective_rank"] > 1
+
+
+def test_held_out_images_that_are_training_images_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 60 names three are held out; one of those has the content of another, that is trained on."""
+    files = {f"{row:02d}.png": encoded(row) for row in range(60)}
+    folder = in_folder(tmp_path / "images", files | {"41.png": files["03.png"]})
+    config = toy(**{"data.source": str(folder), "data.limit": 0})
+    with pytest.raises(Interrupted):
+        runner.run_stage(job(tmp_path / "toy", config, target=0, stop=StopAfter(0)))
+    told = "evaluation: 1 left out, as training has the same image, first 41.png, the same as 03.png"
+    assert told in " ".join(capsys.readouterr().out.split())
 
 
 def test_verify_names_a_cache_that_was_never_finished(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,13 +35,16 @@ NAMES = [f"{name}.png" for name in ("a", "c", "e", "g", "i", "k", "m")]
 
 
 def folder_of(root: Path, names: Sequence[str], edited: Sequence[str] = ()) -> DataConfig:
-    """A folder of images, each a pure function of its name; of those edited another one."""
+    """A folder of images, each a pure function of its name; of those edited another one; beside it one to score."""
     root.mkdir(parents=True)
+    val = root.with_name(f"{root.name}-val")
+    val.mkdir()
+    Image.new("RGB", (24, 24)).save(val / "v.png")
     for name in names:
         seed = sum(name.encode()) + 1000 * (name in edited)
         pixels = np.random.default_rng(seed).integers(0, 256, (24, 24, 3), np.uint8)
         Image.fromarray(pixels).save(root / name)
-    return DataConfig(source=str(root), val_source=str(root))
+    return DataConfig(source=str(root), val_source=str(val))
 
 
 @pytest.fixture(scope="module")

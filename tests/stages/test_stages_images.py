@@ -313,14 +313,13 @@ def test_a_list_travels_to_another_process(tars) -> None:
 # --- training and evaluation ------------------------------------------------------------------------------------------
 
 
-def many(folder: Path, fill, content: bytes, count: int) -> Path:
-    return fill(folder, {f"{row:04d}.bmp": content for row in range(count)})
+def many(folder: Path, fill, picture, count: int) -> Path:
+    return fill(folder, {f"{row:04d}.bmp": picture(row, "BMP", (2, 2)) for row in range(count)})
 
 
 def test_a_tenth_is_held_out_and_stays_held_out(tmp_path, picture, fill) -> None:
-    content = picture(0, "BMP", (1, 1))
-    few = open_data(DataConfig(source=str(many(tmp_path / "few", fill, content, 500))))
-    more = open_data(DataConfig(source=str(many(tmp_path / "more", fill, content, 1000))))
+    few = open_data(DataConfig(source=str(many(tmp_path / "few", fill, picture, 500))))
+    more = open_data(DataConfig(source=str(many(tmp_path / "more", fill, picture, 1000))))
     assert len(few.train) + len(few.val) == 500 and not set(few.train.keys) & set(few.val.keys)
     assert 70 <= len(more.val) <= 130
     assert set(few.val.keys) < set(more.val.keys) and set(few.train.keys) < set(more.train.keys)
@@ -329,14 +328,14 @@ def test_a_tenth_is_held_out_and_stays_held_out(tmp_path, picture, fill) -> None
 
 def test_too_few_images_to_hold_out_a_tenth_are_refused(tmp_path, picture, fill) -> None:
     with pytest.raises(DataError, match=r"1 images, too few .*DATA_VAL"):
-        open_data(DataConfig(source=str(many(tmp_path, fill, picture(), 1))))
+        open_data(DataConfig(source=str(many(tmp_path, fill, picture, 1))))
 
 
 def test_evaluation_images_have_the_training_classes_numbers(folder, tmp_path, picture, fill) -> None:
-    val = fill(tmp_path / "val", {"dog/9.png": picture(1)})
+    val = fill(tmp_path / "val", {"dog/9.png": picture(11)})
     data = open_data(DataConfig(source=str(folder), val_source=str(val)))
     assert data.val.labels.tolist() == [1] and len(data.train) == 5
-    fill(tmp_path / "val", {"emu/1.png": picture(2)})
+    fill(tmp_path / "val", {"emu/1.png": picture(12)})
     with pytest.raises(DataError, match="class 'emu', which the training images lack"):
         open_data(DataConfig(source=str(folder), val_source=str(val)))
 
