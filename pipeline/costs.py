@@ -33,6 +33,7 @@ from pipeline.job import Job
 from pipeline.memory import refuse_too_little_memory
 from pipeline.predict import ARMS, OnProfile, StageCost, money, on_paper, stage_costs, totals
 from pipeline.profile import DeviceProfile, read_profile
+from pipeline.scratch import disk_folder
 from pipeline.show import console, table
 from stages.views import image_batch
 
@@ -47,7 +48,7 @@ def show_plan(job: Job) -> None:
 
 def make_plan(wanted: Wanted, show: bool = False) -> dict[str, Any]:
     """The plan of a run that is here, by what steps and caches take on this machine; writes and returns plan.json."""
-    from pipeline.gauge import disk_folder, measure_profile
+    from pipeline.gauge import measure_profile
     from pipeline.rehearse import rehearse
 
     refuse_too_little_memory(wanted, wanted.candidates - 1)
@@ -81,7 +82,7 @@ def show_elsewhere(job: Job) -> None:
         profile = read_profile(job.device_profile)
         wanted = on_paper(on_device(job.config, profile), images)
     else:
-        from pipeline.gauge import disk_folder, measure_profile
+        from pipeline.gauge import measure_profile
 
         wanted = on_paper(job.config, images)
         profile = measure_profile(wanted, disk_folder(here), None)

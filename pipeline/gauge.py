@@ -4,7 +4,6 @@ caches built by the very code that builds the large ones. Stands before `predict
 from __future__ import annotations
 
 import io
-import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from cache.buffers import FRESH, Buffers
 from cache.codecs import codec_problem
 from cache.config import Codec
 from cache.layout import Layout, Shard, Stored
-from cache.place import free_bytes, is_remote
+from cache.place import free_bytes
 from cache.rounding import restore
 from cache.writer import PIECE_VALUES, RowBlock, create_store, finish, stored_rows, write_stored
 from models.batch import MaskedBatch
@@ -36,6 +35,7 @@ from pipeline.machine import available_cores, processor
 from pipeline.predict import GIGA, TERA, OnProfile
 from pipeline.profile import BlockRate, CodecRate, DeviceProfile
 from pipeline.rates import fresh_model, unwatched
+from pipeline.scratch import scratch
 from stages.compiling import compiler
 from stages.config import TrainConfig
 from stages.device import autocast, synchronize
@@ -209,7 +209,7 @@ def measure_crop(wanted: Wanted, images: ImageList | None) -> float:
 def measure_storing(wanted: Wanted, folder: Path) -> tuple[tuple[CodecRate, ...], float, float]:
     """Every codec's rates, and bytes a second written and read, on a small cache of noise that is removed again. A
     codec that does not fit the model counts as the slowest of the others."""
-    config, train, root = wanted.config, wanted.config.train, folder / ".plan"
+    config, train = wanted.config, wanted.config.train
     draft = replace(wanted.draft_spec(0), cut=1, views=1, weights="measured")
     rng = np.random.default_rng(0)
     features = rng.standard_normal((ROWS, draft.num_tokens, draft.width), np.float32)
@@ -229,7 +229,8 @@ def measure_storing(wanted: Wanted, folder: Path) -> tuple[tuple[CodecRate, ...]
         _, back = timed(partial(restored, pieces, codec, torch.empty(features.shape[1:])), train)
         rates.append(CodecRate(codec, features.size / seconds / GIGA, features.size / back / GIGA))
         if codec == "float16":
-            write_rate, read_rate = written_and_read(root / "cache", layout, block, pieces, back)
+            with scratch(folder) as own:
+                write_rate, read_rate = written_and_read(own / "cache", layout, block, pieces, back)
     slowest = min(rates, key=lambda rate: rate.round)
     rates += [replace(slowest, codec=name) for name in get_args(Codec) if name not in [one.codec for one in rates]]
     return tuple(reversed(rates)), write_rate, read_rate
@@ -258,25 +259,21 @@ def timed(work: Callable[[], Any], train: TrainConfig) -> tuple[Any, float]:
 def written_and_read(
     folder: Path, layout: Layout, block: RowBlock, pieces: list[Stored], restoring: float
 ) -> tuple[float, float]:
-    """Bytes a second, of one thread, of writing a shard of rows that are rounded, and of reading it at random. Removes
-    the folder in which `folder` lies."""
+    """Bytes a second, of one thread, of writing a shard of rows that are rounded, and of reading it at random."""
     shard = Shard(0, 0, ROWS)
     size = sum(array.splits * array.chunk_bytes for array in layout.arrays) * ROWS
-    try:
-        create_store(folder, layout, np.zeros(ROWS, np.int64), block.keys, np.zeros((ROWS, 32), np.uint8))
-        writing = []
-        for _ in range(3):
-            started = time.perf_counter()
-            write_stored(folder, layout, shard, pieces, block.keys)
-            writing.append(time.perf_counter() - started)
-        finish(folder, layout)
-        reader, order, reading = open_cache(folder), np.random.default_rng(0).permutation(ROWS), []
-        for _ in range(4):
-            started = time.perf_counter()
-            reader.read(order)
-            reading.append(time.perf_counter() - started)
-    finally:
-        shutil.rmtree(folder.parent, ignore_errors=True)
+    create_store(folder, layout, np.zeros(ROWS, np.int64), block.keys, np.zeros((ROWS, 32), np.uint8))
+    writing = []
+    for _ in range(3):
+        started = time.perf_counter()
+        write_stored(folder, layout, shard, pieces, block.keys)
+        writing.append(time.perf_counter() - started)
+    finish(folder, layout)
+    reader, order, reading = open_cache(folder), np.random.default_rng(0).permutation(ROWS), []
+    for _ in range(4):
+        started = time.perf_counter()
+        reader.read(order)
+        reading.append(time.perf_counter() - started)
     read = statistics.median(reading[1:])
     return size / statistics.median(writing), size / max(read - restoring, read / 10)
 
@@ -298,15 +295,6 @@ def device_memory(train: TrainConfig) -> float:
     from distributed.system import memory_limit
 
     return float(memory_limit())
-
-
-def disk_folder(wanted: Wanted) -> Path:
-    """A folder on the disk of the caches where that is here and there, else the run's own."""
-    root = wanted.paths.cache_root
-    if not is_remote(root) and root.is_dir():
-        return root
-    wanted.paths.root.mkdir(parents=True, exist_ok=True)
-    return wanted.paths.root
 
 
 # --- training steps ---------------------------------------------------------------------------------------------------

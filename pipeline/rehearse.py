@@ -5,7 +5,6 @@ by that is here; `predict` makes stages of it."""
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -21,10 +20,11 @@ from models.vit import build_encoder, frozen_hash
 from pipeline.building import job_of
 from pipeline.cluster import task_runner
 from pipeline.decide import Wanted, new_needs
-from pipeline.gauge import disk_folder, live_seconds, step_seconds
+from pipeline.gauge import live_seconds, step_seconds
 from pipeline.needs import Need
 from pipeline.predict import OnProfile
 from pipeline.profile import DeviceProfile
+from pipeline.scratch import disk_folder, scratch
 from stages.encode import build
 from stages.segment import Segment
 
@@ -103,9 +103,9 @@ def measure_builds(wanted: Wanted, profile: DeviceProfile) -> dict[FeatureSpec, 
     slowest = max(model.row_seconds(need) for need in needs)
     rows = max(1, min(wanted.config.cache.shard_rows, round(SHARD_SECONDS / slowest)))
     count = min(len(wanted.data.train), SHARDS * rows)
-    with tempfile.TemporaryDirectory(prefix=".plan-", dir=disk_folder(wanted)) as folder:
+    with scratch(disk_folder(wanted)) as folder:
         state = build_encoder(wanted.config.model, wanted.config.seed).vit.state_dict()
-        weights = Path(folder) / "model.safetensors"
+        weights = folder / "model.safetensors"
         save_file({name: value.contiguous() for name, value in state.items()}, weights)
         specs: dict[FeatureSpec, FeatureSpec] = {}
         for number, need in enumerate(needs):
@@ -114,7 +114,7 @@ def measure_builds(wanted: Wanted, profile: DeviceProfile) -> dict[FeatureSpec, 
             spec = specs[need.draft] = replace(own, parent=parent.fingerprint if parent else "")
             layout = replace(wanted.layout(need), spec=spec, num_samples=count, shard_rows=rows)
             before = needs.index(need.parent) if need.parent else -1
-            found[need.draft] = built(wanted, need, layout, Path(folder), number, before, weights)
+            found[need.draft] = built(wanted, need, layout, folder, number, before, weights)
     return found
 
 

@@ -218,11 +218,11 @@ def test_the_plan_knows_the_teacher_s_disk(frozen: Path) -> None:
         assert spec is not None
         written = sum(f.stat().st_size for f in run.cache_folder(spec).rglob("*") if f.is_file())
         assert cache_bytes(run.layout(need)) == pytest.approx(written, rel=0.06)
-    from pipeline.gauge import disk_folder, measure_profile
+    from pipeline.gauge import measure_profile
     from pipeline.predict import stage_cost
     from pipeline.rehearse import rehearse
 
-    prices = rehearse(run, measure_profile(run, disk_folder(run), run.data.train))
+    prices = rehearse(run, measure_profile(run, run.paths.root, run.data.train))
     cost = stage_cost(run, prices, 1)
     assert cost.cache_bytes == sum(cache_bytes(run.layout(need)) for need in run.needs(1)) and cost.cached_seconds > 0
     assert stage_cost(run, prices, 2).cache_bytes == cache_bytes(run.layout(run.features(2)))
