@@ -17,7 +17,7 @@ from pipeline.config import ConfigError, PipelineConfig
 from pipeline.decide import Wanted
 from pipeline.needs import Need
 from pipeline.predict import OnPaper, OnProfile, on_paper, part_seconds, stage_costs
-from pipeline.profile import DeviceProfile
+from pipeline.profile import ENDLESS, DeviceProfile
 from stages.schedule import freeze_events
 from stages.segment import Segment
 
@@ -212,7 +212,8 @@ def selection_lines(wanted: Wanted, events: Events, selection: Selection, budget
     chosen = [f"cut {events.marks[event - 1].cut}" for event in selection.chosen]
     every = [f"cut {mark.cut}" for mark in events.marks]
     others = [cut for cut in every if cut not in chosen]
-    told = f"caches that pay, in seconds, within {budget / 1e9:,.3g} GB: {', '.join(chosen) or 'none'}"
+    within = f", within {budget / 1e9:,.3g} GB" if budget < ENDLESS else ""
+    told = f"caches that pay, in seconds{within}: {', '.join(chosen) or 'none'}"
     told += f"; not {', '.join(others)}" if others else ""
     words = words_for(wanted, events, selection)
     told += f' (SET="{words}")' if words not in ("", "none") else " (no setting chooses just these)" * (words == "none")

@@ -18,6 +18,7 @@ import numpy as np
 from cache.config import Codec
 from cache.errors import CacheError
 from cache.manifest import atomic_write
+from cache.place import free_bytes
 from cache.size import cache_bytes
 from models.config import IMAGE_TARGETS
 from pipeline.budget import budget_lines, course_of_disk, sizes_of
@@ -33,6 +34,7 @@ from pipeline.job import Job
 from pipeline.memory import refuse_too_little_memory
 from pipeline.predict import ARMS, OnProfile, StageCost, money, on_paper, stage_costs, totals
 from pipeline.profile import DeviceProfile, read_profile
+from pipeline.remaining import there
 from pipeline.scratch import disk_folder
 from pipeline.show import console, table
 from stages.views import image_batch
@@ -54,7 +56,7 @@ def make_plan(wanted: Wanted, show: bool = False) -> dict[str, Any]:
     refuse_too_little_memory(wanted, wanted.candidates - 1)
     refuse_what_does_not_fit(wanted, wanted.candidates - 1)
     folder = disk_folder(wanted)
-    prices = rehearse(wanted, measure_profile(wanted, folder, wanted.data.train))
+    prices = rehearse(wanted, measure_profile(wanted, folder, wanted.data.train, room(wanted)))
     states = [judge_stage(wanted, stage).state for stage in range(len(wanted.segments))]
     costs = stage_costs(wanted, prices, states)
     found = planned(wanted, prices.profile, costs)
@@ -85,7 +87,7 @@ def show_elsewhere(job: Job) -> None:
         from pipeline.gauge import measure_profile
 
         wanted = on_paper(job.config, images)
-        profile = measure_profile(wanted, disk_folder(here), None)
+        profile = measure_profile(wanted, disk_folder(here), None, free_bytes(here.paths.cache_root))
     costs = stage_costs(wanted, OnProfile(wanted, profile))
     found = planned(wanted, profile, costs) | advice(wanted, profile, costs, (1.0, 1.0))
     found |= {"codecs": codec_bytes(wanted)} if len(costs) > 1 else {}
@@ -168,6 +170,11 @@ def disk_budget(wanted: Wanted, profile: DeviceProfile) -> float:
     if wanted.config.cache.budget_gb:
         return wanted.config.cache.budget_gb * 1e9
     return profile.disk_gb * 1e9
+
+
+def room(wanted: Wanted) -> float:
+    """Bytes for the run's caches where they lie: what is free, and what those that are there have of it already."""
+    return free_bytes(wanted.paths.cache_root) + sum(map(sizes_of(wanted).whole, there(wanted)))
 
 
 # --- printing ---------------------------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ from cache.buffers import FRESH, Buffers
 from cache.codecs import codec_problem
 from cache.config import Codec
 from cache.layout import Layout, Shard, Stored
-from cache.place import free_bytes
 from cache.rounding import restore
 from cache.writer import PIECE_VALUES, RowBlock, create_store, finish, stored_rows, write_stored
 from models.batch import MaskedBatch
@@ -33,7 +32,7 @@ from pipeline.decide import Wanted
 from pipeline.feeds import live_source, sampling, source_for
 from pipeline.machine import available_cores, processor
 from pipeline.predict import GIGA, TERA, OnProfile
-from pipeline.profile import BlockRate, CodecRate, DeviceProfile
+from pipeline.profile import ENDLESS, BlockRate, CodecRate, DeviceProfile
 from pipeline.rates import fresh_model, unwatched
 from pipeline.scratch import scratch
 from stages.compiling import compiler
@@ -58,9 +57,9 @@ PHOTO = (500, 375)
 """Size of the JPEG that stands for images that are not here, ImageNet's usual one."""
 
 
-def measure_profile(wanted: Wanted, folder: Path, images: ImageList | None) -> DeviceProfile:
+def measure_profile(wanted: Wanted, folder: Path, images: ImageList | None, room: float) -> DeviceProfile:
     """This machine with the run's device, precision and threads. images: what views are cut of, None where they are not
-    here; folder: on the disk whose speed counts."""
+    here; folder: on the disk whose speed counts; room: bytes that caches may have where they are to lie."""
     train = wanted.config.train
     torch.set_num_threads(train.threads)
     cpu = not train.device.startswith("cuda")
@@ -90,7 +89,7 @@ def measure_profile(wanted: Wanted, folder: Path, images: ImageList | None) -> D
         cores=available_cores(),
         busy_cores=min(train.threads, available_cores()) if cpu else 0,
         memory_gb=device_memory(train) / GIGA,
-        disk_gb=max(1e-3, min(free_bytes(folder), 1e18) / GIGA),
+        disk_gb=max(1e-3, min(room, ENDLESS) / GIGA),
     )
     last = len(wanted.segments) - 1
     part = wanted.parts(last)[-1]

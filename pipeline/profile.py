@@ -21,6 +21,8 @@ from pipeline.config import ConfigError
 
 SHIPPED = Path(__file__).parent / "profiles"
 TERA = 1e12
+ENDLESS = 1e18
+"""Bytes that stand for the room of a store, which has no end; JSON has no infinity."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ class DeviceProfile:
     memory_gb: float
     """Memory of the device, in 10^9 bytes."""
     disk_gb: float
-    """Disk for caches, in 10^9 bytes; of one measured here what is free."""
+    """Disk for caches, in 10^9 bytes; of one measured here what is free where they lie, and what the run's have of it
+    already."""
     price_per_hour: float = 0.0
     """0: unknown, and nothing is said of money."""
     currency: str = "USD"

@@ -18,12 +18,13 @@ LEFT_SECONDS = 86400
 
 
 def disk_folder(wanted: Wanted) -> Path:
-    """A folder on the disk of the caches where that is here and there, else the run's own."""
-    root = wanted.paths.cache_root
-    if not is_remote(root) and root.is_dir():
-        return root
-    wanted.paths.root.mkdir(parents=True, exist_ok=True)
-    return wanted.paths.root
+    """A folder on the disk of the caches: theirs, which is made where it lies elsewhere than in the run's; where a
+    store has them, the run's own."""
+    root, own = wanted.paths.cache_root, wanted.paths.root
+    inside = own in root.parents and not root.is_dir()
+    folder = own if is_remote(root) or inside else root
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @contextmanager

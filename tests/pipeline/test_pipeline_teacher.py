@@ -222,7 +222,7 @@ def test_the_plan_knows_the_teacher_s_disk(frozen: Path) -> None:
     from pipeline.predict import stage_cost
     from pipeline.rehearse import rehearse
 
-    prices = rehearse(run, measure_profile(run, run.paths.root, run.data.train))
+    prices = rehearse(run, measure_profile(run, run.paths.root, run.data.train, 1e9))
     cost = stage_cost(run, prices, 1)
     assert cost.cache_bytes == sum(cache_bytes(run.layout(need)) for need in run.needs(1)) and cost.cached_seconds > 0
     assert stage_cost(run, prices, 2).cache_bytes == cache_bytes(run.layout(run.features(2)))
