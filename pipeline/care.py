@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from cache.errors import DamagedCache, LaterCache, MissingCache, StaleCache
+from cache.errors import CacheError, DamagedCache, LaterCache, MissingCache, StaleCache
 from cache.layout import TARS
 from cache.lock import CacheBusy, hold_cache
 from cache.manifest import MANIFEST, read_manifest
@@ -41,7 +41,7 @@ def run_verify(job: Job) -> None:
                 print(f"{folder}: unfinished; `make stage-N` goes on with it")
                 continue
             try:
-                damages = check(folder, run)
+                damages, told = findings(folder, run)
             except StaleCache as error:
                 print(f"{folder}: {error}{way_on(wanted, folder)}")
                 continue
@@ -52,9 +52,34 @@ def run_verify(job: Job) -> None:
             harmed += [folder] if damages else []
             for damage in damages:
                 print(f"damaged: {damage.file}: {damage.what}")
-            print(f"{folder}: {f'{len(damages)} damaged files' if damages else f'sound, {size(folder)}'}")
+            print(f"{folder}: {told}")
     if bad:
         raise RunFailed(f"{bad} damaged files; {remedies(wanted, harmed)}")
+
+
+def findings(folder: Path, run: Run) -> tuple[list[Damage], str]:
+    """The damage in a cache that was finished, and how it is in words. What another run removes in the meantime has no
+    damage."""
+    try:
+        damages = check(folder, run)
+        told = f"{len(damages)} damaged files" if damages else f"sound, {size(folder)}"
+        gone = removed(folder) if damages else ""
+    except MissingCache:
+        if not (gone := removed(folder)):
+            raise
+    return ([], gone) if gone else (damages, told)
+
+
+def removed(folder: Path) -> str:
+    """In words that another run has removed a cache, or is about to, the manifest first; nothing if neither."""
+    try:
+        with hold_cache(folder):
+            pass
+    except CacheBusy as error:
+        return "" if is_there(folder / MANIFEST) else str(error)
+    except CacheError:  # nothing can be written here, which only looks
+        pass
+    return "" if is_there(folder) else "removed meanwhile"
 
 
 def remedies(wanted: Wanted, harmed: Sequence[Path]) -> str:
