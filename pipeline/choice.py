@@ -4,13 +4,14 @@ that choose it. Stands between `predict` and what `costs` prints. Free of torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from cache.config import Codec
 from cache.errors import CacheError
 from cache.size import cache_bytes
+from models.spec import FeatureSpec
 from pipeline.budget import Candidate, candidate, choose, course_of_disk, sizes_of
 from pipeline.checks import check
 from pipeline.config import ConfigError, PipelineConfig
@@ -35,55 +36,70 @@ class Selection:
     """Caches that lie on disk at the same time, at most."""
 
 
+class Entry(NamedTuple):
+    """The last cache built."""
+
+    event: int = 0
+    """Whose it is; 0: there is none, only images."""
+    later: bool = False
+    """Whether there was one before it, so that its codec may be another."""
+
+
 @dataclass(frozen=True)
 class _Way:
     seconds: float = 0.0
     held: int = 0
+    """Bytes that lie there when the next cache is built."""
+    here: int = 0
+    """The same while a stage trains, its ring at rest."""
     most: int = 0
     chosen: tuple[int, ...] = ()
 
 
 def choose_caches(
     events: int,
-    train: Callable[[int, int], float],
-    build: Callable[[int, int], float],
-    size: Callable[[int], int],
+    train: Callable[[Entry, int], float],
+    build: Callable[[Entry, int], float],
+    size: Callable[[Entry, int], int],
     budget: float,
     keep_all: bool = True,
     beside: int = 0,
+    ring: Callable[[Entry, int], int] = lambda entry, event: 0,
+    continued: bool = True,
 ) -> Selection:
     """The caches with which training and building take fewest seconds and never more than `budget` bytes at once.
 
-    train(entry, event): seconds from an event to the next while the last cache built is that of `entry`: its own, an
-    earlier event's, or 0 for none. build(parent, event): seconds of building its cache from that of `parent`, 0 for
-    images. size(event): bytes of its cache; `beside` those of a frozen teacher. Where only what is needed is kept, a
-    cache lies beside the one that it continues and the teacher's; else beside all before it.
+    train(entry, event): seconds from an event to the next behind the last cache built, its own or an earlier event's.
+    build(entry, event): seconds of building its cache after that one; size(entry, event): bytes of it; `beside` those
+    of a frozen teacher. ring(entry, event): bytes that new views of the last cache take besides until the next event.
+    Where only what is needed is kept, a cache lies beside the teacher's and, if it is `continued`, the one before; else
+    beside all before it.
 
     Exact, by dynamic programming over the cuts: what may follow depends only on the last cache and on the bytes held,
     so of ways that end with the same cache one that is slower and holds no less is dropped. Among equals fewer caches.
     """
-    ways: dict[int, list[_Way]] = {0: [_Way()]}
+    ways: dict[Entry, list[_Way]] = {Entry(): [_Way()]}
     for event in range(1, events + 1):
-        longer = []
+        longer: dict[Entry, list[_Way]] = {}
         for entry, some in ways.items():
+            whole, own = size(entry, event), Entry(event, entry.event > 0)
             for way in some:
-                at_once = way.held + size(event) + (0 if keep_all and way.chosen else beside)
-                if at_once <= budget:
-                    seconds = way.seconds + build(entry, event) + train(event, event)
-                    held = at_once if keep_all else size(event)
-                    longer.append(_Way(seconds, held, max(way.most, at_once), (*way.chosen, event)))
-        ways = {
-            entry: _undominated([replace(way, seconds=way.seconds + train(entry, event)) for way in some])
-            for entry, some in ways.items()
-        }
-        if longer:
-            ways[event] = _undominated(longer)
+                at_once = way.held + whole + (0 if keep_all and way.chosen else beside)
+                here = at_once if keep_all else whole + beside
+                held = at_once if keep_all else whole * continued
+                seconds = way.seconds + build(entry, event)
+                built = _Way(seconds, held, here, max(way.most, at_once), (*way.chosen, event))
+                longer.setdefault(own, []).append(built)
+        for entry, some in (ways | longer).items():
+            seconds, more = train(entry, event), ring(entry, event)
+            done = [replace(w, seconds=w.seconds + seconds, most=max(w.most, w.here + more)) for w in some]
+            ways[entry] = _undominated(way for way in done if way.most <= budget)
     every = [way for some in ways.values() for way in some]
     best = min(every, key=lambda way: (way.seconds, len(way.chosen), way.most))
     return Selection(best.seconds, best.chosen, best.most)
 
 
-def _undominated(ways: list[_Way]) -> list[_Way]:
+def _undominated(ways: Iterable[_Way]) -> list[_Way]:
     """The ways of which none other is as fast and holds as little, fastest first."""
     found: list[_Way] = []
     for way in sorted(ways, key=lambda way: (way.seconds, way.held, len(way.chosen), way.most)):
@@ -109,47 +125,74 @@ class Events:
     build_scale: float = 1.0
     """Measured over modelled seconds, of a run that is here."""
 
-    def need(self, event: int, parent: int) -> Need:
-        """The cache of an event that continues that of another, 0 for images; it is the first where that is 0."""
-        wanted, cut = self.wanted, self.marks[event - 1].cut
-        draft = replace(wanted.draft_spec(0), cut=cut, **wanted.config.cache.stored(later=parent > 0))
-        return Need("", 0, draft, self.need(parent, 0) if parent and not wanted.config.cache.refresh else None)
+    def draft(self, event: int, later: bool) -> FeatureSpec:
+        """An event's cache. Stages are those that have caches where blocks freeze in place, else every event's."""
+        wanted = self.wanted
+        stored = wanted.config.cache.stored(later=later if self.in_place else event > 1)
+        return replace(wanted.draft_spec(0), cut=self.marks[event - 1].cut, **stored)
 
-    def train(self, entry: int, event: int) -> float:
-        """Seconds from an event to the next: cached, in place, or live."""
+    def need(self, entry: Entry, event: int) -> Need:
+        """The cache of an event after the last one built, which it continues unless it has a ring of views."""
+        continues = entry.event and not self.refresh
+        parent = Need("", 0, self.draft(*entry)) if continues else None
+        return Need("", 0, self.draft(event, entry.event > 0), parent)
+
+    def train(self, entry: Entry, event: int) -> float:
+        """Seconds from an event to the next: cached, in place, or live; with the turns of an earlier event's ring."""
         wanted, part = self.wanted, self.marks[event - 1]
         prices, batch = OnProfile(wanted, self.profile), wanted.config.train.batch_size
-        cached = entry == event or (self.in_place and entry > 0)
+        cached = entry.event == event or (self.in_place and entry.event > 0)
         if cached:
-            part = replace(part, in_place=part.cut - self.marks[entry - 1].cut)
+            part = replace(part, in_place=part.cut - self.marks[entry.event - 1].cut)
         else:
             part = replace(part, in_place=part.cut if self.in_place else 0)
-        stage = 1 if len(wanted.segments) > 1 else 0
+        stage = min(1, len(wanted.segments) - 1) if self.in_place else event
         frozen = prices.frozen_step(stage, part, cached, live=not cached and not self.in_place)
         compute = prices.learning_step(stage, part) + batch * frozen
         arm = "cached" if cached and stage in wanted.cached_stages else "freeze"
-        return self.train_scale * part_seconds(wanted, self.profile, stage, part, arm, compute)
+        read = self.reading(entry.later) if self.in_place else wanted
+        seconds = self.train_scale * part_seconds(read, self.profile, stage, part, arm, compute)
+        if cached and entry.event < event and (turns := self.turns(entry.event, event)):
+            seconds += self.build_scale * turns * prices.build(Need("", 0, self.draft(*entry)), 1)
+        return seconds
 
-    def build(self, parent: int, event: int) -> float:
-        """Seconds of building an event's cache; those of a frozen teacher come with the first."""
-        prices, cache = OnProfile(self.wanted, self.profile), self.wanted.config.cache
-        views = cache.views + self.turns(event)
-        needs = [self.need(event, parent), *(() if parent else self.teachers)]
-        return self.build_scale * sum(prices.build(need, views) for need in needs)
+    def reading(self, later: bool) -> OnPaper:
+        """The run whose stage 1 reads what a later one does, or as it is."""
+        config, cache = self.wanted.config, self.wanted.config.cache
+        if not later or not cache.later_codec:
+            return self.wanted
+        return replace(self.wanted, config=replace(config, cache=replace(cache, codec=cache.later_codec)))
 
-    def size(self, event: int) -> int:
-        layout, beside = self.wanted.layout(self.need(event, 0)), min(self.turns(event), self.ahead)
-        return cache_bytes(layout) + beside * cache_bytes(replace(layout, spec=replace(layout.spec, views=1)))
+    def build(self, entry: Entry, event: int) -> float:
+        """Seconds of building an event's cache, and of the turns of its ring until the next event; those of a frozen
+        teacher come with the first."""
+        prices, need, turns = OnProfile(self.wanted, self.profile), self.need(entry, event), self.turns(event, event)
+        needs = (need, *(() if entry.event else self.teachers))
+        seconds = sum(prices.build(one, self.wanted.config.cache.views) for one in needs)
+        return self.build_scale * (seconds + (turns * prices.build(need, 1) if turns else 0.0))
+
+    def size(self, entry: Entry, event: int) -> int:
+        return cache_bytes(self.wanted.layout(self.need(entry, event)))
+
+    def ring(self, entry: Entry, event: int) -> int:
+        """Bytes of the views that the ring of the last cache has beside the others, at most, by the next event."""
+        if not entry.event or not (self.in_place or entry.event == event):
+            return 0
+        turns = sum(self.turns(entry.event, one) for one in range(entry.event, event + 1))
+        layout = self.wanted.layout(Need("", 0, self.draft(*entry)))
+        ahead = max(1, self.wanted.config.cache.refresh_ahead)
+        return min(turns, ahead) * cache_bytes(replace(layout, spec=replace(layout.spec, views=1)))
 
     @property
-    def ahead(self) -> int:
-        """Views that a ring has beside the others, at most."""
-        return max(1, self.wanted.config.cache.refresh_ahead)
+    def refresh(self) -> int:
+        return self.wanted.config.cache.refresh
 
-    def turns(self, event: int) -> int:
-        """How often an event's ring of views turns; 0 where views stay."""
-        refresh = self.wanted.config.cache.refresh
-        return (self.marks[event - 1].epochs - 1) // refresh if refresh else 0
+    def turns(self, entry: int, event: int) -> int:
+        """How often the ring of the cache of `entry` turns between an event and the next; 0 where views stay."""
+        mark = self.marks[event - 1]
+        before = mark.first_epoch - self.marks[entry - 1].first_epoch
+        after = before + -(-mark.steps // mark.steps_per_epoch)
+        return (after - 1) // self.refresh - max(0, before - 1) // self.refresh if self.refresh else 0
 
     @property
     def teachers(self) -> list[Need]:
@@ -160,7 +203,8 @@ class Events:
         """The caches that deserve their disk."""
         beside = sum(cache_bytes(self.wanted.layout(need)) for need in self.teachers)
         keep_all = self.wanted.config.cache.keep == "all"
-        return choose_caches(len(self.marks), self.train, self.build, self.size, budget, keep_all, beside)
+        sizes = (self.size, budget, keep_all, beside, self.ring, not self.refresh)
+        return choose_caches(len(self.marks), self.train, self.build, *sizes)
 
 
 def freeze_marks(wanted: Wanted) -> tuple[Segment, ...]:

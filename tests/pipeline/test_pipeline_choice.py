@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.size import cache_bytes
-from pipeline.choice import Variant, choose_caches, events_of, least, recommended, selection_lines, variants, words_for
+from pipeline.choice import (
+    Entry,
+    Variant,
+    choose_caches,
+    events_of,
+    least,
+    recommended,
+    selection_lines,
+    variants,
+    words_for,
+)
 from pipeline.layout import RunPaths
 from pipeline.predict import OnPaper, OnProfile, on_paper, stage_costs
 from pipeline.reading import parse
@@ -55,7 +65,13 @@ def instances(draw: st.DrawFn) -> tuple[int, Table, Table, list[int], int, bool,
 def test_the_choice_is_the_best_of_all_subsets(instance) -> None:
     events, train, build, size, budget, keep_all, beside = instance
     found = choose_caches(
-        events, lambda a, b: train[a, b], lambda a, b: build[a, b], lambda e: size[e - 1], budget, keep_all, beside
+        events,
+        lambda entry, b: train[entry.event, b],
+        lambda entry, b: build[entry.event, b],
+        lambda entry, b: size[b - 1],
+        budget,
+        keep_all,
+        beside,
     )
     seconds, count, most, _ = by_hand(*instance)
     assert (found.seconds, len(found.chosen)) == (seconds, count) and found.bytes <= budget
@@ -69,7 +85,8 @@ def test_a_choice_by_hand() -> None:
     build = {(0, 1): 3, (0, 2): 5, (1, 2): 1}
 
     def best(budget: float, keep_all: bool = True):
-        return choose_caches(2, lambda a, b: train[a, b], lambda a, b: build[a, b], lambda e: 6 + e, budget, keep_all)
+        seconds = (lambda entry, b: train[entry.event, b], lambda entry, b: build[entry.event, b])
+        return choose_caches(2, *seconds, lambda entry, b: 6 + b, budget, keep_all)
 
     assert (best(15).seconds, best(15).chosen, best(15).bytes) == (10, (1, 2), 15), "3 + 4 + 1 + 2, 7 and 8 bytes"
     assert (best(14).seconds, best(14).chosen) == (16, (1,)), "3 + 4 + 9; the second alone: 10 + 5 + 2 = 17"
@@ -101,9 +118,10 @@ def test_the_events_of_a_run_cost_what_its_stages_do() -> None:
     events = events_of(run, FAST)
     costs = stage_costs(run, OnProfile(run, FAST))
     for event in (1, 2):
-        assert events.train(event, event) == pytest.approx(costs[event].cached_seconds)
-        assert events.build(event - 1, event) == pytest.approx(costs[event].cache_seconds)
-        assert events.size(event) == costs[event].cache_bytes
+        before = Entry(event - 1, event > 2)
+        assert events.train(Entry(event, event > 1), event) == pytest.approx(costs[event].cached_seconds)
+        assert events.build(before, event) == pytest.approx(costs[event].cache_seconds)
+        assert events.size(before, event) == costs[event].cache_bytes
     chosen = events.select(1e12)
     assert chosen.chosen == (1, 2) and words_for(run, events, chosen) == ""
     assert chosen.seconds == pytest.approx(sum(c.cached_seconds + c.cache_seconds for c in costs[1:]))
@@ -115,7 +133,8 @@ def test_a_small_disk_gets_the_cache_that_saves_most_and_the_words_that_choose_i
     run = toy_on_paper(**LONG)
     events, size = events_of(run, FAST), cache_bytes(run.layout(run.features(2)))
     chosen = events.select(1.5 * size)
-    assert chosen.chosen == (2,) and chosen.bytes == events.size(2), "stage 2 is longer and has three frozen blocks"
+    assert chosen.chosen == (2,), "stage 2 is longer and has three frozen blocks"
+    assert chosen.bytes == events.size(Entry(), 2)
     words = words_for(run, events, chosen)
     assert words.startswith("cache.over_budget=live cache.budget_gb=")
     values = dict(word.split("=") for word in words.split())
