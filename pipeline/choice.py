@@ -146,7 +146,9 @@ class Events:
             part = replace(part, in_place=part.cut - self.marks[entry.event - 1].cut)
         else:
             part = replace(part, in_place=part.cut if self.in_place else 0)
-        stage = min(1, len(wanted.segments) - 1) if self.in_place else event
+        stage = event
+        if self.in_place:  # stage 0 goes on until the first cache
+            stage = min(1, len(wanted.segments) - 1) if cached else 0
         frozen = prices.frozen_step(stage, part, cached, live=not cached and not self.in_place)
         compute = prices.learning_step(stage, part) + batch * frozen
         arm = "cached" if cached and stage in wanted.cached_stages else "freeze"

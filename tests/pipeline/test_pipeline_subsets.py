@@ -28,6 +28,8 @@ WAYS = [
     {"cache.refresh": 1},
     {"cache.refresh": 2, "cache.refresh_ahead": 3, "cache.keep": "needed", "cache.later_codec": "int8"},
     {"cache.refresh": 3, "cache.refresh_ahead": 2},
+    {"target.kind": "teacher", "teacher.kind": "frozen", "cache.later_codec": "int8"},
+    {"target.kind": "teacher", "teacher.kind": "frozen", "cache.keep": "needed"},
 ]
 
 
