@@ -90,12 +90,12 @@ class Donor:
             return None
         return Taken(str(self.folder), view, tuple(rows.tolist()), self.memory)
 
-    def link(self, folder: Path, layout: Layout, shard: Shard) -> bool:
-        """Take a shard over whole, where one of the donor's has the same rows in the same places and is sound: its
-        files are linked, or copied where they cannot be, and get a receipt like those of a shard that was written."""
+    def twin(self, layout: Layout, shard: Shard) -> Shard | None:
+        """The donor's shard that has the same rows in the same places, in files of the same kind; None where none
+        has."""
         taken, theirs = self.taken(layout, shard), self.layout
         if taken is None:
-            return False
+            return None
         first, own = taken.rows[0], slice(shard.first_row, shard.first_row + shard.rows)
         twin = Shard(taken.view, first, shard.rows)
         alike = (layout.shard_rows, layout.backend, layout.compression, [a.name for a in layout.arrays])
@@ -105,6 +105,14 @@ class Donor:
             or alike != (theirs.shard_rows, theirs.backend, theirs.compression, [a.name for a in theirs.arrays])
             or (layout.backend == "webdataset" and not self.same_labels_N[own].all())  # tars hold labels
         ):
+            return None
+        return twin
+
+    def link(self, folder: Path, layout: Layout, shard: Shard) -> bool:
+        """Take a shard over whole, where the donor has its twin and that is sound: its files are linked, or copied
+        where they cannot be, and get a receipt like those of a shard that was written."""
+        twin, theirs = self.twin(layout, shard), self.layout
+        if twin is None:
             return False
         mine: list[ShardEntry] = []
         for source, name in zip(theirs.files(twin), layout.files(shard), strict=True):

@@ -51,11 +51,14 @@ def cache_bytes(layout: Layout) -> int:
     return arrays + metadata + files * MANIFEST_ENTRY_BYTES + layout.num_samples * (8 + DIGEST_BYTES + KEY_BYTES)
 
 
+def part_bytes(layout: Layout, shards: Iterable[Shard]) -> int:
+    """The share of a cache's bytes that some of its shards have."""
+    return cache_bytes(layout) * sum(shard.rows for shard in shards) // (layout.num_samples * layout.spec.views)
+
+
 def check_space(folder: Path, layout: Layout, missing: Iterable[Shard]) -> None:
     """CacheError, with the numbers, when the shards that are still to be written do not fit the disk of the folder."""
-    free = free_bytes(folder)
-    rows = sum(shard.rows for shard in missing)
-    needed = cache_bytes(layout) * rows // (layout.num_samples * layout.spec.views)
+    free, needed = free_bytes(folder), part_bytes(layout, missing)
     if needed > free:
         raise CacheError(
             f"the cache at {os.fspath(folder)} needs {needed / 1e9:.1f} GB more, its disk has {free / 1e9:.1f} GB; "

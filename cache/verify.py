@@ -29,7 +29,7 @@ from cache.manifest import (
     sync_folder,
     unseal,
 )
-from cache.place import asked, is_there, place_of, read_bytes, remove_tree
+from cache.place import asked, files_below, is_there, place_of, read_bytes, remove_tree
 from cache.receipts import RECEIPTS
 
 
@@ -103,16 +103,27 @@ def damaged(task: tuple[str, tuple[ShardEntry, ...]]) -> list[tuple[str, str]]:
 def restore_manifest(folder: Path) -> bool:
     """Puts the copy that lies beside a cache in the place of a manifest that is damaged or gone; whether it could.
     Every shard still has to show that it is what the copy says."""
-    copy = manifest_copy(folder)
+    if kept := kept_manifest(folder):
+        atomic_write(folder / MANIFEST, kept[0])
+    return kept is not None
+
+
+def kept_manifest(folder: Path) -> tuple[bytes, CacheManifest] | None:
+    """The copy of a cache's manifest, and what it says; None where there is none that is whole."""
     try:
-        content = read_bytes(copy)
+        content = read_bytes(manifest_copy(folder))
         found = CacheManifest.from_dict(unseal(content))
     except (OSError, ValueError):
+        return None
+    fits = found.format in READ_FORMATS and cache_folder_name(found.spec) == folder.absolute().name
+    return (content, found) if fits else None
+
+
+def lacks_manifest_only(folder: Path) -> bool:
+    """Whether a finished cache has lost its manifest and, by their bytes, none of its other files."""
+    if is_there(folder / MANIFEST) or is_there(folder / RECEIPTS) or not (kept := kept_manifest(folder)):
         return False
-    if found.format not in READ_FORMATS or cache_folder_name(found.spec) != folder.absolute().name:
-        return False
-    atomic_write(folder / MANIFEST, content)
-    return True
+    return sum(size for _, size in files_below(folder)) >= sum(entry.bytes for entry in kept[1].shards)
 
 
 def remove_cache(folder: Path) -> None:

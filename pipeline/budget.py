@@ -4,8 +4,8 @@ to be. Stands between the needs of the stages and the runner. Free of torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cache.place import is_remote
@@ -115,6 +115,8 @@ class Sizes:
     whole: Callable[[Need], int]
     turn: Callable[[Need], int] = lambda need: 0
     """What the next turns of its ring of views take besides, until the cache before is removed."""
+    begun: Mapping[Need, int] = field(default_factory=dict)
+    """What lies on disk of those that are not finished: a part of `whole`."""
 
 
 def sizes_of(wanted: Wanted) -> Sizes:
@@ -137,10 +139,14 @@ def course_of_disk(
     `there` are those that lie on disk at the start. It does what the runner does: parents first, and, unless all are
     kept, nothing stays that no later stage needs. While a stage trains, its ring makes new views beside the others.
     """
-    disk, built = set(there), []
+    disk, built, begun = set(there), [], dict(sizes.begun)
     if not keep_all:
         disk &= still_needed(stages, disk)
-    most = sum(map(sizes.whole, disk))
+
+    def taken() -> int:
+        return sum(map(sizes.whole, disk)) + sum(begun.values())
+
+    most = taken()
 
     def build(need: Need, left: Sequence[Sequence[Need]]) -> None:
         nonlocal disk, most
@@ -150,7 +156,8 @@ def course_of_disk(
             build(need.parent, left)
         disk.add(need)
         built.append(need)
-        most = max(most, sum(map(sizes.whole, disk)))
+        begun.pop(need, None)
+        most = max(most, taken())
         if not keep_all:
             disk &= still_needed(left, disk)
 
@@ -159,7 +166,7 @@ def course_of_disk(
             disk &= still_needed(stages[place:], disk)
         for need in needs:
             build(need, stages[place:])
-        most = max(most, sum(map(sizes.whole, disk)) + sum(map(sizes.turn, needs)))
+        most = max(most, taken() + sum(map(sizes.turn, needs)))
     return most, built
 
 

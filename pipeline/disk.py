@@ -41,9 +41,12 @@ def refuse_what_does_not_fit(wanted: Wanted, last: int, more: Sequence[Need] = (
             f"{what} make it {gb(most)} GB of caches at once, cache.budget_gb = {cache.budget_gb:g}; "
             f"{', '.join(ways[:-1])} or {ways[-1]}"
         )
-    needed = most - held
     root = wanted.paths.cache_root
-    free = free_bytes(root)
+    free, needed = free_bytes(root), most - held
+    if needed > free:
+        from pipeline.begun import still_to_write
+
+        needed = still_to_write(wanted, stages, had)
     if needed > free:
         raise ConfigError(
             f"{what} need {needed / 1e9:,.1f} GB, {root} has {free / 1e9:,.1f} GB free; "

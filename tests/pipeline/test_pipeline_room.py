@@ -1,70 +1,148 @@
-"""The disk that a plan judges is that of the caches: not there yet, in a store, or full of the run's own caches."""
+"""Room on the disk: what lies there already of caches that are to be built is not asked for again, and what truly does
+not fit is refused before anything starts."""
 
 from __future__ import annotations
 
 import shutil
-from collections import namedtuple
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
+from cache.manifest import manifest_copy, read_manifest
+from cache.place import files_below
+from cache.receipts import receipt_name, write_receipt
 from cache.size import cache_bytes
-from pipeline import costs
-from pipeline.config import PipelineConfig
+from pipeline import disk, runner
+from pipeline.config import ConfigError
 from pipeline.decide import Wanted
-from pipeline.layout import run_paths
-from pipeline.scratch import disk_folder
+from pipeline.layout import RunPaths
 from tests.pipeline.toy import job, toy
 
-Usage = namedtuple("Usage", "total used free")
+TWO = {"schedule.cuts": [0, 1], "schedule.epochs": [1, 1], "cache.shard_rows": 24, "train.lr_schedule": "constant"}
+"""One cache, of four shards a view."""
+THREE = TWO | {"cache.keep": "needed", "schedule.cuts": [0, 1, 2, 3], "schedule.epochs": [1, 1, 1, 1]}
+"""Three caches, of which two lie there at once."""
+REFUSED = r"caches of stages 1-1 with cache.views={} need [\d.]+ GB, .* has [\d.]+ GB free; lower cache.views"
+
+Free = Callable[[float], None]
 
 
-def planned(root: Path, config: PipelineConfig) -> Wanted:
-    return Wanted(config, run_paths(str(root), "toy", config.cache.root))
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("room") / "toy"
+    runner.run_cache(job(root, toy(**TWO), target=1))
+    return root
 
 
 @pytest.fixture
-def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that is a disk of its own, with 5 TB free; 1 TB elsewhere."""
-    (large := tmp_path / "large").mkdir()
-
-    def disk_usage(path: Path) -> Usage:
-        return Usage(9, 9, 5_000_000_000_000 if large in (path, *Path(path).parents) else 1_000_000_000_000)
-
-    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
-    return large
+def root(built: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(built, tmp_path / "toy")
 
 
-def test_a_disk_whose_folder_of_caches_is_not_there_yet(tmp_path: Path, large: Path) -> None:
-    run = planned(tmp_path / "run", toy(**{"cache.root": str(large / "all" / "caches")}))
-    plan = costs.make_plan(run)
-    assert plan["profile"]["disk_gb"] == 5000 and plan["advice"]["budget_bytes"] == 5e12
-    assert disk_folder(run) == large / "all" / "caches", "and its speed is measured"
-    assert list(disk_folder(run).iterdir()) == []
-    inside = planned(tmp_path / "other", toy())
-    assert disk_folder(inside) == tmp_path / "other" and not (tmp_path / "other" / "cache").exists()
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Free:
+    """free(size) makes a disk of so many bytes on which only caches lie: files of two names count once."""
+    sizes: list[float] = []
+
+    def left(_: Path) -> float:
+        stats = [path.stat() for path, _ in files_below(tmp_path) if "/cache/cut-" in str(path)]
+        return sizes[-1] - sum({stat.st_ino: stat.st_size for stat in stats}.values())
+
+    for module in ("pipeline.disk", "cache.size"):
+        monkeypatch.setattr(f"{module}.free_bytes", left)
+    return sizes.append
 
 
-def test_a_store_has_no_end(tmp_path: Path, large: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = planned(tmp_path / "run", toy(**{"cache.root": "memory://room/caches"}))
-    plan = costs.make_plan(run, show=True)
-    assert plan["profile"]["disk_gb"] == 1e9 and plan["advice"]["budget_bytes"] == 1e18, "JSON has no infinity"
-    assert "caches that pay, in seconds: " in " ".join(capsys.readouterr().out.split())
+@cache
+def size(views: int = 2) -> int:
+    """Bytes of a cache."""
+    with TemporaryDirectory() as place:
+        wanted = Wanted(toy(**TWO | {"cache.views": views}), RunPaths(Path(place)))
+        return cache_bytes(wanted.layout(wanted.features(1)))
 
 
-def test_what_the_run_s_caches_have_is_theirs(
-    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """On a disk that they have filled but for a little they fit as they are, and so does what is smaller."""
-    free = 200_000
-    monkeypatch.setattr(costs, "free_bytes", lambda folder: float(free))
-    run = Wanted(toy(), job(copy).paths)
-    size = sum(cache_bytes(run.layout(run.features(stage))) for stage in (1, 2))
-    assert size > 4 * free and costs.room(run) == free + size
-    plan = costs.make_plan(run, show=True)
-    assert plan["disk_peak_bytes"] == size and plan["advice"]["budget_bytes"] == pytest.approx(free + size)
-    rows = {row["why"]: row for row in plan["advice"]["settings"]}
-    assert rows["fastest"]["bytes"] <= size + free and rows["smallest"]["bytes"] < size
-    assert "the disk has" not in capsys.readouterr().out
-    shutil.rmtree(run.cache_folder(run.spec(run.features(2))))
-    assert costs.room(run) == free + cache_bytes(run.layout(run.features(1)))
+def stopped(root: Path) -> Path:
+    """The cache of a run as it were had its build been stopped when its first view was done."""
+    (folder,) = (root / "cache").glob("cut-1-*")
+    manifest = read_manifest(folder)
+    entries = {entry.name: entry for entry in manifest.shards}
+    for shard in manifest.layout.shards[:4]:
+        files = [entries[name] for name in manifest.layout.files(shard)]
+        write_receipt(folder, manifest.layout, receipt_name(shard), files)
+    for path in (folder / "manifest.json", manifest_copy(folder)):
+        path.unlink()
+    shutil.rmtree(folder / "data.zarr/view_1")
+    return folder
+
+
+def look(root: Path, last: int = 1, **changes: object) -> None:
+    """What every verb that builds, and `plan`, asks first."""
+    disk.refuse_what_does_not_fit(Wanted(toy(**TWO | changes), RunPaths(root)), last)
+
+
+def test_an_interrupted_build_goes_on_where_the_rest_fits(root: Path, free: Free) -> None:
+    folder = stopped(root)
+    lies = sum(found for _, found in files_below(folder))
+    assert 0.4 * size() < lies < 0.6 * size()
+    free(lies + 0.45 * size())
+    with pytest.raises(ConfigError, match=REFUSED.format(2)):
+        runner.run_cache(job(root, toy(**TWO), target=1))
+    assert sum(found for _, found in files_below(folder)) == lies, "nothing was started"
+    free(lies + 0.6 * size())
+    look(root)
+    runner.run_cache(job(root, toy(**TWO), target=1))
+    assert (folder / "manifest.json").exists()
+
+
+def test_receipts_of_another_layout_save_nothing(root: Path, free: Free) -> None:
+    stopped(root)
+    free(1.2 * size())
+    with pytest.raises(ConfigError, match=REFUSED.format(2)):
+        look(root, **{"cache.shard_rows": 25})
+    look(root)
+
+
+def test_a_grown_cache_needs_room_for_what_is_new_only(root: Path, free: Free) -> None:
+    grown = {"cache.views": 4}
+    free(size() + 0.45 * size(4))
+    with pytest.raises(ConfigError, match=REFUSED.format(4)):
+        runner.run_cache(job(root, toy(**TWO | grown), target=1))
+    assert len(list((root / "cache").glob("cut-*"))) == 1
+    free(size() + 0.6 * size(4))
+    with pytest.raises(ConfigError, match=REFUSED.format(4)):  # other shards are computed, or copied row by row
+        look(root, **grown, **{"cache.shard_rows": 25})
+    runner.run_cache(job(root, toy(**TWO | grown), target=1))
+    assert len(list((root / "cache").glob("cut-*/manifest.json"))) == 2
+
+
+def test_a_cache_that_lost_its_manifest_needs_no_room(root: Path, free: Free) -> None:
+    (folder,) = (root / "cache").glob("cut-1-*")
+    (folder / "manifest.json").unlink()
+    free(1.2 * size())
+    runner.run_cache(job(root, toy(**TWO), target=1))
+    assert (folder / "manifest.json").exists()
+    (folder / "manifest.json").unlink()
+    shutil.rmtree(folder / "data.zarr/view_1")
+    with pytest.raises(ConfigError, match=REFUSED.format(2)):
+        look(root)
+
+
+def test_what_was_begun_gives_its_room_back_when_it_goes(root: Path, free: Free) -> None:
+    stopped(root)
+    free(2.1 * size())
+    look(root, 3, **THREE)
+    free(1.9 * size())
+    with pytest.raises(ConfigError, match=r"caches of stages 1-3 with cache.views=2 need"):
+        look(root, 3, **THREE)
+
+
+def test_what_other_weights_will_make_is_not_there(root: Path, free: Free) -> None:
+    stopped(root)
+    free(1.2 * size())
+    look(root)
+    shutil.rmtree(root / "stage-0")
+    with pytest.raises(ConfigError, match=REFUSED.format(2)):
+        look(root)
