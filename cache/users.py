@@ -8,15 +8,18 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import socket
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from cache.errors import CacheError
 from cache.lock import ASIDE, aside, hold_store
 from cache.manifest import atomic_write
-from cache.place import is_remote, is_there, matching, place_of, read_bytes
+from cache.place import asked, is_remote, is_there, matching, place_of, read_bytes
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,19 @@ class User:
     """Names of the caches that its settings ask for, as they were when it last looked."""
     root: str
     """The folder of the caches, as it was called then."""
+    id: str = ""
+    """Random, and in the run's folder, too; empty where a version noted this that knew runs by host and path only."""
+    inode: int = 0
+    """Of the file in the run's folder that has the id: a folder that is copied keeps the id, and not this."""
     file: str = ""
     """Where this is noted."""
+
+    def is_run(self, run: Path) -> bool:
+        """Whether this is the run in a folder: it still is where that was moved, or another host sees it; no copy of it
+        is, nor a run that has the same path on another machine. Whatever is in doubt is another's."""
+        same_place = (self.host, self.run) == (socket.gethostname(), str(run.absolute()))
+        name, inode = read_id(run)
+        return self.id == name and (same_place or self.inode == inode) if self.id else same_place
 
     @property
     def gone(self) -> bool:
@@ -41,8 +55,21 @@ class User:
         return self.host == socket.gethostname() and (not Path(self.run).exists() or self.root != here)
 
     def __str__(self) -> str:
-        here = "" if self.host == socket.gethostname() else f" of {self.host} (no longer there? delete {self.file})"
-        return f"{self.run}{here}"
+        of = "" if self.host == socket.gethostname() else f" of {self.host}"
+        seen = self.is_run(Path(self.run))
+        return f"{self.run}{of}" + ("" if seen else f" (no longer there? delete {self.file})")
+
+
+ID = ".id"
+"""The file of a run's folder that says which run it is, wherever the folder lies."""
+
+
+def read_id(run: Path) -> tuple[str, int]:
+    """The id in a run's folder, and the inode of its file; nothing where there is none."""
+    try:
+        return (run / ID).read_text(), (run / ID).stat().st_ino
+    except OSError:
+        return "", 0
 
 
 def called(root: Path) -> str:
@@ -55,14 +82,27 @@ def register(root: Path, run: Path, caches: Iterable[str]) -> None:
 
     CacheError where nothing can be written, which is no harm: whoever cannot write there cannot remove there.
     """
-    host, path = socket.gethostname(), str(run.absolute())
-    name = hashlib.sha256(f"{host}\n{path}".encode()).hexdigest()[:16]
-    user = User(path, host, tuple(sorted(set(caches))), called(root))
+    names, host = tuple(sorted(set(caches))), socket.gethostname()
     with hold_store(root):
+        if not read_id(run)[0]:
+            atomic_write(run / ID, secrets.token_hex(16).encode())
+        user = User(str(run.absolute()), host, names, called(root), *read_id(run))
+        name = hashlib.sha256(f"{user.id}\n{user.inode}".encode()).hexdigest()[:16]
         file = root.absolute() / ASIDE / "users" / f"{name}.json"
         content = json.dumps({key: value for key, value in asdict(user).items() if key != "file"}).encode()
-        if not is_there(file) or read_bytes(file) != content:
+        new = not is_there(file)
+        if new or read_bytes(file) != content:
             atomic_write(file, content)
+        if new:
+            forget_before(root, run, file)
+
+
+def forget_before(root: Path, run: Path, file: Path) -> None:
+    """Removes what was noted of a run by an earlier version, or before its folder came from another disk."""
+    with suppress(CacheError):  # `gc` says what is wrong with a note
+        for old in users(root):
+            if old.file != str(file) and old.is_run(run):
+                asked(root, partial(place_of(old.file).unlink, missing_ok=True))
 
 
 def users(root: Path) -> list[User]:
@@ -71,7 +111,8 @@ def users(root: Path) -> list[User]:
     for file in matching(root.absolute() / ASIDE / "users", "*.json"):
         try:
             values = json.loads(read_bytes(file))
-            user = User(values["run"], values["host"], tuple(values["caches"]), values["root"], str(file))
+            user = User(values["run"], values["host"], tuple(values["caches"]), values["root"])
+            user = replace(user, id=values.get("id", ""), inode=values.get("inode", 0), file=str(file))
         except (ValueError, KeyError, TypeError) as error:
             raise CacheError(
                 f"{file} does not say which run uses which caches ({error}); delete it, and run any verb but gc in the "

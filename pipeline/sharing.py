@@ -57,8 +57,8 @@ def claim(wanted: Wanted, more: Iterable[Need] = ()) -> None:
 
 def other_users(wanted: Wanted, folder: Path) -> list[User]:
     """The other runs that use a cache."""
-    own = str(wanted.paths.root.absolute())
-    return [user for user in users(wanted.paths.cache_root) if folder.name in user.caches and user.run != own]
+    run = wanted.paths.root
+    return [user for user in users(wanted.paths.cache_root) if folder.name in user.caches and not user.is_run(run)]
 
 
 def remove_unused(wanted: Wanted, folder: Path) -> str:

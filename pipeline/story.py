@@ -215,8 +215,7 @@ def read_caches(paths: RunPaths, records: dict[str, Record]) -> Iterator[Cache]:
     there: list[Path] = []
     with suppress(CacheError, OSError):
         there = list(matching(paths.cache_root, "cut-*"))
-        mine = str(paths.root.absolute())
-        noted = {name for user in users(paths.cache_root) if user.run == mine for name in user.caches}
+        noted = {name for user in users(paths.cache_root) if user.is_run(paths.root) for name in user.caches}
     found = []
     for folder in there:
         with suppress(CacheError, OSError):

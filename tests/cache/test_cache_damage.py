@@ -319,7 +319,7 @@ def test_users_are_the_runs_that_are_still_there(tmp_path: Path) -> None:
     }
     shutil.copytree(tmp_path / "store", tmp_path / "copy")
     assert users(tmp_path / "copy") == [], "they use what was copied, not the copy"
-    runs[1].rmdir()
+    shutil.rmtree(runs[1])
     assert [user.run for user in users(tmp_path / "store")] == [str(runs[0])]
     (file,) = [user.file for user in users(tmp_path / "store")]
     Path(file).write_text(json.dumps({"run": str(runs[1]), "host": "elsewhere", "caches": ["cut-1-x"], "root": "r"}))

@@ -152,6 +152,23 @@ def test_clearing_up_leaves_what_another_run_uses(shared: Path, capsys: pytest.C
     assert "nothing to remove" in capsys.readouterr().out and sorted(store.glob("cut-*")) == own
 
 
+@pytest.mark.parametrize("keep", ["all", "needed"])
+def test_a_run_of_the_same_path_on_another_machine_is_another_run(shared: Path, keep: str, capsys) -> None:
+    run, store = shared / "first", shared / "store"
+    runner.run_cache(sharing(run, store, target=1))
+    (noted,) = (file for file in store.glob(".permafrost/users/*") if json.loads(file.read_text())["run"] == str(run))
+    atomic_write(
+        noted.with_name("elsewhere.json"),
+        json.dumps(json.loads(noted.read_text()) | {"host": "elsewhere", "id": "f" * 32}).encode(),
+    )
+    if keep == "all":
+        care.run_gc(sharing(run, store, toy(**{"cache.views": 1}), yes=True))
+    else:
+        runner.run_stage(sharing(run, store, toy(**{"cache.keep": "needed"}), target=2))
+    told = f"used by {run} of elsewhere (no longer there? delete {noted.with_name('elsewhere.json')})"
+    assert all(folder.exists() for folder in first_caches(shared)) and told in capsys.readouterr().out
+
+
 def first_caches(shared: Path) -> list[Path]:
     wanted = Wanted(toy(), RunPaths(shared / "first", shared / "store"))
     return [wanted.cache_folder(spec) for stage in (1, 2) if (spec := wanted.cache_spec(stage))]

@@ -1,0 +1,97 @@
+"""Which run is which, of runs that share a folder of caches: they move, are copied, have the same path elsewhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cache import users as noted
+from cache.users import register, users
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    register(tmp_path / "store", folder, ["cut-1-x"])
+    return folder
+
+
+def only(store: Path) -> noted.User:
+    (user,) = users(store)
+    return user
+
+
+def test_a_run_knows_itself_and_keeps_its_id(run: Path, tmp_path: Path) -> None:
+    assert only(tmp_path / "store").is_run(run)
+    before = (run / ".id").read_text()
+    register(tmp_path / "store", run, ["cut-2-x"])
+    assert (run / ".id").read_text() == before and len(before) == 32
+    assert only(tmp_path / "store").caches == ("cut-2-x",)
+
+
+def test_a_run_that_was_moved_is_the_same_run(run: Path, tmp_path: Path) -> None:
+    moved = run.rename(tmp_path / "moved")
+    assert users(tmp_path / "store") == [], "it is not where it was, and says where it is when it next runs"
+    register(tmp_path / "store", moved, ["cut-1-x"])
+    assert only(tmp_path / "store").run == str(moved) and only(tmp_path / "store").is_run(moved)
+    assert len(list((tmp_path / "store/.permafrost/users").iterdir())) == 1
+
+
+def test_a_run_that_another_host_of_a_shared_disk_goes_on_with_is_the_same(
+    run: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "second")
+    assert only(tmp_path / "store").is_run(run) and "no longer there" not in str(only(tmp_path / "store"))
+    moved = run.rename(tmp_path / "moved")
+    assert only(tmp_path / "store").is_run(moved)
+    register(tmp_path / "store", moved, ["cut-2-x"])
+    assert (only(tmp_path / "store").host, only(tmp_path / "store").caches) == ("second", ("cut-2-x",))
+
+
+def test_a_copied_run_is_another_one(run: Path, tmp_path: Path, monkeypatch) -> None:
+    store, copy = tmp_path / "store", shutil.copytree(run, tmp_path / "copy")
+    assert (copy / ".id").read_text() == (run / ".id").read_text()
+    assert not only(store).is_run(copy)
+    register(store, copy, ["cut-2-x"])
+    assert {(user.run, user.caches) for user in users(store)} == {
+        (str(run), ("cut-1-x",)),
+        (str(copy), ("cut-2-x",)),
+    }
+    # The copy lies on another machine, under the path that the original has on its own.
+    original = run.rename(tmp_path / "far away")
+    copy.rename(run)
+    monkeypatch.setattr("socket.gethostname", lambda: "second")
+    mine = [user.caches for user in users(store) if user.is_run(run)]
+    assert mine == [("cut-2-x",)] and [u.caches for u in users(store) if u.is_run(original)] == [("cut-1-x",)]
+
+
+@pytest.mark.parametrize("host", ["second", ""])
+def test_equal_paths_on_two_machines_are_two_runs(run: Path, tmp_path: Path, monkeypatch, host: str) -> None:
+    """Each machine has a disk of its own, and one folder of caches; the hosts may even have one name."""
+    store, elsewhere = tmp_path / "store", run.rename(tmp_path / "disk of the first")
+    run.mkdir()
+    if host:
+        monkeypatch.setattr("socket.gethostname", lambda: host)
+    register(store, run, ["cut-1-x", "cut-2-x"])
+    assert len(users(store)) == 2
+    (other,) = [user for user in users(store) if not user.is_run(run)]
+    assert other.caches == ("cut-1-x",) and other.run == str(run) and other.is_run(elsewhere)
+    of = f" of {other.host}" if host else ""
+    assert str(other) == f"{run}{of} (no longer there? delete {other.file})"
+
+
+def test_what_earlier_versions_noted_goes_by_host_and_path(run: Path, tmp_path: Path, monkeypatch) -> None:
+    store = tmp_path / "store"
+    file = Path(only(store).file)
+    old = {key: value for key, value in json.loads(file.read_text()).items() if key not in ("id", "inode")}
+    file.rename(file.with_name("0123456789abcdef.json")).write_text(json.dumps(old))
+    assert only(store).is_run(run) and not only(store).is_run(tmp_path)
+    register(store, run, ["cut-2-x"])
+    assert only(store).caches == ("cut-2-x",), "in place of the old one"
+    file.rename(file.with_name("0123456789abcdef.json")).write_text(json.dumps(old))
+    monkeypatch.setattr("socket.gethostname", lambda: "second")
+    assert not only(store).is_run(run)
