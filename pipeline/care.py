@@ -155,7 +155,7 @@ def repair(desk: Desk, need: Need, run: Run = in_threads) -> None:
     """Mend a cache, where there is one; its parent was mended before it. What is sound stays, with its layout."""
     spec = desk.wanted.spec(need)
     folder = desk.wanted.cache_folder(spec) if spec else None
-    if folder is None or not folder.exists() or in_progress(folder):
+    if folder is None or not is_there(folder) or in_progress(folder):
         return
     try:
         read_manifest(folder)
@@ -245,7 +245,7 @@ def caches(job: Job) -> list[Path]:
 
 def in_progress(folder: Path) -> bool:
     """Whether a cache is being built, or waits for its build to go on: it has receipts and no manifest yet."""
-    return (folder / RECEIPTS).exists() and not (folder / MANIFEST).exists()
+    return is_there(folder / RECEIPTS) and not is_there(folder / MANIFEST)
 
 
 def check(folder: Path, run: Run = in_threads) -> list[Damage]:

@@ -23,7 +23,7 @@ from cache.errors import DamagedCache, MissingCache, StaleCache
 from cache.layout import Layout, Shard, Stored
 from cache.loader import prefetch
 from cache.manifest import MANIFEST, CacheManifest, read_manifest
-from cache.place import place_of
+from cache.place import is_there, place_of
 from cache.reader import MEMORY
 from cache.rounding import Moments, Rounded, moments, relative_rmse, room
 from cache.size import check_space
@@ -137,7 +137,7 @@ def build(
             yield done, len(layout.shards)
     finally:
         close_shared()
-    if not (folder / MANIFEST).exists():
+    if not is_there(folder / MANIFEST):
         check_inputs(job, images, parent)
     finish(folder, layout, job.limit, parent_kin, chain_error)
 
@@ -274,6 +274,7 @@ def encode_shard(task: tuple[EncodeJob, Shard, Taken | None], load: Load | None 
         return shard
     try:
         stored, old = taken.stored(layout), {int(place): number for number, place in enumerate(taken.places)}
+        names = dict(zip(taken.places.tolist(), taken.keys, strict=True))
     except (DamagedCache, MissingCache):  # `gc` may have removed it since
         return encode_shard((job, shard, None))
     new = {int(place): number for number, place in enumerate(taken.new)}
@@ -284,7 +285,6 @@ def encode_shard(task: tuple[EncodeJob, Shard, Taken | None], load: Load | None 
             return {name: values[old[place]][None] for name, values in stored.items()}
         return stored_rows(layout, shard.view, block, slice(new[place], new[place] + 1))
 
-    names = dict(zip(taken.places.tolist(), taken.keys, strict=True))
     names |= dict(zip(taken.new.tolist(), block.keys, strict=True)) if block else {}
     keys = [names[place] for place in range(len(rows))]
     # Rows of two makings: no one batch, from the shard's first row on, gives the bits of all.

@@ -12,7 +12,7 @@ from cache.checksum import checksum
 from cache.errors import StaleCache
 from cache.layout import Shard
 from cache.manifest import ShardEntry, atomic_write, check_spec, read_manifest
-from cache.place import place_of
+from cache.place import is_there, place_of
 from cache.receipts import RECEIPTS, STORE_RECEIPT, write_receipt
 from cache.verify import Damage
 from cache.writer import amend, drop_receipts
@@ -63,4 +63,4 @@ def mend(
             f"{folder}: what was mended is not to the bit what was there: features may differ in last bits, as in "
             "other batches or on another processor; the manifest says what they are now"
         )
-    assert not (folder / RECEIPTS).exists()
+    assert not is_there(folder / RECEIPTS)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from cache.manifest import atomic_write, read_manifest, seal
-from cache.place import StoreUnreachable
+from cache.patience import StoreConfig, store_settings, use_store
+from cache.place import StoreUnreachable, place_of
 from pipeline import care, runner
 from pipeline.__main__ import main
 from pipeline.decide import Wanted
@@ -225,3 +226,24 @@ def test_repair_looks_at_all_that_gc_keeps(first: Job, changes: dict[str, object
     wanted = Wanted(job.config, job.paths)
     keeps = used(wanted)
     assert len(keeps) == kept and keeps <= set(care.mendable(wanted))
+
+
+def test_a_store_that_fails_for_a_moment_hides_no_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = place_of("memory://caches/cut-1-00000000")
+    (folder / "receipts").mkdir(parents=True)
+    (folder / "receipts/store.json").write_bytes(b"{}")
+    memory, failures = type(folder.fs), [OSError("a connection broke")] * 2
+    plain = memory.info
+
+    def info(self: object, *given: object, **more: object) -> object:
+        if failures:
+            raise failures.pop()
+        return plain(self, *given, **more)
+
+    monkeypatch.setattr(memory, "info", info)
+    before = store_settings()
+    use_store(StoreConfig(wait=0.0))
+    try:
+        assert care.in_progress(folder) and not failures
+    finally:
+        use_store(before)

@@ -4,6 +4,7 @@ computed, and the result is what building it from nothing gives."""
 from __future__ import annotations
 
 import os
+import shutil
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -252,3 +253,19 @@ def test_a_file_that_the_donor_has_lost_is_computed(
     four = make(tmp_path / "root" / "four", data, views=4)
     assert sum(forwards) == 2 * 7 + 3
     assert files(four) == files(make(tmp_path / "elsewhere" / "four", data, views=4))
+
+
+def test_a_donor_that_is_removed_while_new_rows_are_computed_costs_the_rest(
+    tmp_path: Path, make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longer = folder_of(tmp_path / "new", [*NAMES, "z.png"])
+    donor = make(tmp_path / "root" / "old", folder_of(tmp_path / "data", NAMES))
+    plain = encode.encode_rows
+
+    def while_gc_runs(*given: Any) -> Any:
+        shutil.rmtree(donor, ignore_errors=True)
+        return plain(*given)
+
+    monkeypatch.setattr(encode, "encode_rows", while_gc_runs)
+    found = make(tmp_path / "root" / "new", longer)
+    assert not donor.exists() and alike(found, make(tmp_path / "elsewhere" / "new", longer))
