@@ -15,6 +15,7 @@ import errno
 import json
 import os
 import socket
+import stat
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ from cache.errors import CacheError
 from cache.place import is_remote
 
 ASIDE = ".permafrost"
+KINDS = ("locks", "users", "costs", "manifests")
+"""Its folders."""
 POLL_SECONDS = 0.1
 NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP})
 """What a file system without `flock` answers."""
@@ -40,6 +43,26 @@ def aside(folder: Path, kind: str, suffix: str) -> Path:
     """Where something about a cache lies that is no part of it."""
     whole = folder.absolute()
     return whole.parent / ASIDE / kind / f"{whole.name}{suffix}"
+
+
+def as_writable(path: Path) -> None:
+    """Lets whoever may write in the folder of caches write something of its `.permafrost` too, whatever the umask of
+    whoever made it: who cannot is noted nowhere as a user of caches. What others made stays as it is."""
+    root = next(folder.parent for folder in (path, *path.parents) if folder.name == ASIDE)
+    write = root.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    mode = path.stat().st_mode
+    wanted = write | write << 1 | (write >> 1 if stat.S_ISDIR(mode) else 0)  # to write is to read, and to enter
+    if mode & wanted != wanted:
+        with suppress(OSError):
+            path.chmod(stat.S_IMODE(mode) | wanted)
+
+
+def _make_room(path: Path) -> None:
+    """The folders of `.permafrost`, of which a lock is to lie in one."""
+    made = next(folder for folder in path.parents if folder.name == ASIDE)
+    for folder in (made, *(made / kind for kind in KINDS)):
+        folder.mkdir(parents=True, exist_ok=True)
+        as_writable(folder)
 
 
 def take(path: Path, seconds: float = -1) -> FileLock:
@@ -93,7 +116,7 @@ def hold_store(root: Path) -> Iterator[None]:
 @contextmanager
 def _held(path: Path, what: str, tell: Callable[[str], None] | None, stop: Callable[[], bool]) -> Iterator[None]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_room(path)
         lock = _acquired(path)
         if lock is None and tell:
             tell(f"waiting for {what}: {_holder(path)} works on it")
@@ -109,7 +132,10 @@ def _held(path: Path, what: str, tell: Callable[[str], None] | None, stop: Calla
         ) from error
     try:
         with suppress(OSError):  # only words for others: a full disk must not stop what needs no disk
-            path.with_suffix(".json").write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
+            as_writable(path)
+            signed = path.with_suffix(".json")
+            signed.write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
+            as_writable(signed)
         yield
     finally:
         lock.release()
@@ -127,8 +153,9 @@ def hold_shard(folder: Path, name: str) -> Iterator[None]:
         return
     path = aside(folder, "locks", f"-{zlib.crc32(name.encode()) % SHARD_LOCKS:02d}.lock")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_room(path)
         lock = take(path)
+        as_writable(path)
     except OSError as error:
         raise CacheError(f"cannot write {path}: {error.strerror}; make it writable for all workers") from error
     try:

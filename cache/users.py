@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from cache.errors import CacheError
-from cache.lock import ASIDE, aside, hold_store
+from cache.lock import ASIDE, as_writable, aside, hold_store
 from cache.manifest import atomic_write
 from cache.place import asked, is_remote, is_there, matching, place_of, read_bytes
 
@@ -80,7 +80,7 @@ def called(root: Path) -> str:
 def register(root: Path, run: Path, caches: Iterable[str]) -> None:
     """Notes that a run uses these caches of `root`, and none that it used before.
 
-    CacheError where nothing can be written, which is no harm: whoever cannot write there cannot remove there.
+    CacheError where nothing can be written: others may then remove what it reads.
     """
     names, host = tuple(sorted(set(caches))), socket.gethostname()
     with hold_store(root):
@@ -93,6 +93,8 @@ def register(root: Path, run: Path, caches: Iterable[str]) -> None:
         new = not is_there(file)
         if new or read_bytes(file) != content:
             atomic_write(file, content)
+            if not is_remote(file):
+                as_writable(file)
         if new:
             forget_before(root, run, file)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cache.manifest import atomic_write
 from cache.patience import repeated, use_store
@@ -23,6 +23,14 @@ class Desk:
     job: Job
     wanted: Wanted
     log: EventLog
+    told: set[str] = field(default_factory=set)
+    """What is said once in a call."""
+
+    def say_once(self, text: str) -> None:
+        """Tell something that may be found again and again."""
+        if text not in self.told:
+            self.told.add(text)
+            self.log.message(text)
 
     def say(self, verdict: Verdict) -> None:
         """Tell a verdict before acting on it: what is not current is trained or built next."""

@@ -64,7 +64,7 @@ def release(desk: Desk, working: Sequence[Need] = ()) -> None:
     wanted = desk.wanted
     if wanted.config.cache.keep == "all":
         return
-    claim(wanted, working)  # what this run is done with, others may remove
+    claim(desk, working)  # what this run is done with, others may remove
     kept = used(wanted, working)
     for need in sorted(there(wanted), key=lambda need: need.name):
         spec = wanted.spec(need)

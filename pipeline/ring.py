@@ -65,7 +65,7 @@ class Ring:
         turns = self.turns = wanted.generation(segment, stage)
         need = wanted.features(stage, turns)
         furthest = min(turns + self.ahead, self.last)
-        claim(wanted, [wanted.features(stage, one) for one in range(turns, furthest + 1)])
+        claim(desk, [wanted.features(stage, one) for one in range(turns, furthest + 1)])
         noted, began = wanted.turns(stage), time.perf_counter()
         waited = waited_seconds(wanted, stage) if turns else 0.0
         try:

@@ -199,7 +199,7 @@ def ensure_cache(desk: Desk, stage: int) -> None:
 
 def ensure_built(desk: Desk, need: Need, working: Sequence[Need] = ()) -> None:
     """Build a cache unless it is current. Its parent is needed only when it has to be built; `working` stay with it."""
-    claim(desk.wanted, [need, *working])
+    claim(desk, [need, *working])
     verdict = judge_cache(desk.wanted, need)
     desk.say(verdict)
     if verdict.current:

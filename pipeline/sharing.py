@@ -8,10 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from cache.errors import CacheError, MissingCache
-from cache.lock import CacheBusy, hold_cache, hold_store
+from cache.lock import ASIDE, CacheBusy, hold_cache, hold_store
 from cache.users import User, register, users
 from cache.verify import remove_cache
 from pipeline.decide import Wanted, all_needs, judge_stage
+from pipeline.desk import Desk
 from pipeline.needs import Need
 from pipeline.remaining import needed_now
 
@@ -49,10 +50,18 @@ def made_ahead(wanted: Wanted) -> list[Need]:
     ]
 
 
-def claim(wanted: Wanted, more: Iterable[Need] = ()) -> None:
-    """Note which caches the run uses, before it looks whether they are there."""
-    with suppress(CacheError):  # a store that cannot be written is read all the same, and nobody clears it up from here
-        register(wanted.paths.cache_root, wanted.paths.root, [folder.name for folder in used(wanted, more)])
+def claim(desk: Desk, more: Iterable[Need] = ()) -> None:
+    """Note which caches the run uses, before it looks whether they are there. A store that cannot be written is read
+    all the same."""
+    wanted = desk.wanted
+    root = wanted.paths.cache_root
+    try:
+        register(root, wanted.paths.root, [folder.name for folder in used(wanted, more)])
+    except CacheError:
+        desk.say_once(
+            f"this run cannot be noted as a user of {root}: the owner's gc may remove what it reads; ask for write "
+            f"access to {root / ASIDE}"
+        )
 
 
 def other_users(wanted: Wanted, folder: Path) -> list[User]:

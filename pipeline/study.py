@@ -125,7 +125,7 @@ def work(request: Request, run: Run, stop: threading.Event) -> None:
         if other.seed == run.seed and other != run and not finished(other):
             with suppress(RunBusy), at_work(Job(request.flags.name, other.config, other.paths)) as desk:
                 take_parts(desk, request.pool)
-                claim(desk.wanted, tuned_behind(other, desk.wanted))
+                claim(desk, tuned_behind(other, desk.wanted))
     let_go(run)
 
 

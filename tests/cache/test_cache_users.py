@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from cache import users as noted
+from cache.lock import hold_cache, hold_shard, hold_store
 from cache.users import register, users
 
 
@@ -95,3 +97,22 @@ def test_what_earlier_versions_noted_goes_by_host_and_path(run: Path, tmp_path: 
     file.rename(file.with_name("0123456789abcdef.json")).write_text(json.dumps(old))
     monkeypatch.setattr("socket.gethostname", lambda: "second")
     assert not only(store).is_run(run)
+
+
+@pytest.mark.parametrize(("root", "group", "others"), [(0o755, 0, 0), (0o2775, 0o6, 0), (0o777, 0o6, 0o6)])
+def test_what_is_noted_is_as_writable_as_the_folder_is(tmp_path: Path, root: int, group: int, others: int) -> None:
+    store, run = tmp_path / "store", tmp_path / "run"
+    for folder in (store, run):
+        folder.mkdir()
+    store.chmod(root)
+    umask = os.umask(0o077)
+    try:
+        register(store, run, ["cut-1-x"])
+        with hold_cache(store / "cut-1-x"), hold_store(store), hold_shard(store / "cut-1-x", "a"):
+            found = {path: path.stat().st_mode for path in (store / ".permafrost", *store.rglob(".permafrost/**/*"))}
+    finally:
+        os.umask(umask)
+    assert len(found) >= 11, "five folders, a note, three locks, two of them signed"
+    for path, mode in found.items():
+        enter = 0o1 if path.is_dir() else 0
+        assert (mode >> 3 & 0o7, mode & 0o7) == (group and group | enter, others and others | enter), path

@@ -169,6 +169,19 @@ def test_a_run_of_the_same_path_on_another_machine_is_another_run(shared: Path, 
     assert all(folder.exists() for folder in first_caches(shared)) and told in capsys.readouterr().out
 
 
+def test_a_run_that_cannot_be_noted_says_so_once(shared: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def refused(*_: object) -> None:
+        raise CacheError("cannot write .permafrost: Permission denied")
+
+    monkeypatch.setattr("pipeline.sharing.register", refused)
+    told = (
+        f"this run cannot be noted as a user of {shared / 'store'}: the owner's gc may remove what it reads; ask for "
+        f"write access to {shared / 'store' / '.permafrost'}"
+    )
+    runner.run_stage(sharing(shared / "second", shared / "store", target=2))
+    assert capsys.readouterr().out.count(told) == 1, "two caches were looked for"
+
+
 def first_caches(shared: Path) -> list[Path]:
     wanted = Wanted(toy(), RunPaths(shared / "first", shared / "store"))
     return [wanted.cache_folder(spec) for stage in (1, 2) if (spec := wanted.cache_spec(stage))]
