@@ -31,8 +31,15 @@ def begun(
 ) -> Begun:
     """How far a cache is of which `find_donor` may know a donor, for the same samples."""
     donor = find_donor(folder, layout, kin, labels, keys, digests)
-    linked = {shard for shard in layout.shards if donor and donor.twin(layout, shard)}
     there = {path.stem for path in matching(folder / RECEIPTS, "*.json")}
-    noted = ((shard, receipt_name(shard)) for shard in layout.shards if shard not in linked)
+    # Of the views that anything is known of only: what does not fit may have more shards than memory holds.
+    views = {int(name.removeprefix("view_").partition("-")[0]) for name in there if name.startswith("view_")}
+    if donor:
+        had = donor.layout.spec
+        slots = (layout.spec.slot_of(had.view_at(slot)) for slot in range(had.views))
+        views |= {slot for slot in slots if slot is not None}
+    shards = [shard for view in sorted(views) for shard in layout.shards_of(view)]
+    linked = {shard for shard in shards if donor and donor.twin(layout, shard)}
+    noted = ((shard, receipt_name(shard)) for shard in shards if shard not in linked)
     written = [shard for shard, name in noted if name in there and read_receipt(folder, layout, name)]
     return Begun(part_bytes(layout, linked), part_bytes(layout, written))

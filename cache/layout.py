@@ -120,11 +120,12 @@ class Layout:
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
         """All shards, view after view, row after row."""
-        return tuple(
-            Shard(view, first, min(self.shard_rows, self.num_samples - first))
-            for view in range(self.spec.views)
-            for first in range(0, self.num_samples, self.shard_rows)
-        )
+        return tuple(shard for view in range(self.spec.views) for shard in self.shards_of(view))
+
+    def shards_of(self, view: int) -> list[Shard]:
+        """The shards of one view, row after row."""
+        starts = range(0, self.num_samples, self.shard_rows)
+        return [Shard(view, first, min(self.shard_rows, self.num_samples - first)) for first in starts]
 
     def holds(self, shard: Shard) -> bool:
         """Whether it is one of the shards."""
