@@ -21,7 +21,10 @@ def so_far(before: Mapping[str, Any] | None, inputs: str, key: str, now: dict[st
     if before is None or before.get("fingerprint") != inputs:
         return now
     had = before.get(key)
-    return had if had is None or had | now == had else now | {"before": had}
+    if had is None:
+        return None
+    latest = {name: value for name, value in had.items() if name != "before"}
+    return had if latest == now else now | {"before": had}
 
 
 def ways_unlike(ways: Iterable[Mapping[str, Any] | None]) -> str:
@@ -96,5 +99,7 @@ def frozen_for_all(stage_0: Mapping[str, Any]) -> str:
 def unfinished(arm: Mapping[str, Any]) -> str:
     """Why a point on an arm's curve is worse than the end of a training planned that short; empty where it is not.
     Such a curve can show that stopping early does as well, not that it does worse."""
-    kind = arm.get("lr_schedule") or ANYWHERE[0]
+    kind = arm.get("lr_schedule")
+    if kind is None:
+        return "an earlier version has not noted its rate (train.lr_schedule)"
     return "" if kind in ANYWHERE else f"its rate (train.lr_schedule = {kind}) had not fallen by then"

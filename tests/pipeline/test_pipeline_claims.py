@@ -20,7 +20,7 @@ def comparison(stopped: Pair, cached: Pair, ratio: float = 1.25) -> dict[str, An
     return {
         "speedup_total": ratio,
         "arms": {
-            "e2e": {"total_seconds": 50.0, "knn_top1": 0.55, "linear_top1": 0.65},
+            "e2e": {"total_seconds": 50.0, "knn_top1": 0.55, "linear_top1": 0.65, "lr_schedule": "constant"},
             "cached": {"total_seconds": 40.0, "curve": [{"probe_images": 10_000}]} | end,
         },
         "early_stop": dict(zip(PROBES, stopped, strict=True)),
@@ -150,6 +150,9 @@ def test_seconds_that_do_not_compare_and_rates_that_have_not_fallen_carry_no_cla
         told = differences(dict(enumerate(runs)), "early_stop")["knn_top1"]
         assert (told["claimed"], round(told["mean"], 4)) == (claimed, 0.03)
         assert ("not claimed" in told["said"]) is not claimed
+    for one in unfair:
+        del one["arms"]["e2e"]["lr_schedule"]
+    assert "but an earlier version has not noted its rate" in headline(unfair[0], unfair)
     below = [comparison((0.56, 0.66), (0.53, 0.63)) for _ in range(3)]
     for one in below:
         one["arms"]["e2e"]["lr_schedule"] = "cosine"
@@ -165,6 +168,8 @@ def test_what_goes_on_elsewhere_names_both_machines() -> None:
     assert first == [{"device": "cpu", "threads": 1, "compile": "auto", "ranks": 1, "permafrost": "1", "torch": "2"}]
     went_on = so_far({"fingerprint": "a", "machine": here}, "a", "machine", here | {"threads": 2})
     assert [one["threads"] for one in machines({"machine": went_on})] == [2, 1]
+    fewer = so_far({"fingerprint": "a", "machine": here | {"ranks": 2}}, "a", "machine", here)
+    assert [one["ranks"] for one in machines({"machine": fewer})] == [1, 2], "one rank is not written down"
     rows = {"e2e": {"machines": list(machines({"machine": went_on}))}, "cached": {"machines": first}}
     assert seconds_unlike(rows) == "arms were not trained alike (threads 2 or 1), so seconds do not compare"
     assert seconds_unlike({"e2e": {"machines": first}, "cached": {"machines": first}}) == ""

@@ -258,7 +258,7 @@ def test_ctrl_c_saves_writes_the_table_and_ends_with_130(studies: None, tmp_path
 def done(variant: str, seed: int, knn: float, seconds: float, curve: tuple[tuple[float, float], ...] = ()) -> Row:
     """A row that has kNN only, scored on 10,000 images, and a curve of (seconds, kNN)."""
     points = tuple({"seconds": s, "epoch": s / 10, "knn_top1": k, "linear_top1": None} for s, k in curve)
-    values = {"knn_top1": knn, "total_seconds": seconds, "probe_images": 10_000}
+    values = {"knn_top1": knn, "total_seconds": seconds, "probe_images": 10_000, "lr_schedule": "constant"}
     return Row(variant, seed, "done", values, points)
 
 
@@ -312,7 +312,7 @@ def test_rows_that_were_scored_differently_are_not_compared() -> None:
     study, rows = three_seeds()
     whole = {line.variant: line for line in lines(study, with_control(study, rows))}
     scored = [{"eval.val_limit": 40}], [{"eval.val_limit": 400}]
-    plain = ("knn_top1", "total_seconds", "probe_images")
+    plain = ("knn_top1", "total_seconds", "probe_images", "lr_schedule")
     rows = [
         replace(row, values={key: row.values[key] for key in plain} | {"scored": scored[row.variant == "e2e"]})
         for row in rows
