@@ -32,7 +32,9 @@ def static_files(
     """Files that hold no rows of a view: metadata, labels, keys and digests, by name."""
     files: dict[str, Any] = {}
     root = zarr.create_group(MemoryStore(files), zarr_format=3)
-    settings: dict[str, Any] = {"compressors": [Crc32cCodec()]}
+    # Zarr leaves out chunks that equal the fill value; here a chunk that is missing is damage. Said of each array: what
+    # `zarr.config.set` says holds for the process, and a build in another thread takes it back.
+    settings: dict[str, Any] = {"compressors": [Crc32cCodec()], "config": {"write_empty_chunks": True}}
     for view in range(layout.spec.views):
         for array in layout.arrays:
             root.create_array(
@@ -45,12 +47,10 @@ def static_files(
                 fill_value=0,
                 attributes=_attributes(array, layout),
             )
-    # Zarr leaves out chunks that equal the fill value; here a chunk that is missing is damage.
-    with zarr.config.set({"array.write_empty_chunks": True}):
-        root.create_array("labels", data=np.asarray(labels, "<i8"), chunks=(len(keys),), **settings)
-        root.create_array("digests", data=np.asarray(digests, "|u1"), chunks=digests.shape, **settings)
-        stored_keys = root.create_array("keys", shape=(len(keys),), dtype=str, chunks=(len(keys),), **settings)
-        stored_keys[:] = np.asarray(keys, dtype=object)
+    root.create_array("labels", data=np.asarray(labels, "<i8"), chunks=(len(keys),), **settings)
+    root.create_array("digests", data=np.asarray(digests, "|u1"), chunks=digests.shape, **settings)
+    stored_keys = root.create_array("keys", shape=(len(keys),), dtype=str, chunks=(len(keys),), **settings)
+    stored_keys[:] = np.asarray(keys, dtype=object)
     return {f"{STORE}/{name}": content.to_bytes() for name, content in sorted(files.items())}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 
 from cache import open_cache
 from cache.errors import CacheError, DamagedCache
@@ -100,3 +101,23 @@ def test_what_builders_of_other_layouts_leave_is_right_or_refused(
         one.start()  # alone
         assert one.end() == "" and verify_cache(folder) == [] and read_all(wanted, folder) == 14
     assert seen == {"lacks parts", "whole"} | ({"refused"} if "shards" in differ else set())
+
+
+def test_a_cache_begun_while_another_is_lacks_nothing(
+    tmp_path: Path, example, tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels and digests that are all zero are what zarr-python leaves out where the setting of the process, which the
+    end of a build in another thread took back, says so."""
+    wanted, create = example(), zarr.Group.create_array
+    wanted = replace(wanted, labels_N=0 * wanted.labels_N, digests_N=0 * wanted.digests_N)
+
+    def as_another_ends(self: zarr.Group, *args: Any, **settings: Any) -> zarr.Array:
+        zarr.config.set({"array.write_empty_chunks": False})
+        return create(self, *args, **settings)
+
+    create_store(tmp_path / "alone", wanted.layout, wanted.labels_N, wanted.keys, wanted.digests_N)
+    monkeypatch.setattr(zarr.Group, "create_array", as_another_ends)
+    with zarr.config.set({"array.write_empty_chunks": False}):
+        create_store(tmp_path / "beside", wanted.layout, wanted.labels_N, wanted.keys, wanted.digests_N)
+    assert {"data.zarr/labels/c/0", "data.zarr/digests/c/0/0", "data.zarr/keys/c/0"} < tree(tmp_path / "alone").keys()
+    assert tree(tmp_path / "beside") == tree(tmp_path / "alone")
