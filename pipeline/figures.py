@@ -27,14 +27,18 @@ RECONSTRUCTION_ROWS = ("masked input", "reconstruction", "original")
 
 def reconstructions(rows: np.ndarray, title: str, path: Path) -> None:
     """Pictures (3, N, S, S, 3) uint8 as a sheet: masked inputs, what the decoder fills in, originals."""
-    count = rows.shape[1]
-    figure, axes = plt.subplots(3, count, figsize=(1.15 * count, 4.1), layout="constrained", squeeze=False)
-    for pictures, axis_row, name in zip(rows, axes, RECONSTRUCTION_ROWS, strict=True):
-        for picture, axis in zip(pictures, axis_row, strict=True):
-            axis.imshow(picture, interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
-        axis_row[0].set_ylabel(name, fontsize=9)
+    lines, count, side = rows.shape[:3]
+    # One image on one pair of axes: a pair for each picture takes five times as long.
+    gap = max(1, side // 14)
+    framed = np.pad(rows, ((0, 0), (0, 0), (gap, 0), (gap, 0), (0, 0)), constant_values=255)
+    sheet = framed.swapaxes(1, 2).reshape(lines * (side + gap), count * (side + gap), 3)[gap:, gap:]
+    figure, axis = plt.subplots(figsize=(1.15 * count + 0.4, 3.9), layout="constrained")
+    axis.imshow(sheet, interpolation="nearest")
+    centres = [(side + gap) * row + side / 2 for row in range(lines)]
+    axis.set_yticks(centres, RECONSTRUCTION_ROWS, fontsize=9, rotation=90, va="center")
+    axis.tick_params(length=0)
+    axis.set_xticks([])
+    axis.spines[:].set_visible(False)
     figure.suptitle(f"{title}: each hidden patch with the mean and contrast of the original", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from models.config import HeadSpec
 from pipeline import equivalence, runner
 from pipeline.config import ConfigError
 from pipeline.decide import Wanted, judge_stage
 from pipeline.feeds import sampling
+from pipeline.figures import reconstructions as draw_reconstructions
 from pipeline.layout import RunPaths
 from stages.pictures import reconstructions
 from stages.sources import LiveImages
@@ -183,6 +185,16 @@ def test_a_run_draws_reconstructions_for_people_and_for_tensorboard(finished: Pa
     board = EventAccumulator(str(finished / "tensorboard"), size_guidance={"images": 0})
     board.Reload()
     assert "stage-2/reconstructions" in board.Tags()["images"]
+
+
+def test_the_sheet_has_every_picture_in_its_row_and_column(tmp_path: Path) -> None:
+    colours = np.random.default_rng(0).permutation(200)[: 3 * 4 * 3].reshape(3, 4, 3)
+    rows = np.broadcast_to(colours[:, :, None, None], (3, 4, 14, 14, 3)).astype(np.uint8)
+    draw_reconstructions(rows, "stage 2", tmp_path / "sheet.png")
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
+    centres = np.array([[np.argwhere((sheet == colour).all(-1)).mean(0) for colour in line] for line in colours])
+    assert (np.diff(centres[..., 0], axis=0) > 100).all() and (np.diff(centres[..., 1], axis=1) > 100).all()
+    assert np.ptp(centres[..., 0], axis=1).max() < 1 and np.ptp(centres[..., 1], axis=0).max() < 1
 
 
 def test_the_plan_prices_what_is_decoded_and_where_pixels_come_from(finished: Path, tmp_path: Path) -> None:
