@@ -28,7 +28,7 @@ RECONSTRUCTION_ROWS = ("masked input", "reconstruction", "original")
 def reconstructions(rows: np.ndarray, title: str, path: Path) -> None:
     """Pictures (3, N, S, S, 3) uint8 as a sheet: masked inputs, what the decoder fills in, originals."""
     lines, count, side = rows.shape[:3]
-    # One image on one pair of axes: a pair for each picture takes five times as long.
+    # One image on one pair of axes: a pair for each of 24 pictures takes 1.6 (224 pixels) to 2.5 times (32) as long.
     gap = max(1, side // 14)
     framed = np.pad(rows, ((0, 0), (0, 0), (gap, 0), (gap, 0), (0, 0)), constant_values=255)
     sheet = framed.swapaxes(1, 2).reshape(lines * (side + gap), count * (side + gap), 3)[gap:, gap:]
