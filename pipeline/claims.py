@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.comparable import crowded, scored_unlike, seconds_unlike, trained_unlike, unfinished
+from pipeline.comparable import crowded, scored_unlike, seconds_unlike, stopped_unfairly, trained_unlike
 
 PROBES = {"knn_top1": "kNN", "linear_top1": "linear probe"}
 FEWEST_SEEDS = 3
@@ -162,7 +162,7 @@ def early_stop_said(found: Sequence[Contrast], runs: Sequence[dict[str, Any]]) -
     lower = [one for one in found if one.sure and one.difference < 0]
     if higher and not lower:
         names = " and ".join(one.name for one in higher)
-        if seconds < mean_seconds(runs, "e2e") and (why := unfinished(runs[0]["arms"]["e2e"])):
+        if seconds < mean_seconds(runs, "e2e") and (why := stopped_unfairly(runs)):
             return f"; above {at} in {names}, but {why}: it is not known how one planned that short would score"
         return f", and ahead of {at} in {names}"
     few = f", {seeds_said(found[0].paired.seeds)}" if found[0].paired.seeds < FEWEST_SEEDS else ""

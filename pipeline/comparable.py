@@ -8,6 +8,8 @@ from typing import Any
 
 CROWDED = 0.05
 """Share of training lost to other work on the machine, from which on its seconds are said to be too long."""
+LATER = {"compile": "auto", "attention": "auto", "loader_threads": 2, "prefetch": 4, "ranks": 1, "parallel": "ddp"}
+"""What changes seconds and is noted of a machine only by later versions, or of several ranks: its value elsewhere."""
 ANYWHERE = ("constant", "schedule_free")
 """Schedules of the rate (`train.lr_schedule`) under which a curve's every point is as good an end as its last one."""
 
@@ -55,21 +57,18 @@ def machines(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     machine = record.get("machine")
     while machine:
         versions = {name: machine["versions"].get(name) for name in ("permafrost", "torch")}
-        yield {key: machine.get(key) for key in ("device", "threads")} | {
-            "compile": machine.get("compile", "auto"),
-            "ranks": machine.get("ranks", 1),
-            **versions,
-        }
+        noted = {key: machine.get(key) for key in ("device", "threads")}
+        yield noted | {key: machine.get(key, usual) for key, usual in LATER.items()} | versions
         machine = machine.get("before")
 
 
 def seconds_unlike(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Why seconds of these do not compare; empty where they do. rows: by name, as `arm_summary` makes them."""
-    return "; ".join(why for why in (trained_unlike(rows.values()), crowded(rows)) if why)
+    return "; ".join(why for why in (trained_unlike(rows.values()), crowded(rows), uncosted(rows)) if why)
 
 
 def trained_unlike(rows: Iterable[Mapping[str, Any]]) -> str:
-    """That these were trained on different machines, threads, ranks or versions, and how; empty where they were not."""
+    """That these were trained on different machines, threads, ranks, kernels or versions, and how; else empty."""
     how = ways_unlike(way for row in rows for way in row.get("machines", ()))
     return f"arms were not trained alike ({how}), so seconds do not compare" if how else ""
 
@@ -88,6 +87,24 @@ def crowded(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return f"other work had the cores for {', '.join(told)}, {what}" if told else ""
 
 
+def uncosted(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """That nobody knows what caches of some of these have cost, so that their seconds mislead; else empty.
+
+    rows: by name, what has `cache_cost_known`, missing where there is no cache.
+    """
+    names = ", ".join(name for name, row in rows.items() if row.get("cache_cost_known") is False)
+    what = "is not known and counts as 0, so seconds are too small and do not compare"
+    return f"what caches of {names} have cost that were found, or taken rows from, {what}" if names else ""
+
+
+def epochs_unlike(arms: Mapping[str, Mapping[str, Any]]) -> str:
+    """That arms have trained for different numbers of epochs (`train.early_stop`), so that their ends and total seconds
+    are not those of the same work; empty where they have not. arms: of a comparison, as `arm_summary` makes them."""
+    told = {arm: f"{row['epochs']:g}" for arm, row in arms.items()}
+    how = ", ".join(f"{arm} {epochs}" for arm, epochs in told.items())
+    return f"arms trained for different numbers of epochs ({how})" if len(set(told.values())) > 1 else ""
+
+
 def frozen_for_all(stage_0: Mapping[str, Any]) -> str:
     """That arms have more in common than their start: FreezeOut may freeze blocks in place before the first cut, in
     stage 0, which the end-to-end arm has for its own; empty where it did not. stage_0: its record."""
@@ -96,10 +113,19 @@ def frozen_for_all(stage_0: Mapping[str, Any]) -> str:
     return f"{what}: e2e trains end to end in later stages only" if most else ""
 
 
-def unfinished(arm: Mapping[str, Any]) -> str:
-    """Why a point on an arm's curve is worse than the end of a training planned that short; empty where it is not.
-    Such a curve can show that stopping early does as well, not that it does worse."""
+def unfinished(arm: Mapping[str, Any], seconds: float) -> str:
+    """Why an arm that is stopped after so many seconds is worse than the end of a training planned that short; empty
+    where it is not, or the arm had ended by then. Stopping it can be shown to do as well, not to do worse."""
+    if seconds >= arm["total_seconds"]:
+        return ""
     kind = arm.get("lr_schedule")
     if kind is None:
         return "an earlier version has not noted its rate (train.lr_schedule)"
     return "" if kind in ANYWHERE else f"its rate (train.lr_schedule = {kind}) had not fallen by then"
+
+
+def stopped_unfairly(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Why end to end, stopped after as many seconds as cached training took, is no fair control in some comparison;
+    empty where it is in all."""
+    pairs = ((one["arms"]["e2e"], one["arms"]["cached"]["total_seconds"]) for one in runs)
+    return next((why for e2e, seconds in pairs if (why := unfinished(e2e, seconds))), "")

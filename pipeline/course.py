@@ -5,6 +5,7 @@ Stands between the settings and the verdicts of `decide`. Free of torch."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -161,6 +162,13 @@ class Course:
         """How often the ring of a stage has turned before a segment."""
         every = self.refresh(stage)
         return (segment.first_epoch - self.asked(stage)[0].first_epoch) // every if every else 0
+
+    def starts(self, parts: Sequence[Segment], stage: int) -> dict[int, float]:
+        """The epoch of the run at which each turn of a stage's ring of views is due; turn 0 is the stage's begin."""
+        found: dict[int, float] = {}
+        for part in parts:
+            found.setdefault(self.generation(part, stage), part.trained(0))
+        return found
 
     def views_beside(self, stage: int) -> int:
         """The most views that a stage's ring has on disk besides those that are read: the one that a turn makes, or

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ NEAR = 0.10
 def made_of(wanted: Wanted) -> dict[str, Any]:
     """What a plan depends on: settings, the number of images, the machine."""
     settings = dict(flatten(dataclasses.asdict(wanted.config)))
-    machine = described(wanted.config.train)
+    machine = described(wanted.config)
     found = {key: value for key, value in settings.items() if not key.startswith(ELSEWHERE)}
     found |= {"images": len(wanted.data.train), "device": machine["device"]}
     plain: dict[str, Any] = json.loads(json.dumps(found))
@@ -59,7 +60,7 @@ def foretold(wanted: Wanted, stages: Sequence[dict[str, Any]], arms: dict[str, d
     """Predicted beside measured, with relative differences, by stage and arm. stages: their records; arms: those of the
     arms e2e and freeze."""
     plan = read_plan(wanted)
-    parts = [{"machine": described(wanted.config.train)}, *stages, *arms.values()]
+    parts = [{"machine": described(wanted.config)}, *stages, *arms.values()]
     if how := ways_unlike(way for part in parts for way in machines(part)):
         return {"compared": False, "why": f"not all parts ran alike, and as the plan has them: {how}"}
     if why := why_not(wanted, plan):
@@ -79,10 +80,10 @@ def foretold(wanted: Wanted, stages: Sequence[dict[str, Any]], arms: dict[str, d
             spent = record["cache_seconds"] + (record.get("cache_seconds_elsewhere") or 0.0)
             row["cache_seconds"] = beside(foreseen["cache_seconds"], spent)
         by_stage.append(row)
-    return {"compared": True, "why": "", "stages": by_stage, "plan": {key: plan[key] for key in TOTALS}}
+    return {"compared": True, "why": "", "stages": by_stage, "plan": plan}
 
 
-TOTALS = ("e2e_seconds", "freeze_seconds", "cached_seconds", "speedup_total", "break_even_epoch")
+WHOLE = ("speedup_total", "break_even_epoch")
 
 
 def with_totals(found: dict[str, Any], comparison: dict[str, Any]) -> dict[str, Any]:
@@ -90,8 +91,14 @@ def with_totals(found: dict[str, Any], comparison: dict[str, Any]) -> dict[str, 
     if not found["compared"]:
         return found
     plan = found["plan"]
-    arms = {arm: beside(plan[f"{arm}_seconds"], comparison["arms"][arm]["total_seconds"]) for arm in ARMS}
-    whole = {key: beside(plan[key], comparison[key]) for key in ("speedup_total", "break_even_epoch")}
+    epochs = sum(stage["epochs"] for stage in plan["stages"])
+    # Of an arm that ended early, or whose caches' cost is not known, something else was foretold.
+    of = comparison["arms"]
+    done = {arm: of[arm]["cache_cost_known"] and math.isclose(of[arm]["epochs"], epochs) for arm in ARMS}
+    seconds = {arm: of[arm]["total_seconds"] if done[arm] else None for arm in ARMS}
+    arms = {arm: beside(plan[f"{arm}_seconds"], seconds[arm]) for arm in ARMS}
+    both = done["e2e"] and done["cached"]
+    whole = {key: beside(plan[key], comparison[key] if both else None) for key in WHOLE}
     return {key: value for key, value in found.items() if key != "plan"} | {"totals": arms} | whole
 
 

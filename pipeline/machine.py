@@ -11,11 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 from dask.system import cpu_count
 
 from pipeline import __version__
 from pipeline.config import PipelineConfig
-from stages.config import TrainConfig
 
 VERSIONS = ("torch", "timm", "zarr", "numpy")
 SPIN = "3000"
@@ -51,16 +51,21 @@ def resolve(config: PipelineConfig, previous: PipelineConfig | None = None, dete
     return dataclasses.replace(config, train=train)
 
 
-def described(train: TrainConfig, ranks: int = 1) -> dict[str, Any]:
-    """The machine, and with what the numbers of a record were made on it. ranks: processes that train together."""
+def described(config: PipelineConfig, ranks: int = 1) -> dict[str, Any]:
+    """The machine, and with what the numbers of a record, its seconds among them, were made on it. ranks: processes
+    that train together."""
+    train = config.train
     return {
         "device": f"{train.device} ({processor()})",
         "precision": train.precision,
         "threads": train.threads,
         "compile": train.compile,
+        "attention": config.model.attention,
+        "loader_threads": train.loader_threads,
+        "prefetch": train.prefetch,
         "versions": {"permafrost": __version__, "python": platform.python_version()}
         | {name: version(name) for name in VERSIONS},
-    } | ({"ranks": ranks} if ranks > 1 else {})
+    } | ({"ranks": ranks, "parallel": train.parallel} if ranks > 1 else {})
 
 
 def processor() -> str:
@@ -69,6 +74,12 @@ def processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def whole_machine() -> bool:
+    """Whether all cores of the machine are this process's to use. Where they are not, in a container or under an
+    affinity, what other work takes of the machine says nothing of those that are."""
+    return available_cores() >= (psutil.cpu_count() or 1)
 
 
 def available_cores() -> int:

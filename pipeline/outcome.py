@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.claims import FEWEST_SEEDS, Paired, interval, paired, points
-from pipeline.comparable import crowded, trained_unlike, unfinished, ways_unlike
+from pipeline.comparable import crowded, trained_unlike, uncosted, unfinished, ways_unlike
 from pipeline.speedup import arm_summary, cache_cost, stopped_at
 from pipeline.studies import Study
 
@@ -55,7 +55,8 @@ class Row:
         """Why its seconds and another's do not compare; empty where they do."""
         pair = {row.variant: row.values for row in (self, other)}
         busy = "other work had the cores for the training of one" if crowded(pair) else ""
-        return trained_unlike(pair.values()) or busy
+        unknown = "what caches of one have cost is not known" if uncosted(pair) else ""
+        return trained_unlike(pair.values()) or busy or unknown
 
 
 def measured(parts: Sequence[Record]) -> tuple[Record, tuple[Record, ...]]:
@@ -83,18 +84,20 @@ def tuned(record: Record) -> Record:
 
 
 def with_control(study: Study, rows: Iterable[Row]) -> list[Row]:
-    """The rows, each with what end to end of the same seed scores when it is stopped after as many seconds, or, under
-    `not_stopped`, why that is not known."""
+    """The rows, each with what end to end of the same seed scores when it is stopped after as many seconds, and, under
+    `had_ended`, whether it was done before; or, under `not_stopped`, why that is not known."""
     rows = list(rows)
     ends = {row.seed: row for row in rows if row.variant == study.end_to_end and row.curve}
     found = []
     for row in rows:
         end = ends.get(row.seed)
         if end and row.curve and row.variant != study.end_to_end and not row.unlike(end):
-            more: Record = {"not_stopped": row.not_timed(end) or unfinished(end.values)}
+            total = row.values["total_seconds"]
+            more: Record = {"not_stopped": row.not_timed(end) or unfinished(end.values, total)}
             if not more["not_stopped"]:
-                stopped = stopped_at(list(end.curve), row.values["total_seconds"])
+                stopped = stopped_at(list(end.curve), total)
                 more = {f"{key}_e2e_stopped": stopped[key] for key in ("knn_top1", "linear_top1")}
+                more |= {"had_ended": total > end.values["total_seconds"]}
             row = Row(row.variant, row.seed, row.state, row.values | more, row.curve)
         found.append(row)
     return found
@@ -115,6 +118,8 @@ class Line:
     """By score: the variant less end to end stopped after as many seconds."""
     unlike: tuple[int, ...] = ()
     """Seeds whose two rows were scored differently, so that they are not compared."""
+    longer: tuple[int, ...] = ()
+    """Seeds in which end to end had ended by the time that the variant took: its end is what is compared with."""
 
 
 def lines(study: Study, rows: Sequence[Row]) -> list[Line]:
@@ -139,7 +144,9 @@ def lines(study: Study, rows: Sequence[Row]) -> list[Line]:
             if pair := paired(by_seed(own, key), by_seed(own, f"{key}_e2e_stopped"), images):
                 stopped[key] = pair
         seeds = tuple(sorted(row.seed for row in own))
-        found.append(Line(name, against if name != against else "", seeds, means, control, stopped, tuple(unlike)))
+        longer = tuple(sorted(row.seed for row in own if row.values.get("had_ended")))
+        against = against if name != against else ""
+        found.append(Line(name, against, seeds, means, control, stopped, tuple(unlike), longer))
     return found
 
 
@@ -215,14 +222,13 @@ def table_md(study: Study, name: str, facts: Sequence[str], found: Sequence[Line
         if line.unlike:
             pair, which = f"{line.variant} and {line.against}", ", ".join(map(str, line.unlike))
             out += ["", f"{pair} were scored differently with seed {which}, and are not compared there."]
+    if longer := [f"{line.variant}, seed {', '.join(map(str, line.longer))}" for line in found if line.longer]:
+        what = "End to end had ended before these had, so that they are compared with its end, which took fewer seconds"
+        out += ["", f"{what}: {'; '.join(longer)}."]
     if not_stopped := sorted({why for row in rows if (why := row.values.get("not_stopped"))}):
         out += ["", f"Rows are not compared with end to end stopped early where {'; '.join(not_stopped)}."]
-    if unknown := [row for row in rows if row.values.get("cache_cost_known") is False]:
-        names = ", ".join(f"{row.variant}, seed {row.seed}" for row in unknown)
-        what = "What caches that were found, or taken rows from, have cost is not known and counts as 0"
-        out += ["", f"{what}, so seconds are too small: {names}."]
-    if busy := crowded({f"{row.variant}, seed {row.seed}": row.values for row in rows if row.state == "done"}):
-        out += ["", f"{busy[0].upper()}{busy[1:]}."]
+    done = {f"{row.variant}, seed {row.seed}": row.values for row in rows if row.state == "done"}
+    out += [line for told in (uncosted(done), crowded(done)) if told for line in ("", f"{told[0].upper()}{told[1:]}.")]
     if bad := [row for row in rows if row.state != "done"]:
         out += ["", "## Not there", ""]
         told = [f"{row.variant}, seed {row.seed}: {row.state}: {row.values.get('why', '')}" for row in bad]
@@ -234,7 +240,8 @@ def claims(found: Sequence[Line]) -> list[str]:
     """What the intervals carry, variant by variant, and no more."""
     told = []
     for line in found:
-        for whom, pairs in ((line.against, line.control), ("e2e stopped after as many seconds", line.stopped)):
+        early = "e2e stopped after as many seconds" + (", or at its end where that came first" if line.longer else "")
+        for whom, pairs in ((line.against, line.control), (early, line.stopped)):
             told += [f"{line.variant} against {whom}: {MEASURES[key]} {pair.said}." for key, pair in pairs.items()]
     return told or ["nothing yet: no variant and what it is compared with have finished on the same seed."]
 

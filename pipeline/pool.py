@@ -46,7 +46,7 @@ def part_key(wanted: Wanted, inputs: dict[str, Any], cached: bool) -> str:
             "inputs": json.loads(json.dumps(inputs)),
             "train": asdict(config.train),
             "attention": config.model.attention,
-            "machine": described(config.train),
+            "machine": described(config),
             "eval": asdict(config.eval),
             "val": wanted.data.val.digest,
         }
@@ -109,7 +109,7 @@ def made_so(wanted: Wanted, paths: StagePaths) -> bool:
     what it has, whatever made it. Ranks are in no key, and the comparison of arms names them."""
     record = wanted.record(paths) or {}
     machine = {key: value for key, value in (record.get("machine") or {}).items() if key != "ranks"}
-    return machine == described(wanted.config.train) and record.get("scored", wanted.scored) == wanted.scored
+    return machine == described(wanted.config) and record.get("scored", wanted.scored) == wanted.scored
 
 
 def take(wanted: Wanted, pool: Path) -> list[str]:

@@ -82,7 +82,11 @@ class StageCost:
     freeze_seconds: float
     cached_seconds: float
     cache_seconds: float
+    """With all turns of a ring of views, of which `turns` has the epochs of the stage before which they are, and what
+    one of them takes."""
     cache_bytes: int
+    turns: tuple[float, ...] = ()
+    turn_seconds: float = 0.0
     waits: tuple[str, ...] = ()
     """The arms whose steps wait for their inputs, since loading takes longer."""
     live: bool = False
@@ -153,13 +157,13 @@ def stage_cost(wanted: Wanted, prices: Prices, stage: int, state: str = "planned
         seconds = dict.fromkeys(ARMS, training(wanted, prices, stage, parts, "freeze"))
     else:
         seconds = {arm: training(wanted, prices, stage, ways[arm], arm) for arm in ARMS}
-    needs, turns = new_needs(wanted, stage), wanted.generation(parts[-1], stage)
-    views = wanted.config.cache.views
+    needs, views = new_needs(wanted, stage), wanted.config.cache.views
     build = sum(prices.build(need, views) for need in needs)
-    if turns and needs:  # a ring makes one view more at every turn
-        build += turns * prices.build(needs[0], 1)
+    begun, *turned = wanted.starts(parts, stage).values()
+    turns = tuple(epoch - begun for epoch in turned) if needs else ()
+    turn = prices.build(needs[0], 1) if turns else 0.0  # a ring makes one view more at every turn
     memory = {arm: max(peak_bytes(wanted, stage, part, arm) for part in ways[arm]) for arm in ARMS}
-    if turns and needs and wanted.config.cache.refresh_ahead and not wanted.config.cluster.remote:
+    if turns and wanted.config.cache.refresh_ahead and not wanted.config.cluster.remote:
         memory["cached"] += build_bytes(wanted, needs[0]) if wanted.config.train.device == "cpu" else 0  # at once
     return StageCost(
         stage=stage,
@@ -169,7 +173,9 @@ def stage_cost(wanted: Wanted, prices: Prices, stage: int, state: str = "planned
         e2e_seconds=seconds["e2e"],
         freeze_seconds=seconds["freeze"],
         cached_seconds=seconds["cached"],
-        cache_seconds=build,
+        cache_seconds=build + len(turns) * turn,
+        turns=turns,
+        turn_seconds=turn,
         cache_bytes=sum(cache_bytes(wanted.layout(need)) for need in needs),
         waits=tuple(arm for arm in ARMS if any(waiting(wanted, prices, stage, part, arm) for part in ways[arm])),
         live=bool(stage) and stage not in wanted.cached_stages,
@@ -366,10 +372,14 @@ def totals(costs: Sequence[StageCost]) -> dict[str, Any]:
     """The plan as a whole. Evaluation is left out, as it is from training time."""
     slow, fast, epoch = [(0.0, 0.0)], [(0.0, 0.0)], 0.0
     for cost in costs:
-        fast.append((epoch, fast[-1][1] + cost.cache_seconds))
+        before = fast[-1][1] + cost.cache_seconds - len(cost.turns) * cost.turn_seconds
+        fast.append((epoch, before))
+        for count, turn in enumerate(cost.turns):
+            reached = before + cost.cached_seconds * turn / cost.epochs + count * cost.turn_seconds
+            fast += [(epoch + turn, reached), (epoch + turn, reached + cost.turn_seconds)]
         epoch += cost.epochs
         slow.append((epoch, slow[-1][1] + cost.e2e_seconds))
-        fast.append((epoch, fast[-1][1] + cost.cached_seconds))
+        fast.append((epoch, before + cost.cached_seconds + len(cost.turns) * cost.turn_seconds))
     return {
         "e2e_seconds": slow[-1][1],
         "freeze_seconds": sum(cost.freeze_seconds for cost in costs),

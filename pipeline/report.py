@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 from cache.manifest import atomic_write
 from pipeline import __version__
 from pipeline.claims import FEWEST_SEEDS, contrasts, headline, mean_seconds
-from pipeline.comparable import frozen_for_all, scored_unlike, seconds_unlike, unfinished
+from pipeline.comparable import epochs_unlike, frozen_for_all, scored_unlike, seconds_unlike, stopped_unfairly
 from pipeline.foretold import foretold_line
 from pipeline.job import Job
 from pipeline.layout import RunPaths
@@ -107,7 +107,7 @@ def control(story: Story) -> list[str]:
     seconds, epoch = (statistics.fmean(one["early_stop"][key] for one in runs) for key in ("seconds", "epoch"))
     cached, freeze, e2e = (mean_seconds(runs, arm) for arm in ("cached", "freeze", "e2e"))
     images = story.speedup["arms"]["cached"]["curve"][-1]["probe_images"]
-    why = unfinished(story.speedup["arms"]["e2e"])
+    why = stopped_unfairly(runs)
     errors = (
         "Seconds and scores are means over seeds; intervals are 95 %, by Student's t, of differences paired by seed. A "
         "difference within its interval is none."
@@ -154,11 +154,6 @@ def warnings(story: Story) -> Iterator[str]:
             f"At cut {', '.join(live)} the frozen blocks ran forward on every step: the cache did not fit "
             "cache.budget_gb."
         )
-    if story.speedup and not story.speedup["arms"]["cached"]["cache_cost_known"]:
-        yield (
-            "What a cache that was found, or taken rows from, has cost is not known and counts as 0: the cached arm's "
-            "total is too small."
-        )
     if story.speedup and story.speedup["loader_bound"] < LOADER:
         yield (
             f"Reading features costs: a cached step runs at {story.speedup['loader_bound']:.2f} of its speed on "
@@ -166,6 +161,8 @@ def warnings(story: Story) -> Iterator[str]:
         )
     if story.stages and (shared := frozen_for_all(story.stages[0])):
         yield f"{shared[0].upper()}{shared[1:]}."
+    if story.speedup and (unlike := epochs_unlike(story.summaries)):
+        yield f"{unlike[0].upper()}{unlike[1:]}."
     if why := seconds_unlike(story.summaries):
         yield f"{why[0].upper()}{why[1:]}."
     for name, record in story.records.items():

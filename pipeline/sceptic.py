@@ -12,7 +12,7 @@ from typing import Any
 
 from cache.manifest import atomic_write
 from pipeline.claims import FEWEST_SEEDS, PROBES, interval, paired, times_unlike
-from pipeline.comparable import scored_unlike, unfinished
+from pipeline.comparable import scored_unlike, stopped_unfairly
 from pipeline.layout import RunPaths
 from pipeline.story import read_json, same_but_seed
 
@@ -60,7 +60,7 @@ def differences(found: Mapping[int, Record], control: str) -> Record:
     runs = list(found.values())
     early = control == "early_stop"
     unlike = scored_unlike(runs) or (times_unlike(runs) if early else "")
-    why = unfinished(runs[0]["arms"]["e2e"]) if early and runs else ""
+    why = stopped_unfairly(runs) if early else ""
     for key in PROBES if not unlike else ():
         ours = {seed: run["arms"]["cached"][key] for seed, run in sorted(found.items())}
         theirs = {seed: CONTROLS[control](run)[key] for seed, run in sorted(found.items())}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from cache.manifest import atomic_write
 from cache.users import read_cost
@@ -28,24 +29,43 @@ def spent_seconds(paths: StagePaths) -> dict[str, float]:
     return dict(json.loads(file.read_text())) if file.exists() else {}
 
 
-def cache_costs(wanted: Wanted, stage: int) -> dict[str, float | None]:
+def cache_costs(wanted: Wanted, stage: int) -> dict[str, Any]:
     """What the caches have cost that a stage is the first to read, by the fields of its record: the seconds that this
     run has spent, and those that others have, or that were spent on rows that were taken over; None where those are
-    not known."""
-    paths, spent, elsewhere = wanted.paths.stage(stage), 0.0, []
+    not known. Of a ring of views, `turns` says which of them were spent when."""
+    paths = wanted.paths.stage(stage)
     turns, ahead = wanted.turns(stage), wanted.config.cache.refresh_ahead
     needs = [*new_needs(wanted, stage), *(wanted.features(stage, before) for before in range(turns))]
     if wanted.refresh(stage):  # and what was made ahead for a stage that ended early
         later = [wanted.features(stage, turn) for turn in range(turns + 1, turns + ahead + 1)]
         known = spent_seconds(paths)
         needs += [need for need in later if (spec := wanted.spec(need)) and spec.fingerprint in known]
+    found = {}
     for spec in map(wanted.spec, needs if stage else ()):
         assert spec is not None, "they were built or found"
         own, total = read_seconds(paths, spec.fingerprint), read_cost(wanted.cache_folder(spec))
-        spent += own
-        elsewhere.append(rest_of(total, own))
-    waited = {"refresh_wait_seconds": waited_seconds(wanted, stage)} if wanted.refresh(stage) else {}
-    return {"cache_seconds": spent, "cache_seconds_elsewhere": sum_known(elsewhere)} | waited
+        found[spec.fingerprint] = own, rest_of(total, own)
+    told: dict[str, Any] = {
+        "cache_seconds": sum(own for own, _ in found.values()),
+        "cache_seconds_elsewhere": sum_known(rest for _, rest in found.values()),
+    }
+    if wanted.refresh(stage):
+        told |= {"refresh_wait_seconds": waited_seconds(wanted, stage), "turns": turn_costs(wanted, stage, found)}
+    return told
+
+
+def turn_costs(
+    wanted: Wanted, stage: int, found: Mapping[str, tuple[float, float | None]]
+) -> list[dict[str, float]]:
+    """What every turn of a stage's ring has cost, and before which epoch it was: of the run, as curves count, and of
+    the stage. found: by fingerprint, the seconds of this run and of others."""
+    told, starts = [], wanted.starts(wanted.asked(stage), stage)
+    for turn, epoch in starts.items():
+        spec = wanted.spec(wanted.features(stage, turn))
+        if turn and spec and spec.fingerprint in found:
+            own, rest = found[spec.fingerprint]
+            told.append({"epoch": epoch, "after": epoch - starts[0], "seconds": own + (rest or 0.0)})
+    return told
 
 
 def rest_of(total: float | None, own: float) -> float | None:

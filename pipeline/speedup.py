@@ -13,7 +13,14 @@ import numpy as np
 
 from cache.manifest import atomic_write
 from pipeline.claims import PROBES
-from pipeline.comparable import frozen_for_all, machines, scored_unlike, seconds_unlike, unfinished
+from pipeline.comparable import (
+    epochs_unlike,
+    frozen_for_all,
+    machines,
+    scored_unlike,
+    seconds_unlike,
+    stopped_unfairly,
+)
 from pipeline.config import ConfigError
 from pipeline.decide import ARMS, Wanted, judge_all
 from pipeline.desk import Desk, at_work
@@ -21,7 +28,6 @@ from pipeline.foretold import foretold, foretold_line, with_totals
 from pipeline.job import Job
 from pipeline.layout import StagePaths
 from pipeline.machine import described
-from pipeline.seconds import sum_known
 from pipeline.show import console, table
 
 ARM_SECONDS, ROUNDS = 1.0, 4
@@ -96,9 +102,10 @@ def summary(wanted: Wanted) -> dict[str, Any]:
         "speedup_by_stage": by_stage,
         "loader_bound": min(loading, default=1.0),
         "loader_bound_by_stage": loading,
-        "break_even_epoch": break_even(timeline(parts["e2e"]), timeline(parts["cached"])),
+        "epochs_unlike": (unlike := epochs_unlike(arms)),
+        "break_even_epoch": None if unlike else break_even(timeline(parts["e2e"]), timeline(parts["cached"])),
         "early_stop": stopped_at(arms["e2e"]["curve"], arms["cached"]["total_seconds"]),
-    } | described(wanted.config.train)
+    } | described(wanted.config)
     return found | {"predicted": with_totals(foretold(wanted, stages, {"e2e": e2e, "freeze": freeze}), found)}
 
 
@@ -133,13 +140,17 @@ def record(wanted: Wanted, paths: StagePaths) -> dict[str, Any]:
 
 
 def arm_summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """One arm from the records of its parts, in order. A part's probe points count from its start, after its cache."""
+    """One arm from the records of its parts, in order. A part's probe points count from its start, after its cache, and
+    after what turns of its ring of views had cost by then."""
     curve, spent = [], 0.0
+    crowded = [lost for part in parts if (lost := part.get("crowded_seconds")) is not None]  # so much at least
     for part in parts:
-        spent += cache_cost(part)
         points = ("epoch", "knn_top1", "linear_top1", "effective_rank", "probe_images")
-        curve += [{"seconds": spent + p["seconds"]} | {key: p[key] for key in points} for p in part["curve"]]
-        spent += part["train_seconds"]
+        for point in part["curve"]:
+            later = sum(turn["seconds"] for turn in part.get("turns", ()) if turn["epoch"] >= point["epoch"])
+            seconds = spent + cache_cost(part) - later + point["seconds"]
+            curve.append({"seconds": seconds} | {key: point[key] for key in points})
+        spent += cache_cost(part) + part["train_seconds"]
     return {
         "train_seconds": sum(part["train_seconds"] for part in parts),
         "cache_seconds": sum(map(cache_cost, parts)),
@@ -147,7 +158,7 @@ def arm_summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "cache_cost_known": all(part.get("cache_seconds_elsewhere", 0.0) is not None for part in parts),
         "total_seconds": spent,
         "loader_wait_seconds": sum(part["loader_wait_seconds"] for part in parts),
-        "crowded_seconds": sum_known(part.get("crowded_seconds") for part in parts),
+        "crowded_seconds": sum(crowded) if crowded else None,
         "evaluate_seconds": sum(part["evaluate_seconds"] for part in parts),
         "epochs": sum(part["epochs"] for part in parts),
         "images": sum(part["images"] for part in parts),
@@ -174,14 +185,23 @@ def cache_cost(part: dict[str, Any]) -> float:
 
 
 def timeline(parts: list[dict[str, Any]]) -> list[tuple[float, float]]:
-    """(epoch, seconds) at every corner of an arm's course; building a cache takes seconds and no epoch."""
+    """(epoch, seconds) at every corner of an arm's course; building a cache, or a ring's next view, takes seconds and
+    no epoch."""
     epoch = seconds = 0.0
     corners = [(0.0, 0.0)]
     for part in parts:
-        seconds += cache_cost(part)
+        turns, begun = part.get("turns", []), epoch
+        seconds += cache_cost(part) - sum(turn["seconds"] for turn in turns)
         corners.append((epoch, seconds))
         for segment in part["segments"]:
+            if due := [turn for turn in turns if turn["after"] <= epoch - begun]:  # a ring turns where segments begin
+                turns = turns[len(due) :]
+                seconds += sum(turn["seconds"] for turn in due)
+                corners.append((epoch, seconds))
             epoch, seconds = epoch + segment["epochs"], seconds + segment["train_seconds"]
+            corners.append((epoch, seconds))
+        if turns:  # made ahead, for epochs that the stage did not come to
+            seconds += sum(turn["seconds"] for turn in turns)
             corners.append((epoch, seconds))
     return corners
 
@@ -245,14 +265,15 @@ def show(found: dict[str, Any]) -> None:
     out.print(rows)
     if why := seconds_unlike(found["arms"]):
         out.print(why, markup=False)
-    if shared := found.get("frozen_for_all"):
-        out.print(shared, markup=False)
+    for kind in ("frozen_for_all", "epochs_unlike"):
+        if told := found.get(kind):
+            out.print(told, markup=False)
     stopped, cached = found["early_stop"], found["arms"]["cached"]
     out.print(
         f"e2e stopped at the cached arm's {cached['total_seconds']:.0f} s (epoch {stopped['epoch']:.1f}): "
         f"kNN {score(stopped['knn_top1'])}, linear {score(stopped['linear_top1'])}; "
         f"cached: {score(cached['knn_top1'])}, {score(cached['linear_top1'])}"
-        + (f"; {why}" if (why := unfinished(found["arms"]["e2e"])) else ""),
+        + (f"; {why}" if (why := stopped_unfairly([found])) else ""),
         markup=False,
     )
     for control, told in (("stopped then", "cached_less_early_stop"), ("at its end", "cached_less_e2e")):
@@ -261,18 +282,14 @@ def show(found: dict[str, Any]) -> None:
     if shared := cached["cache_seconds_elsewhere"]:
         whose = "other runs that share the caches, or on rows taken over"
         out.print(f"of the cache seconds, {shared:.1f} were spent by {whose}")
-    if not cached["cache_cost_known"]:
-        what = "what a cache that was found, or taken rows from, has cost is not known and counts as 0"
-        out.print(f"{what}: the cached arm's total is too small")
     if live := [str(row["cut"]) for row in by_stage if row.get("live")]:
         out.print(f"cut {', '.join(live)}: no cache, frozen blocks ran live in the cached arm (cache.over_budget=live)")
     ratios = ", ".join(f"cut {row['cut']}: {row['ratio']:.2f} (FLOP bound {row['flop_bound']:.2f})" for row in by_stage)
-    even = found["break_even_epoch"]
+    even = "not known" if found.get("epochs_unlike") else "not reached"
+    if found["break_even_epoch"] is not None:
+        even = f"at epoch {found['break_even_epoch']:.1f}"
     out.print(f"cached over e2e images/s at {ratios}" if by_stage else "one stage only: nothing is cached")
-    out.print(
-        f"cached step against features in memory: {found['loader_bound']:.2f}; break-even "
-        + ("not reached" if even is None else f"at epoch {even:.1f}")
-    )
+    out.print(f"cached step against features in memory: {found['loader_bound']:.2f}; break-even {even}")
     if line := foretold_line(found.get("predicted", {})):
         out.print(line, markup=False)
 

@@ -31,7 +31,7 @@ from pipeline.feeds import live_source, sampling, source_for, stage_source
 from pipeline.job import Interrupted, RunFailed
 from pipeline.kept import forget_epochs, kept_epochs
 from pipeline.layout import StagePaths
-from pipeline.machine import described
+from pipeline.machine import described, whole_machine
 from pipeline.ring import ring_of
 from pipeline.seconds import cache_costs
 from pipeline.start import begin_from_file
@@ -40,6 +40,7 @@ from stages.arm import Arm, Hooks, Result
 from stages.blind import blind_record, nothing_learnt
 from stages.book import Diverged
 from stages.checkpoint import CheckpointError, Progress
+from stages.crowd import others
 from stages.encode import frozen_encoder
 from stages.endings import Settling
 from stages.images import spread
@@ -207,7 +208,7 @@ def carry_out(
     segments, team = arm.segments, desk.job.team
     record = arm.tag | facts | {"status": "running", "fingerprint": arm.inputs}
     record |= {"epochs": trained_epochs(segments)}
-    made = {"machine": described(desk.wanted.config.train, team.rank.ranks), "scored": desk.wanted.scored}
+    made = {"machine": described(desk.wanted.config, team.rank.ranks), "scored": desk.wanted.scored}
     record |= {key: so_far(desk.wanted.record(paths), arm.inputs, key, now) for key, now in made.items()}
     write_record(paths, record)
     hooks = Hooks(
@@ -215,6 +216,7 @@ def carry_out(
         evaluate=evaluate,
         stop=desk.job.stop.is_set,
         keep=lambda path, model: write_weights(path, model.encoder.vit.state_dict()),
+        others=others if whole_machine() else None,
     )
     try:
         with team.assembled({"tag": arm.tag, "from": facts.get("from"), "inputs": facts["inputs"]}):

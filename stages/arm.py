@@ -87,5 +87,5 @@ class Hooks:
     keep: Callable[[Path, Any], object] = lambda path, model: None
     """Writes the encoder of the model that is trained."""
     now: Callable[[], float] = time.perf_counter
-    others: Callable[[], float] = others
-    """Processor seconds that went to other work, since whenever."""
+    others: Callable[[], float] | None = others
+    """Processor seconds that went to other work, since whenever; None where nobody can tell."""

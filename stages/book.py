@@ -49,7 +49,7 @@ class Book:
         self.totals = progress.totals[progress.segment]
         self.watch = Stopwatch(hooks.now)
         one_process_on_cores = team.rank.ranks == 1 and not arm.train.device.startswith("cuda")
-        self.crowd = Crowd(arm.train.threads, hooks.others) if one_process_on_cores else None
+        self.crowd = Crowd(arm.train.threads, hooks.others) if hooks.others and one_process_on_cores else None
         self.pending: list[Tensor] = []
         self.recent: list[list[float]] = []
         self.spent = Spent()

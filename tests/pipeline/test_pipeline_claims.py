@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.claims import PROBES, contrasts, headline, interval, standard_error
-from pipeline.comparable import machines, scored_unlike, seconds_unlike, so_far
+from pipeline.comparable import LATER, machines, scored_unlike, seconds_unlike, so_far
 from pipeline.sceptic import differences, over_seeds
 
 Pair = tuple[float | None, float | None]
@@ -165,7 +165,7 @@ def test_seconds_that_do_not_compare_and_rates_that_have_not_fallen_carry_no_cla
 def test_what_goes_on_elsewhere_names_both_machines() -> None:
     here = {"device": "cpu", "threads": 1, "precision": "float32", "versions": {"permafrost": "1", "torch": "2"}}
     first = list(machines({"machine": here}))
-    assert first == [{"device": "cpu", "threads": 1, "compile": "auto", "ranks": 1, "permafrost": "1", "torch": "2"}]
+    assert first == [{"device": "cpu", "threads": 1, **LATER, "permafrost": "1", "torch": "2"}]
     went_on = so_far({"fingerprint": "a", "machine": here}, "a", "machine", here | {"threads": 2})
     assert [one["threads"] for one in machines({"machine": went_on})] == [2, 1]
     fewer = so_far({"fingerprint": "a", "machine": here | {"ranks": 2}}, "a", "machine", here)

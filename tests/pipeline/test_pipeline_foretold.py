@@ -84,6 +84,18 @@ def test_every_stage_and_arm_is_compared(planned: Path, capsys: pytest.CaptureFi
     assert "predicted (measured): e2e " in shown and " parts within 10%, furthest stage " in shown
 
 
+def test_totals_of_other_epochs_or_of_an_unknown_cost_were_not_foretold(planned: Path) -> None:
+    found = json.loads((planned / "speedup.json").read_text())
+    plan = read_plan(Wanted(toy(), RunPaths(planned)))
+    stages = {"compared": True, "why": "", "stages": [], "plan": plan}
+    for arm, change in (("e2e", {"epochs": 2.0}), ("cached", {"cache_cost_known": False})):
+        other = found | {"arms": found["arms"] | {arm: found["arms"][arm] | change}}
+        told = with_totals(stages, other)
+        assert told["totals"][arm]["measured"] is None and told["totals"]["freeze"]["measured"] is not None
+        assert told["speedup_total"]["measured"] is None and told["break_even_epoch"]["measured"] is None
+    assert with_totals(stages, found)["speedup_total"]["measured"] == found["speedup_total"]
+
+
 def test_the_report_shows_the_line_and_the_table(planned: Path) -> None:
     found = json.loads((planned / "speedup.json").read_text())["predicted"]
     page = render(read_story(RunPaths(planned)))
