@@ -29,7 +29,7 @@ from pipeline.job import Interrupted, Job, RunFailed
 from pipeline.layout import run_paths
 from pipeline.machine import resolve, wait_briefly
 from pipeline.ranks import TRAINING, rank_here
-from pipeline.reading import Settings, parse, read_config, read_toml, run_name, run_tyro
+from pipeline.reading import Settings, parse, read_config, read_toml, run_folder, run_tyro
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 WRONG_PATH = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
@@ -243,7 +243,7 @@ def read_job(name: str, args: list[str]) -> Job:
         words, config = list(request.target), request.settings
     check(config)
     use_store(config.store)
-    paths = run_paths(flags.run, recipe, config.cache.root)
+    paths = run_paths(flags.run or run_folder(flags.config or RECIPE), config.cache.root)
     previous = read_toml(paths.config) if paths.config.exists() and not own else None
     config = resolve(config, previous, detect=verb.torch)
     stages = MANY if config.schedule.caches == "cost" else len(config.schedule.cuts)
@@ -260,7 +260,7 @@ def own_settings(name: str, flags: Flags) -> str:
     given beside a run. A config without a run says which run."""
     if name not in OWN or (flags.config and flags.run):
         return ""
-    file = run_paths(flags.run, run_name(flags.config or RECIPE), "").config
+    file = run_paths(flags.run or run_folder(flags.config or RECIPE), "").config
     return str(file) if file.exists() else ""
 
 

@@ -149,7 +149,7 @@ def grid(flags: StudyFlags, asked: Study) -> Iterator[Run]:
             if config in found:
                 found[config].measures[name] = arm
                 continue
-            paths = run_paths(str(root / flags.name / f"{name}-seed-{seed}"), "", config.cache.root)
+            paths = run_paths(str(root / flags.name / f"{name}-seed-{seed}"), config.cache.root)
             paths = replace(paths, lists=root / "index")  # images are hashed once for all runs
             previous = read_toml(paths.config) if paths.config.exists() else None
             whole = resolve(replace(config, seed=seed), previous)

@@ -164,8 +164,8 @@ class RunPaths:
         return self.root / ".lock.pid"
 
 
-def run_paths(run: str, name: str, cache_root: str) -> RunPaths:
-    """The files of the run in folder run (empty: runs/<name>), its caches in cache_root (empty: inside the run).
+def run_paths(run: str, cache_root: str) -> RunPaths:
+    """The files of the run in folder run, its caches in cache_root (empty: inside the run).
 
     Raises ConfigError for a run behind a URL.
     """
@@ -174,4 +174,4 @@ def run_paths(run: str, name: str, cache_root: str) -> RunPaths:
             f"--run {run} is a URL, and a run is locked and appended to, which needs a disk; give a folder (RUN=), its "
             "caches may lie at a URL (CACHE_ROOT=)"
         )
-    return RunPaths(Path(run or f"runs/{name}"), place_of(cache_root) if cache_root else None)
+    return RunPaths(Path(run), place_of(cache_root) if cache_root else None)

@@ -65,6 +65,14 @@ def run_name(config: str) -> str:
     return path.absolute().parent.name if path.stem == "config" else path.stem
 
 
+def run_folder(config: str) -> str:
+    """Where the run of a recipe or a TOML file lies if nobody says where: in runs/<name>; that of a run's own
+    config.toml, wherever it may be, in the folder of that file."""
+    folder = Path(config).parent
+    own = is_file(config) and Path(config).stem == "config" and (folder / "events.jsonl").exists()
+    return str(folder) if own else f"runs/{run_name(config)}"
+
+
 def read_toml(path: Path) -> PipelineConfig:
     """The settings in a TOML file over the defaults. Raises ConfigError naming the file."""
     try:

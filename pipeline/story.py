@@ -108,7 +108,7 @@ class Story:
 def read_story(paths: RunPaths) -> Story:
     """The story of the run in a folder. Raises ConfigError where there is none."""
     root = read_settings(paths).get("cache", {}).get("root")
-    paths = replace(run_paths(str(paths.root), "", root), lists=paths.lists) if root else paths
+    paths = replace(run_paths(str(paths.root), root), lists=paths.lists) if root else paths
     records = dict(records_of(paths))
     if not records or not paths.config.exists():
         raise ConfigError(

@@ -26,7 +26,7 @@ Told = pytest.CaptureFixture[str]
 def in_store(place: Path, name: str, **changes: object) -> Job:
     """Stage 1's cache is to be built by the run `place/name`, in `place/store`."""
     config = toy(**SMALL | {"data.limit": 48, "eval.train_limit": 24, "cache.root": str(place / "store")} | changes)
-    return Job("toy", config, run_paths(str(place / name), "toy", config.cache.root), target=1)
+    return Job("toy", config, run_paths(str(place / name), config.cache.root), target=1)
 
 
 def folder_of(job: Job) -> Path:

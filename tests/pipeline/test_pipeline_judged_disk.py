@@ -20,7 +20,7 @@ Usage = namedtuple("Usage", "total used free")
 
 
 def planned(root: Path, config: PipelineConfig) -> Wanted:
-    return Wanted(config, run_paths(str(root), "toy", config.cache.root))
+    return Wanted(config, run_paths(str(root), config.cache.root))
 
 
 @pytest.fixture

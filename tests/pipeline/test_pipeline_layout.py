@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def test_names_of_the_contract() -> None:
-    paths = run_paths("", "sample", "")
+    paths = run_paths("runs/sample", "")
     assert paths.root == Path("runs/sample")
     names = {
         paths.config: "config.toml",
@@ -37,7 +37,7 @@ def test_names_of_the_contract() -> None:
 
 
 def test_run_and_cache_root_can_be_elsewhere() -> None:
-    paths = run_paths("/data/run", "sample", "/scratch/caches")
+    paths = run_paths("/data/run", "/scratch/caches")
     assert (paths.root, paths.cache_root) == (Path("/data/run"), Path("/scratch/caches"))
 
 

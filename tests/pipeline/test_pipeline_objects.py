@@ -21,7 +21,7 @@ def test_a_run_with_its_caches_in_a_store_is_the_run_with_them_on_disk(
 ) -> None:
     url = object_store.url(tmp_path / "caches")
     config = toy(**{"cache.root": url})
-    paths = run_paths(str(tmp_path / "toy"), "toy", url)
+    paths = run_paths(str(tmp_path / "toy"), url)
 
     def job(**more: object) -> Job:
         return Job("toy", config, paths, **more)  # type: ignore[arg-type]

@@ -63,6 +63,17 @@ def test_a_config_without_a_run_names_the_run(name: str, lying: Path) -> None:
     assert cli.read_job(name, []).config.seed == recipe("sample").seed
 
 
+@pytest.mark.parametrize("name", ["probe", "explain", "stage"])
+def test_a_run_s_own_config_names_that_very_run_wherever_it_lies(name: str, lying: Path) -> None:
+    there = Path("runs/studies/plans/e2e-seed-3")
+    shutil.copytree(lying, there)
+    ask = [*WORDS.get(name, []), "--config", str(there / "config.toml")]
+    assert cli.read_job(name, ask).paths.root == Path("runs/e2e-seed-3"), "settings in a folder are no run yet"
+    (there / "events.jsonl").touch()
+    found = cli.read_job(name, ask)
+    assert (found.paths.root, found.config.seed) == (there, 3)
+
+
 def test_probe_scores_the_images_and_the_model_of_the_run(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["probe", "--run", str(copy)]) == 0, capsys.readouterr().err
     found = json.loads((copy / "probe.json").read_text())
