@@ -56,7 +56,8 @@ def vit_b16() -> PipelineConfig:
 
     Expected: about 6 minutes on two CPU cores; shows sizes and costs at full width, learns nothing.
     Command: make all CONFIG=vit_b16
-    For real: DATA=... SET="data.limit=0 train.max_steps=0 eval.train_limit=0 eval.val_limit=0 schedule.epochs=[...]
+    For real: DATA=... SET="data.limit=0 train.max_steps=0 train.batch_size=256 schedule.epochs=[...]
+        cache.shard_rows=256 eval.train_limit=0 eval.val_limit=0
         finetune.max_steps=0 finetune.epochs=100 finetune.batch_size=1024 finetune.freeze=0"
     """
     return PipelineConfig(
