@@ -124,7 +124,7 @@ def train_arm(arm: Arm, hooks: Hooks, team: Team = SOLO) -> tuple[Progress, Lear
     torch.set_num_threads(team.threads(arm.train.threads))
     progress, tensors = starting_point(arm)
     if team.rank.ranks > 1:
-        team.same("state to start from", state_digest(progress, tensors or {}))
+        team.same("state to start from", state_digest(progress.to_json(), tensors or {}))
     watch = Watch(arm.settling, arm.train, (tensors or {}).get(PROBE)) if arm.settling else None
     while True:
         done = progress.segment == len(arm.segments)
