@@ -9,7 +9,7 @@ from typing import Any
 
 from cache.layout import Layout, Shard
 from cache.manifest import FORMAT, READ_FORMATS, ShardEntry, atomic_write, entries_from_dicts, seal, unseal
-from cache.place import read_bytes
+from cache.place import StoreUnreachable, read_bytes
 
 RECEIPTS = "receipts"
 STORE_RECEIPT = "store"
@@ -30,9 +30,11 @@ def sealed_receipt(layout: Layout, entries: Iterable[ShardEntry]) -> bytes:
 
 
 def read_receipt(folder: Path, layout: Layout, name: str) -> tuple[ShardEntry, ...] | None:
-    """Entries of a receipt, or None when there is none, it is not whole, or it is another layout's."""
+    """Entries of a receipt; None when there is none, or it is not whole, or another layout's. StoreUnreachable."""
     try:
         values = unseal(read_bytes(folder / RECEIPTS / f"{name}.json"))
+    except StoreUnreachable:  # or its shard would be made again
+        raise
     except (OSError, ValueError):
         return None
     entries, version = values.pop("entries"), values.pop("format")

@@ -19,7 +19,7 @@ from pathlib import Path
 from cache.errors import CacheError
 from cache.lock import ASIDE, as_writable, aside, hold_store
 from cache.manifest import atomic_write
-from cache.place import asked, is_remote, is_there, matching, place_of, read_bytes
+from cache.place import StoreUnreachable, asked, is_remote, is_there, matching, place_of, read_bytes
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,12 @@ def users(root: Path) -> list[User]:
 
 def read_cost(folder: Path) -> float | None:
     """Seconds that building a cache has cost in all, by whichever runs; None where nobody noted it, nan where a part
-    is noted as unknown."""
+    is noted as unknown. StoreUnreachable."""
     try:
         seconds = json.loads(read_bytes(aside(folder, "costs", ".json")))["seconds"]
         return math.nan if seconds is None else float(seconds)
+    except StoreUnreachable:  # or the note would be begun anew
+        raise
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
