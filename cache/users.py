@@ -108,11 +108,15 @@ def forget_before(root: Path, run: Path, file: Path) -> None:
 
 
 def users(root: Path) -> list[User]:
-    """The runs that use caches of `root` and are still there."""
+    """The runs that use caches of `root` and are still there. CacheError for a note that is none, StoreUnreachable."""
     found = []
     for file in matching(root.absolute() / ASIDE / "users", "*.json"):
         try:
-            values = json.loads(read_bytes(file))
+            content = read_bytes(file)
+        except FileNotFoundError:  # its run has moved, and has just noted itself anew
+            continue
+        try:
+            values = json.loads(content)
             user = User(values["run"], values["host"], tuple(values["caches"]), values["root"])
             user = replace(user, id=values.get("id", ""), inode=values.get("inode", 0), file=str(file))
         except (ValueError, KeyError, TypeError) as error:

@@ -11,7 +11,9 @@ import pytest
 
 from cache import users as noted
 from cache.lock import hold_cache, hold_shard, hold_store
+from cache.place import StoreUnreachable
 from cache.users import register, users
+from tests.faulty import Fault, FaultyStore
 
 
 @pytest.fixture
@@ -97,6 +99,27 @@ def test_what_earlier_versions_noted_goes_by_host_and_path(run: Path, tmp_path: 
     file.rename(file.with_name("0123456789abcdef.json")).write_text(json.dumps(old))
     monkeypatch.setattr("socket.gethostname", lambda: "second")
     assert not only(store).is_run(run)
+
+
+def test_a_note_that_a_store_does_not_give_is_not_to_be_deleted(faulty: FaultyStore, tmp_path: Path) -> None:
+    """`gc` would end with that advice, and another run's caches then go."""
+    store, run = faulty.store.at(tmp_path / "store"), tmp_path / "run"
+    run.mkdir()
+    register(store, run, ["cut-1-x"])
+    faulty.faults = [Fault("status", inside=".json", method=method) for method in ("HEAD", "GET")]
+    with pytest.raises(StoreUnreachable, match=r"cannot be reached .* run again") as told:
+        users(store)
+    assert "delete" not in str(told.value)
+    faulty.faults = []
+    assert only(store).caches == ("cut-1-x",)
+
+
+def test_a_note_that_goes_while_notes_are_read_is_of_no_user(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = Path(only(tmp_path / "store").file)
+    monkeypatch.setattr(noted, "matching", lambda *_: [there.with_name("0123456789abcdef.json"), there])
+    assert only(tmp_path / "store").run == str(run)
 
 
 @pytest.mark.parametrize(("root", "group", "others"), [(0o755, 0, 0), (0o2775, 0o6, 0), (0o777, 0o6, 0o6)])
