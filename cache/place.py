@@ -268,6 +268,12 @@ def remove_tree(folder: Path) -> None:
         asked(folder, lambda: store.fs.rm(store.path, recursive=True))
 
 
+def forget(folder: Path) -> None:
+    """Remove what nobody needs any more; where it cannot be, it stays."""
+    with suppress(OSError):
+        remove_tree(folder)
+
+
 @contextmanager
 def new_object(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which becomes an object when the block is left, and does not when that raises."""
