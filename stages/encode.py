@@ -22,8 +22,8 @@ from cache.backends import close_shared, shared_reader
 from cache.errors import DamagedCache, MissingCache, StaleCache
 from cache.layout import Layout, Shard, Stored
 from cache.loader import prefetch
-from cache.manifest import MANIFEST, CacheManifest, read_manifest
-from cache.place import is_there, place_of
+from cache.manifest import CacheManifest, read_manifest
+from cache.place import place_of
 from cache.reader import MEMORY
 from cache.receipts import renew
 from cache.rounding import Moments, Rounded, moments, relative_rmse, room
@@ -140,7 +140,7 @@ def build(
             yield done, len(layout.shards)
     finally:
         close_shared()
-    if not is_there(folder / MANIFEST):
+    if not finished(folder, layout):  # another version's manifest may lie there, too
         check_inputs(job, images, parent)
     finish(folder, layout, job.limit, parent_kin, chain_error)
 
