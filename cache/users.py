@@ -52,12 +52,15 @@ class User:
         """Whether its folder is no longer there, or it used the folder that these caches were copied or moved from; of
         another host's runs nobody here knows."""
         here = called(place_of(self.file).parents[2])
-        return self.host == socket.gethostname() and (not Path(self.run).exists() or self.root != here)
+        return self.host == socket.gethostname() and (seen(Path(self.run)) is False or self.root != here)
 
     def __str__(self) -> str:
         of = "" if self.host == socket.gethostname() else f" of {self.host}"
-        seen = self.is_run(Path(self.run))
-        return f"{self.run}{of}" + ("" if seen else f" (no longer there? delete {self.file})")
+        if self.is_run(Path(self.run)):
+            return f"{self.run}{of}"
+        hidden = seen(Path(self.run) / ID) is None
+        doubt = "not to be seen from here" if hidden else f"no longer there? delete {self.file}"
+        return f"{self.run}{of} ({doubt})"
 
 
 ID = ".id"
@@ -70,6 +73,18 @@ def read_id(run: Path) -> tuple[str, int]:
         return (run / ID).read_text(), (run / ID).stat().st_ino
     except OSError:
         return "", 0
+
+
+def seen(path: Path) -> bool | None:
+    """Whether a file or folder is there; None where that cannot be told: in another user's home, on a disk that does
+    not answer."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return None
+    return True
 
 
 def called(root: Path) -> str:

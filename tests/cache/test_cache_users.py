@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,6 +100,24 @@ def test_what_earlier_versions_noted_goes_by_host_and_path(run: Path, tmp_path: 
     file.rename(file.with_name("0123456789abcdef.json")).write_text(json.dumps(old))
     monkeypatch.setattr("socket.gethostname", lambda: "second")
     assert not only(store).is_run(run)
+
+
+@pytest.mark.parametrize("error", [PermissionError, TimeoutError, OSError])
+def test_a_run_that_cannot_be_looked_at_is_there(run: Path, tmp_path: Path, monkeypatch, error: type[OSError]) -> None:
+    """In another user's home, which nobody else may enter, or on a disk that does not answer."""
+    plain = os.stat
+
+    def stat(path: Any, **how: Any) -> os.stat_result:
+        if os.fspath(path).startswith(str(run)):
+            raise error(path)
+        return plain(path, **how)
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert only(tmp_path / "store").run == str(run)
+    assert str(only(tmp_path / "store")) == f"{run} (not to be seen from here)", "and no advice to delete its note"
+    (mine := tmp_path / "mine").mkdir()
+    register(tmp_path / "store", mine, ["cut-2-x"])
+    assert len(users(tmp_path / "store")) == 2
 
 
 def test_a_note_that_a_store_does_not_give_is_not_to_be_deleted(faulty: FaultyStore, tmp_path: Path) -> None:
