@@ -22,11 +22,16 @@ from urllib.parse import parse_qsl, urlsplit
 from cache.errors import CacheError
 from cache.patience import Answer, CutShort, is_refusal, patiently, store_settings
 
+NO_LISTINGS = {"use_listings_cache": False}
+"""Listings are not kept: other processes write, too."""
 OPTIONS: dict[str, dict[str, Any]] = {
-    # Listings are not kept: other processes write, too. S3's checksum of a whole object cannot be checked on a part of
-    # it, as some compatible servers would have it; every chunk has a checksum of ours.
-    "s3": {"use_listings_cache": False, "config_kwargs": {"response_checksum_validation": "when_required"}},
+    # S3's checksum of a whole object cannot be checked on a part of it, as some compatible servers would have it; every
+    # chunk has a checksum of ours.
+    "s3": NO_LISTINGS | {"config_kwargs": {"response_checksum_validation": "when_required"}},
+    "sftp": {},  # hands all that it is given to its connection, and keeps no listings
 }
+SAME = {"s3a": "s3", "ssh": "sftp", "gcs": "gs", "abfs": "az", "abfss": "az"}
+"""Other names of protocols."""
 EXTRA = {"s3": "pip install s3fs", "gs": "pip install gcsfs", "az": "pip install adlfs"}
 VERSIONS = (
     *("ETag", "etag", "md5Hash", "content_md5", "generation", "checksum"),
@@ -62,7 +67,7 @@ def place_of(place: str | os.PathLike[str]) -> Path:
         if hasattr(found.fs, "retries"):
             found.fs.retries = 1  # s3fs's own repetitions; ours are counted
     except (ImportError, ValueError) as error:
-        remedy = EXTRA.get(protocol, "see fsspec's list of protocols")
+        remedy = EXTRA.get(SAME.get(protocol, protocol), "see fsspec's list of protocols")
         raise CacheError(f"{text} cannot be opened ({error}); {remedy}") from error
     return cast(Path, found)
 
@@ -79,7 +84,8 @@ def is_remote(place: object) -> bool:
 
 def _options(protocol: str) -> dict[str, Any]:
     """What a protocol's client is made with."""
-    found = dict(OPTIONS.get(protocol, {}))
+    protocol = SAME.get(protocol, protocol)
+    found = dict(OPTIONS.get(protocol, NO_LISTINGS))
     if protocol == "s3":
         timeout = store_settings().timeout
         found["config_kwargs"] = found["config_kwargs"] | {
@@ -268,6 +274,12 @@ def remove_tree(folder: Path) -> None:
         asked(folder, lambda: store.fs.rm(store.path, recursive=True))
 
 
+def forget(folder: Path) -> None:
+    """Remove what nobody needs any more; where it cannot be, it stays."""
+    with suppress(OSError):
+        remove_tree(folder)
+
+
 @contextmanager
 def new_object(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which becomes an object when the block is left, and does not when that raises."""
@@ -285,7 +297,8 @@ def new_object(path: Path) -> Iterator[BinaryIO]:
 
 def _store(path: Path, file: str, size: int) -> None:
     store = cast(Any, path)
-    parts = {"chunksize": int(store_settings().part_mb * 2**20)} if store.protocol == "s3" else {}
+    s3 = SAME.get(store.protocol, store.protocol) == "s3"
+    parts = {"chunksize": int(store_settings().part_mb * 2**20)} if s3 else {}
 
     def send() -> None:
         store.fs.put_file(file, store.path, **parts)

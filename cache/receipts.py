@@ -8,8 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from cache.layout import Layout, Shard
-from cache.manifest import FORMAT, READ_FORMATS, ShardEntry, atomic_write, entries_from_dicts, seal, unseal
-from cache.place import read_bytes
+from cache.manifest import (
+    FORMAT,
+    READ_FORMATS,
+    CacheManifest,
+    ShardEntry,
+    atomic_write,
+    entries_from_dicts,
+    seal,
+    unseal,
+)
+from cache.place import StoreUnreachable, forget, is_there, read_bytes
+from models.spec import digest
 
 RECEIPTS = "receipts"
 STORE_RECEIPT = "store"
@@ -30,13 +40,26 @@ def sealed_receipt(layout: Layout, entries: Iterable[ShardEntry]) -> bytes:
 
 
 def read_receipt(folder: Path, layout: Layout, name: str) -> tuple[ShardEntry, ...] | None:
-    """Entries of a receipt, or None when there is none, it is not whole, or it is another layout's."""
+    """Entries of a receipt; None when there is none, or it is not whole, or another layout's. StoreUnreachable."""
     try:
         values = unseal(read_bytes(folder / RECEIPTS / f"{name}.json"))
+    except StoreUnreachable:  # or its shard would be made again
+        raise
     except (OSError, ValueError):
         return None
     entries, version = values.pop("entries"), values.pop("format")
     return entries_from_dicts(entries) if version in READ_FORMATS and values == _identity(layout) else None
+
+
+def renew(folder: Path, parent: CacheManifest) -> bool:
+    """Forgets the receipts of what was made of other bits than the parent has now, which a repair may give it under the
+    same fingerprint, and notes what they are; whether there were any. What a version began that noted nothing stays."""
+    now = seal({"parent": digest({entry.name: entry.checksum for entry in parent.shards if entry.rows})})
+    note = folder / RECEIPTS / "parent.json"
+    if other := is_there(note) and read_bytes(note) != now:
+        forget(folder / RECEIPTS)
+    atomic_write(note, now)
+    return other
 
 
 def _identity(layout: Layout) -> dict[str, Any]:

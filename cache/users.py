@@ -12,14 +12,17 @@ import secrets
 import socket
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 from cache.errors import CacheError
 from cache.lock import ASIDE, as_writable, aside, hold_store
 from cache.manifest import atomic_write
-from cache.place import asked, is_remote, is_there, matching, place_of, read_bytes
+from cache.place import SAME, StoreUnreachable, asked, is_remote, is_there, matching, place_of, read_bytes
+
+NOWHERE = (0, 0)
+"""Device and inode of no folder."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,10 @@ class User:
     """Random, and in the run's folder, too; empty where a version noted this that knew runs by host and path only."""
     inode: int = 0
     """Of the file in the run's folder that has the id: a folder that is copied keeps the id, and not this."""
+    lay_in: tuple[int, int] = NOWHERE
+    """Device and inode of the folder in which the run's lies; nowhere where an earlier version noted this."""
+    root_inode: int = 0
+    """Of the folder of the caches; 0 in a store, and as above."""
     file: str = ""
     """Where this is noted."""
 
@@ -49,15 +56,26 @@ class User:
 
     @property
     def gone(self) -> bool:
-        """Whether its folder is no longer there, or it used the folder that these caches were copied or moved from; of
-        another host's runs nobody here knows."""
-        here = called(place_of(self.file).parents[2])
-        return self.host == socket.gethostname() and (not Path(self.run).exists() or self.root != here)
+        """Whether its folder is no longer there, or these caches are a copy of those that it uses. Of another host's
+        runs nobody here knows, nor of one that lay in a folder which is not the one that is seen here by its name: in
+        another container, or before its disk is mounted."""
+        run, root = Path(self.run), place_of(self.file).parents[2]
+        if self.host != socket.gethostname():
+            return False
+        if seen(run) is False and identity(run.parent) == self.lay_in != NOWHERE:
+            return True
+        if is_remote(root):
+            return "://" in self.root and self.root != called(root)
+        # The same folder may have two names, where it is mounted twice, but not two inodes.
+        return self.root != called(root) and self.root_inode not in (0, identity(root)[1])
 
     def __str__(self) -> str:
         of = "" if self.host == socket.gethostname() else f" of {self.host}"
-        seen = self.is_run(Path(self.run))
-        return f"{self.run}{of}" + ("" if seen else f" (no longer there? delete {self.file})")
+        if self.is_run(Path(self.run)):
+            return f"{self.run}{of}"
+        hidden = seen(Path(self.run) / ID) is None
+        doubt = "not to be seen from here" if hidden else f"no longer there? delete {self.file}"
+        return f"{self.run}{of} ({doubt})"
 
 
 ID = ".id"
@@ -72,9 +90,33 @@ def read_id(run: Path) -> tuple[str, int]:
         return "", 0
 
 
+def seen(path: Path) -> bool | None:
+    """Whether a file or folder is there; None where that cannot be told: in another user's home, on a disk that does
+    not answer."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def identity(folder: Path) -> tuple[int, int]:
+    """Device and inode of a folder on a disk, by which it is known whatever its path."""
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return NOWHERE
+    return found.st_dev, found.st_ino
+
+
 def called(root: Path) -> str:
-    """A folder of caches by the one name that it has."""
-    return str(root).rstrip("/") if is_remote(root) else os.path.realpath(root)
+    """A folder of caches by the one name that it has, or that it has on this machine."""
+    if not is_remote(root):
+        return os.path.realpath(root)
+    protocol, _, rest = str(root).rstrip("/").partition("://")
+    return f"{SAME.get(protocol, protocol)}://{rest}"
 
 
 def register(root: Path, run: Path, caches: Iterable[str]) -> None:
@@ -86,7 +128,8 @@ def register(root: Path, run: Path, caches: Iterable[str]) -> None:
     with hold_store(root):
         if not read_id(run)[0]:
             atomic_write(run / ID, secrets.token_hex(16).encode())
-        user = User(str(run.absolute()), host, names, called(root), *read_id(run))
+        run, inode = run.absolute(), 0 if is_remote(root) else identity(root)[1]
+        user = User(str(run), host, names, called(root), *read_id(run), identity(run.parent), inode)
         name = hashlib.sha256(f"{user.id}\n{user.inode}".encode()).hexdigest()[:16]
         file = root.absolute() / ASIDE / "users" / f"{name}.json"
         content = json.dumps({key: value for key, value in asdict(user).items() if key != "file"}).encode()
@@ -108,13 +151,26 @@ def forget_before(root: Path, run: Path, file: Path) -> None:
 
 
 def users(root: Path) -> list[User]:
-    """The runs that use caches of `root` and are still there."""
+    """The runs that use caches of `root` and are still there. CacheError for a note that is none, StoreUnreachable."""
     found = []
     for file in matching(root.absolute() / ASIDE / "users", "*.json"):
         try:
-            values = json.loads(read_bytes(file))
-            user = User(values["run"], values["host"], tuple(values["caches"]), values["root"])
-            user = replace(user, id=values.get("id", ""), inode=values.get("inode", 0), file=str(file))
+            content = read_bytes(file)
+        except FileNotFoundError:  # its run has moved, and has just noted itself anew
+            continue
+        try:
+            values = json.loads(content)
+            user = User(
+                values["run"],
+                values["host"],
+                tuple(values["caches"]),
+                values["root"],
+                id=values.get("id", ""),
+                inode=values.get("inode", 0),
+                lay_in=tuple(values.get("lay_in", NOWHERE)),
+                root_inode=values.get("root_inode", 0),
+                file=str(file),
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise CacheError(
                 f"{file} does not say which run uses which caches ({error}); delete it, and run any verb but gc in the "
@@ -127,10 +183,12 @@ def users(root: Path) -> list[User]:
 
 def read_cost(folder: Path) -> float | None:
     """Seconds that building a cache has cost in all, by whichever runs; None where nobody noted it, nan where a part
-    is noted as unknown."""
+    is noted as unknown. StoreUnreachable."""
     try:
         seconds = json.loads(read_bytes(aside(folder, "costs", ".json")))["seconds"]
         return math.nan if seconds is None else float(seconds)
+    except StoreUnreachable:  # or the note would be begun anew
+        raise
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -29,7 +29,7 @@ from cache.manifest import (
     sync_folder,
     unseal,
 )
-from cache.place import asked, files_below, is_there, place_of, read_bytes, remove_tree
+from cache.place import StoreUnreachable, asked, files_below, is_there, place_of, read_bytes, remove_tree
 from cache.receipts import RECEIPTS
 
 
@@ -109,10 +109,12 @@ def restore_manifest(folder: Path) -> bool:
 
 
 def kept_manifest(folder: Path) -> tuple[bytes, CacheManifest] | None:
-    """The copy of a cache's manifest, and what it says; None where there is none that is whole."""
+    """The copy of a cache's manifest, and what it says; None where there is none that is whole. StoreUnreachable."""
     try:
         content = read_bytes(manifest_copy(folder))
         found = CacheManifest.from_dict(unseal(content))
+    except StoreUnreachable:  # or all would be built again that the copy saves
+        raise
     except (OSError, ValueError):
         return None
     fits = found.format in READ_FORMATS and cache_folder_name(found.spec) == folder.absolute().name

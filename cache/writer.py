@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -38,7 +37,7 @@ from cache.manifest import (
     seal,
     write_manifest,
 )
-from cache.place import files_below, matching, place_of, remove_tree
+from cache.place import files_below, forget, matching, place_of
 from cache.receipts import RECEIPTS, STORE_RECEIPT, read_receipt, receipt_name, write_receipt
 from cache.rounding import Moments, Rounded, Unfit, moments, relative_rmse, round_features
 from models.spec import FeatureSpec
@@ -367,12 +366,6 @@ def _view_stats(
         relative = relative_rmse(total.error_squares, total.given_squares)
         errors.append(ViewError(relative, total.error_peak))
     return tuple(stats), tuple(errors)
-
-
-def forget(folder: Path) -> None:
-    """Remove what nobody needs any more; where it cannot be, it stays."""
-    with suppress(OSError):
-        remove_tree(folder)
 
 
 def _sweep(folder: Path, named: set[str]) -> None:

@@ -19,7 +19,7 @@ from models.config import IMAGE_TARGETS, learning_heads
 from models.spec import COMPUTATION_VERSION, FeatureSpec, digest
 from pipeline.budget import cached_stages
 from pipeline.course import Course
-from pipeline.kept import lost_epochs, never_reached
+from pipeline.kept import going_on, lost_epochs, never_reached
 from pipeline.layout import StagePaths
 from pipeline.needs import Need
 from pipeline.tuned import Tuning, last_tuning
@@ -355,13 +355,13 @@ def _judge(
     plain = json.loads(json.dumps(inputs))
     if record.get("inputs") != plain:
         return Verdict(what, "stale", difference(record.get("inputs") or {}, plain))
+    epochs = wanted.config.train.save_epochs
     if record["status"] != "done":
-        return Verdict(what, "unfinished", f"status {record['status']}; goes on from {paths.last}")
+        return Verdict(what, "unfinished", going_on(epochs, segments, record, paths, what))
     for path, size in record["files"].items():
         file = paths.root / path
         if not file.exists() or file.stat().st_size != size:
             return Verdict(what, "missing", f"{file} is gone or has another size than {size} bytes")
-    epochs = wanted.config.train.save_epochs
     if segments and (lost := lost_epochs(epochs, segments, record, paths)):
         return Verdict(what, "stale", f"train.save_epochs wants {paths.epoch(lost[0])}, which was not kept")
     reason = f"fingerprint {record['fingerprint'][:8]}"

@@ -16,7 +16,7 @@ from pipeline.finetuning import checked_start, make_classifier, source_of
 from pipeline.job import Job, RunFailed
 from pipeline.show import console, table
 from pipeline.tuned import Tuning, last_tuning
-from pipeline.work import masked_build, optimizer_of, state_file
+from pipeline.work import masked_build, optimizer_of
 from stages.checkpoint import apply_tensors, read_state, without_heads
 from stages.device import autocast
 from stages.finetune import CachedPrefix, Labelled, LiveViews, live_prefix
@@ -90,7 +90,7 @@ def compare_stage(wanted: Wanted, stage: int) -> Comparison:
     drawn, build = wanted.renewed(segment), masked_build(wanted, stage, cached=False)
     model = build_model(build, segment.cut, config.train.device, stage=drawn)
     optimizer = optimizer_of(wanted, model)
-    start = read_state(state_file(wanted.paths.stage(stage - 1)))[2]
+    start = read_state(wanted.paths.stage(stage - 1).state)[2]
     apply_tensors(model, optimizer, without_heads(start) if drawn else start)
     model.eval()  # what is dropped at random would differ between the two
     cached = cached_source(wanted, stage)

@@ -20,7 +20,7 @@ from pipeline.desk import Desk
 from pipeline.layout import StagePaths
 from pipeline.seconds import read_seconds, rest_of
 from pipeline.tuned import Tuning
-from pipeline.work import carry_out, file_checksum, finish_record, state_file
+from pipeline.work import carry_out, file_checksum, finish_record
 from stages.arm import Arm
 from stages.checkpoint import CheckpointError
 from stages.finetune import (
@@ -71,7 +71,7 @@ def finetune_arm(tuning: Tuning) -> Arm:
         train=settings,
         rates=FinetuneRates(config.finetune, segment.steps, segment.steps_per_epoch),
         source=lambda segment: source_of(tuning),
-        state=state_file(tuning.wanted.paths.finetune),
+        state=tuning.wanted.paths.finetune.state,
         start=None,
         inputs=inputs_digest(tuning.inputs()),
         section="finetune",

@@ -8,6 +8,7 @@ from typing import Any
 
 from cache.manifest import atomic_write
 from pipeline.layout import StagePaths
+from stages.passed import goes_on
 from stages.segment import Segment
 
 
@@ -29,6 +30,14 @@ def lost_epochs(
     """The epochs that a finished part has passed without keeping its encoder. Its last one is its model file."""
     last = last_epoch(segments, record)
     return tuple(epoch for epoch in kept_epochs(epochs, segments) if epoch < last and not paths.epoch(epoch).exists())
+
+
+def going_on(
+    epochs: Iterable[int], segments: Sequence[Segment], record: dict[str, Any], paths: StagePaths, what: str
+) -> str:
+    """How an unfinished part stands, and will go on."""
+    keep = {epoch: paths.epoch(epoch) for epoch in kept_epochs(epochs, segments)}
+    return f"status {record['status']}; {goes_on(keep, segments, paths.state, record['fingerprint'], what)}"
 
 
 def never_reached(epochs: Iterable[int], segments: Sequence[Segment], record: dict[str, Any]) -> tuple[int, ...]:

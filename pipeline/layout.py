@@ -54,6 +54,11 @@ class StagePaths:
         """Folder of what a mid-stage resume needs."""
         return self.root / "last"
 
+    @property
+    def state(self) -> Path:
+        """What a resume goes on from, and, once finished, the next stage starts from."""
+        return self.last / "state.safetensors"
+
 
 @dataclass(frozen=True)
 class RunPaths:

@@ -26,6 +26,7 @@ from cache.patience import StoreConfig, store_settings, use_store
 from pipeline.config import ClusterConfig
 from pipeline.job import Interrupted, RunFailed
 from stages import carried
+from stages.making import MADE_WITH, check_made_with
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -61,8 +62,10 @@ class Weights(WorkerPlugin):
         carried.forget(Path(worker.local_directory), self.digest)
 
 
-def on_worker(topic: str, store: StoreConfig, function: Callable[[T], U], task: T) -> U:
-    """What runs on a worker: says that the task begins, and does it, asking object stores as whoever sent it does."""
+def on_worker(topic: str, made_with: tuple[str, ...], store: StoreConfig, function: Callable[[T], U], task: T) -> U:
+    """What runs on a worker: says that the task begins, and does it with the very code of whoever sent it, asking
+    object stores as that does. CacheError where the code is other."""
+    check_made_with(made_with)  # functions travel by their names: what runs is what the worker has loaded
     use_store(store)
     worker = get_worker()
     worker.log_event(topic, {"key": worker.get_current_task(), "worker": worker.address})
@@ -141,7 +144,9 @@ class Crew:
         """An attempt at each of some tasks: together, since that costs hardly more than one."""
         if not numbers:
             return
-        function = self._function if self._steady else partial(on_worker, self._topic, store_settings(), self._function)
+        function = self._function
+        if not self._steady:
+            function = partial(on_worker, self._topic, MADE_WITH, store_settings(), function)
         keys = [f"{self._function.__name__}-{uuid4().hex}" for _ in numbers]
         tasks = [self._running[number].task for number in numbers]
         futures = self.client.map(function, tasks, key=keys, pure=False, **where)

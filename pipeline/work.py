@@ -99,7 +99,7 @@ def stage_arm(wanted: Wanted, stage: int, tell: Callable[[str], None]) -> Arm:
         segments=wanted.asked(stage),
         build=masked_build(wanted, stage, stage in wanted.cached_stages),
         source=lambda segment: source_for(wanted, stage),
-        start=state_file(wanted.paths.stage(stage - 1)) if stage else None,
+        start=wanted.paths.stage(stage - 1).state if stage else None,
         inputs=wanted.stage_inputs(stage),
         tell=tell,
         settling=settling(wanted, stage),
@@ -115,7 +115,7 @@ def baseline_arm(wanted: Wanted, arm: str, tell: Callable[[str], None]) -> Arm:
         segments=wanted.arm_segments(arm),
         build=masked_build(wanted, 1, cached=False),
         source=lambda segment: live_source(wanted, segment),
-        start=state_file(wanted.paths.stage(0)),
+        start=wanted.paths.stage(0).state,
         inputs=wanted.arm_inputs(arm),
         tell=tell,
         freezes=arm != "e2e",
@@ -146,7 +146,7 @@ def _arm(
         train=config.train,
         rates=rates(wanted, freezes),
         source=source,
-        state=state_file(paths),
+        state=paths.state,
         start=start,
         inputs=inputs_digest(inputs),
         eval_every=config.eval.every,
@@ -254,7 +254,7 @@ def finish_record(paths: StagePaths, done: Done, state: dict[str, Tensor], score
     write_weights(paths.model, state)
     totals = progress.totals
     seconds, images = progress.train_seconds, sum(part.images for part in totals)
-    files = (paths.model, state_file(paths))
+    files = (paths.model, paths.state)
     write_record(
         paths,
         done.record
@@ -284,7 +284,7 @@ def finish_record(paths: StagePaths, done: Done, state: dict[str, Tensor], score
                 }
                 for segment, part in zip(done.arm.segments, totals, strict=not progress.ended)
             ],
-            "state": file_checksum(state_file(paths)),
+            "state": file_checksum(paths.state),
             "weights": file_checksum(paths.model),
             "frozen_weights": {str(cut): frozen_hash(state, cut) for cut in range(1, depth + 1)},
             "files": {str(file.relative_to(paths.root)): file.stat().st_size for file in files},
@@ -362,11 +362,6 @@ def settling(wanted: Wanted, stage: int) -> Settling | None:
             centre_batch(images, spread(len(images), schedule.probe_images), wanted.config.model.image_size)
         ),
     )
-
-
-def state_file(paths: StagePaths) -> Path:
-    """The state that a resume goes on from, and, once finished, that the next stage starts from."""
-    return paths.last / "state.safetensors"
 
 
 def parent_of(wanted: Wanted, start: Path | None) -> str | None:

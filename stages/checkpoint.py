@@ -3,7 +3,6 @@ written atomically while a stage trains; the final one is where the next stage, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from cache.checksum import Checksum
 from cache.manifest import atomic_write
 from models.learner import Learner
 from stages.optim import ScheduleFree
@@ -162,18 +162,21 @@ def without_heads(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if not name.startswith(("decoder/", "optim/heads."))}
 
 
-def state_digest(progress: Progress, tensors: dict[str, Tensor]) -> str:
-    """sha256 of all that training starts from, by which ranks find out whether they start alike."""
-    sha = hashlib.sha256(progress.to_json().encode())
-    for name in sorted(tensors):
-        sha.update(name.encode())
-        sha.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
-    return sha.hexdigest()
+def state_digest(told: str, tensors: dict[str, Tensor]) -> str:
+    """Of all that training starts from, `told` and tensors: by it ranks find out whether they start alike, and a state
+    whether it still is what was saved. BLAKE3, a sixth of the time that `save` takes."""
+    found = Checksum()
+    found.update(told.encode())
+    for name, value in sorted(tensors.items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+    return str(found)
 
 
 def save_state(path: Path, inputs: str, progress: Progress, tensors: dict[str, Tensor]) -> None:
     """Write the whole state at once or not at all. `inputs` is the digest of what the run was asked to do."""
     header = {"version": str(STATE_VERSION), "inputs": inputs, "progress": progress.to_json()}
+    header["digest"] = state_digest(header["inputs"] + header["progress"], tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, save(tensors, metadata=header))
 
@@ -191,4 +194,7 @@ def read_state(path: Path) -> tuple[str, Progress, dict[str, Tensor]]:
             f"{path} has state version {header.get('version')}, this program writes {STATE_VERSION}; "
             "delete it to train this stage anew"
         )
+    digest = header.get("digest")  # of the header's own text, to which a later version may add when it is read
+    if digest and digest != state_digest(header["inputs"] + header["progress"], tensors):  # earlier states have none
+        raise CheckpointError(f"{path} was altered since it was saved; delete it to train this stage anew")
     return header["inputs"], Progress.from_json(header["progress"]), tensors

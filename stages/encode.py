@@ -22,9 +22,10 @@ from cache.backends import close_shared, shared_reader
 from cache.errors import DamagedCache, MissingCache, StaleCache
 from cache.layout import Layout, Shard, Stored
 from cache.loader import prefetch
-from cache.manifest import MANIFEST, CacheManifest, read_manifest
-from cache.place import is_there, place_of
+from cache.manifest import CacheManifest, read_manifest
+from cache.place import place_of
 from cache.reader import MEMORY
+from cache.receipts import renew
 from cache.rounding import Moments, Rounded, moments, relative_rmse, room
 from cache.size import check_space
 from cache.writer import (
@@ -107,6 +108,8 @@ def build(
     folder, layout = place_of(job.folder), job.layout
     parent = parent_of(job)
     parent_kin = parent.kin if parent else ""
+    if parent and not finished(folder, layout) and renew(folder, parent):
+        tell(f"{job.parent} was changed since this cache was begun: it is begun again")
     create_store(folder, layout, images.labels, images.keys, images.digests)
     chain_error = measure_chain(job, images, run, tell) if parent and not finished(folder, layout) else None
     donor = None
@@ -137,7 +140,7 @@ def build(
             yield done, len(layout.shards)
     finally:
         close_shared()
-    if not is_there(folder / MANIFEST):
+    if not finished(folder, layout):  # another version's manifest may lie there, too
         check_inputs(job, images, parent)
     finish(folder, layout, job.limit, parent_kin, chain_error)
 

@@ -37,6 +37,7 @@ from stages.config import TrainConfig
 from stages.device import autocast
 from stages.endings import PROBE, Watch, stopped_early
 from stages.optim import averaged, to_average, to_training
+from stages.passed import passed_unkept, told_unkept
 from stages.segment import Segment
 from stages.sources import Source, StepInputs
 from stages.team import SOLO, Team
@@ -124,7 +125,7 @@ def train_arm(arm: Arm, hooks: Hooks, team: Team = SOLO) -> tuple[Progress, Lear
     torch.set_num_threads(team.threads(arm.train.threads))
     progress, tensors = starting_point(arm)
     if team.rank.ranks > 1:
-        team.same("state to start from", state_digest(progress, tensors or {}))
+        team.same("state to start from", state_digest(progress.to_json(), tensors or {}))
     watch = Watch(arm.settling, arm.train, (tensors or {}).get(PROBE)) if arm.settling else None
     while True:
         done = progress.segment == len(arm.segments)
@@ -156,23 +157,23 @@ def train_arm(arm: Arm, hooks: Hooks, team: Team = SOLO) -> tuple[Progress, Lear
 
 
 def starting_point(arm: Arm) -> tuple[Progress, dict[str, Tensor] | None]:
-    """Where to go on: the arm's own state, else the state it starts from, else nothing."""
+    """Where to go on: the arm's own state, else the state it starts from, else nothing.
+
+    An arm that is done and lacks an encoder that it is to keep is trained again. CheckpointError for one that is not
+    done: what it has trained is not to go for that without a word.
+    """
     if arm.state.exists():
         inputs, progress, tensors = read_state(arm.state)
-        if inputs == arm.inputs and not passed_unkept(arm, progress):
+        lost = passed_unkept(arm.keep, arm.segments, [totals.steps for totals in progress.totals])
+        if inputs == arm.inputs and lost and progress.segment < len(arm.segments):
+            raise CheckpointError(told_unkept(lost[0], arm.keep[lost[0]], arm.state, arm.label))
+        if inputs == arm.inputs and not lost:
             return progress, tensors
     if arm.start is None:
         return Progress(), None
     if not arm.start.exists():
         raise CheckpointError(f"{arm.start} is missing, and {arm.label} starts from it; run `make explain`")
     return Progress(), read_state(arm.start)[2]
-
-
-def passed_unkept(arm: Arm, progress: Progress) -> list[int]:
-    """Epochs to keep that lie behind a saved state and whose encoder is not there: only training anew brings it."""
-    done = list(zip(arm.segments, progress.totals, strict=False))
-    passed = [epoch for epoch in arm.keep if any(part.completes(epoch, totals.steps) for part, totals in done)]
-    return [epoch for epoch in passed if not arm.keep[epoch].exists()]
 
 
 def train_segment(

@@ -180,6 +180,26 @@ def test_a_full_temporary_folder_is_told(
         atomic_write(object_store.at(tmp_path / "x" / "any"), b"abcdef")
 
 
+@pytest.mark.parametrize("protocol", ["s3", "s3a"])
+def test_what_another_process_writes_after_a_listing_is_there(
+    object_store: ObjectStore, tmp_path: Path, protocol: str
+) -> None:
+    """A worker's receipts, for instance: a client that keeps listings would deny them."""
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "first").write_bytes(b"1")
+    place = place_of(object_store.url(tmp_path / "x").replace("s3:", f"{protocol}:"))
+    assert [path.name for path in matching(place, "*")] == ["first"] and len(files_below(place)) == 1
+    (tmp_path / "x" / "second").write_bytes(b"2")  # not by this client
+    assert read_bytes(place / "second") == b"2" and is_there(place / "second")
+    assert [path.name for path in matching(place, "*")] == ["first", "second"] and len(files_below(place)) == 2
+
+
+def test_no_protocol_keeps_listings_and_all_names_of_a_store_have_its_settings(tmp_path: Path) -> None:
+    assert place_of("s3a://bucket/x").fs.config_kwargs == place_of("s3://bucket/x").fs.config_kwargs  # type: ignore[attr-defined]
+    for url in ("s3://bucket/x", "s3a://bucket/x", "memory://x"):
+        assert not place_of(url).fs.dircache.use_listings_cache  # type: ignore[attr-defined]
+
+
 def test_other_protocols_and_files(tmp_path: Path, example) -> None:
     wanted = example()
     wanted.build(place_of("memory://caches/cut-3"))

@@ -12,10 +12,12 @@ import pytest
 
 from cache import open_cache
 from cache.errors import CacheError, DamagedCache
-from cache.manifest import atomic_write, find_damage
+from cache.manifest import ShardEntry, atomic_write, cache_folder_name, find_damage
 from cache.patience import CutShort, StoreConfig, patiently, repeated, use_store
 from cache.place import StoreUnreachable, holds_secret, is_there, place_of, read_bytes, read_range, remove_tree
-from cache.verify import verify_cache
+from cache.receipts import read_receipt, write_receipt
+from cache.users import read_cost, write_cost
+from cache.verify import kept_manifest, verify_cache
 from tests.faulty import THROUGH_PROXY, Fault, FaultyStore
 from tests.object_store import KEY, SECRET
 
@@ -228,3 +230,24 @@ def test_urls_with_secrets_are_known(url: str, secret: bool) -> None:
 def test_files_on_a_disk_are_read_as_ever(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     assert read_bytes(place_of("file:" + f"//{tmp_path / 'x'}")) == b"abc"
+
+
+def test_a_store_that_does_not_answer_has_not_lost_a_receipt_or_a_copy(
+    faulty: FaultyStore, tmp_path: Path, example
+) -> None:
+    """Or it would be built again, and mended, for nothing."""
+    layout, place = example().layout, faulty.store.at(tmp_path / "cut")
+    write_receipt(place, layout, "view_0-000000000", [ShardEntry("a", 0, 3, 1, "x")])
+    write_cost(place, 3.0)
+    example().build(finished := faulty.store.at(tmp_path / cache_folder_name(layout.spec)))
+    assert read_receipt(place, layout, "view_0-000000000") and kept_manifest(finished) and read_cost(place) == 3.0
+    faulty.faults = [Fault("status")]
+    with pytest.raises(StoreUnreachable, match="cannot be reached"):
+        read_receipt(place, layout, "view_0-000000000")
+    with pytest.raises(StoreUnreachable, match="cannot be reached"):
+        kept_manifest(finished)
+    with pytest.raises(StoreUnreachable, match="cannot be reached"):
+        read_cost(place)
+    faulty.faults = []
+    assert read_receipt(place, layout, "nothing") is None and kept_manifest(place) is None
+    assert read_cost(tmp_path / "nothing") is None

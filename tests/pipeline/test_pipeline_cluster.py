@@ -11,14 +11,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import PIL
 import pytest
 from safetensors.torch import save_file
 
-from cache.errors import MissingCache
+from cache.errors import CacheError, MissingCache
 from cache.layout import Layout
 from cache.verify import verify_cache
 from models.config import ModelConfig
 from models.vit import ALL, build_encoder, frozen_hash
+from pipeline import tasks
 from pipeline.cluster import chosen, on_gpus, task_runner
 from pipeline.config import ClusterConfig, ConfigError
 from pipeline.job import RunFailed
@@ -279,6 +281,23 @@ def test_probe_features_come_from_workers_to_the_same_bits(
     here = features(encoder, IMAGES, 2, 16, "cpu", "float32", tokens=True)
     assert here.pooled_ND.tobytes() == there.pooled_ND.tobytes()
     assert here.tokens_NLD is not None and there.tokens_NLD is not None and here.tokens_NLD.equal(there.tokens_NLD)
+
+
+def test_a_worker_with_other_code_is_refused_before_it_makes_anything(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that has run since before an update: it would make the old features under the new name."""
+    theirs = ("the frozen forward's version 2", *tasks.MADE_WITH[1:-1], "Pillow 0.0")
+    monkeypatch.setattr(tasks, "MADE_WITH", theirs)
+    one = job(tmp_path / "cache", str(weights))
+    told = rf"the worker on \S+ has the frozen forward's version 1, Pillow {PIL.__version__}, this run {theirs[0]}, "
+    with cluster_of(tmp_path, workers=1) as cluster, task_runner(cluster.config, "cpu") as run:
+        with pytest.raises(CacheError, match=f"{told}Pillow 0.0: .*; start the workers again"):
+            list(build(one, IMAGES, run))
+        compute = spread_features(run, str(weights), frozen_hash(ENCODER.vit.state_dict(), ALL), MODEL, threads=1)
+        with pytest.raises(CacheError, match=told):
+            compute(ENCODER, IMAGES, 2, 16, "cpu", "float32", False)
+    assert not list((tmp_path / "cache").glob("receipts/view_*"))
 
 
 def test_a_task_that_is_done_leaves_nothing_behind() -> None:

@@ -4,7 +4,9 @@ refused."""
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from pipeline.decide import Wanted, judge_all, judge_arm, judge_stage
 from pipeline.job import Interrupted
 from pipeline.layout import RunPaths
 from pipeline.work import rates
-from stages.checkpoint import read_state
+from stages.checkpoint import CheckpointError, read_state
 from stages.index import indexed
 from tests.pipeline.toy import StopAfter, job, record, same, toy, weights
 
@@ -208,6 +210,27 @@ def test_an_epoch_asked_for_later_is_copied_or_trained_for_and_never_silently_mi
     assert (copy / "stage-2" / "epoch-3.safetensors").exists() and same(before, weights(copy, "stage-2"))
     assert judge_stage(wanted(copy, later), 2).current
     assert judge_stage(wanted(copy, toy()), 2).current, "one that is no longer asked for is left alone"
+
+
+def test_an_interrupted_stage_that_lacks_what_it_kept_says_so_and_goes_on_once_it_is_back(
+    finished: Path, tmp_path: Path
+) -> None:
+    root, config = tmp_path / "toy", keeping(3)
+    kept, state = root / "stage-2" / "epoch-3.safetensors", root / "stage-2" / STATE
+    with pytest.raises(Interrupted):
+        runner.run_stage(job(root, config, target=2, stop=SimpleNamespace(is_set=kept.exists)))
+    assert judge_stage(wanted(root, config), 2).reason == f"status running; goes on from {state.parent}"
+    saved, away = state.read_bytes(), kept.rename(tmp_path / "away")
+    told = f"{kept} is not there, and {state} has passed its epoch; put it back, take 3 from train.save_epochs, or "
+    verdict = judge_stage(wanted(root, config), 2)
+    assert verdict.state == "unfinished" and told in verdict.reason
+    assert judge_stage(wanted(root, toy()), 2).reason.endswith(f"goes on from {state.parent}")
+    with pytest.raises(CheckpointError, match=re.escape(told)):
+        runner.run_stage(job(root, config, target=2))
+    assert state.read_bytes() == saved
+    away.rename(kept)
+    runner.run_stage(job(root, config, target=2))
+    assert same(weights(finished, "stage-2"), weights(root, "stage-2"))
 
 
 def test_what_was_kept_of_another_training_is_removed(copy: Path) -> None:

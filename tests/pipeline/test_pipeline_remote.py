@@ -141,7 +141,8 @@ def test_a_checkpoint_at_a_url_is_its_content_read_once(faulty: FaultyStore, wor
 def test_a_worker_asks_stores_as_its_sender_does(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = SimpleNamespace(log_event=lambda *_: None, get_current_task=lambda: "key", address="here")
     monkeypatch.setattr(tasks, "get_worker", lambda: worker)
-    assert tasks.on_worker("topic", StoreConfig(retries=7), lambda task: task + store_settings().retries, 1) == 8
+    asked = StoreConfig(retries=7)
+    assert tasks.on_worker("topic", tasks.MADE_WITH, asked, lambda task: task + store_settings().retries, 1) == 8
     use_store(IMPATIENT)
 
 

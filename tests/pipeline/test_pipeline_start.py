@@ -24,7 +24,6 @@ from pipeline.decide import Wanted, judge_all, judge_stage
 from pipeline.job import Interrupted
 from pipeline.layout import RunPaths
 from pipeline.probing import probe_again
-from pipeline.work import state_file
 from stages.probe import pooled_features
 from stages.views import centre_batch
 from stages.weights import load_weights
@@ -170,7 +169,7 @@ def test_a_checkpoint_can_start_a_stage_0_that_trains(file: Path, tmp_path: Path
 def test_an_average_of_the_encoder_starts_from_the_file_too(file: Path, tmp_path: Path) -> None:
     still = {"target.kind": "teacher", "teacher.kind": "ema", "teacher.momentum": 1.0}
     runner.run_stage(job(tmp_path / "toy", config(file, **still, **{"schedule.epochs": [1, 1, 1]}), target=0))
-    state, theirs = load_file(state_file(RunPaths(tmp_path / "toy").stage(0))), load_file(file)
+    state, theirs = load_file(RunPaths(tmp_path / "toy").stage(0).state), load_file(file)
     average = {name.removeprefix("teacher/"): value for name, value in state.items() if name.startswith("teacher/")}
     assert len(average) > 50 and same(average, theirs)
     assert not same({name: state[f"encoder/{name}"] for name in average}, theirs)

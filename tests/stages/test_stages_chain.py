@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 
 from cache import open_cache
-from cache.errors import TooCoarse
+from cache.errors import StaleCache, TooCoarse
 from cache.layout import Layout
 from cache.manifest import CacheManifest, read_manifest, write_manifest
-from cache.verify import verify_cache
+from cache.verify import remove_cache, verify_cache
 from cache.writer import ErrorLimit
 from models.config import ModelConfig
 from models.masking import take_tokens
@@ -196,3 +196,42 @@ def test_a_chain_that_was_built_before_it_was_measured_says_so(made: Callable[..
     write_manifest(second.folder, old)
     third = made(encoder, "three", 3, parent=second)
     assert built(third).accumulated_error == pytest.approx(measured(encoder, third), rel=1e-3)
+
+
+@pytest.mark.parametrize("when", ["while it is built", "between two builds"])
+def test_what_was_made_of_a_parent_that_has_other_bits_now_is_made_again(
+    made: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """As a repair may give: the same fingerprint, and not the same last bits."""
+    encoder, told = of_weights(), list[str]()
+    first = made(encoder, "one", 1, "float16")
+    built(first)
+    second = made(encoder, "two", 3, "float16", parent=first)
+    half = build(second, IMAGES, map)
+    next(half)
+
+    def other(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        features, prefix = forward(*args)
+        return features * 1.01, prefix
+
+    def change() -> None:
+        remove_cache(Path(first.folder))
+        with monkeypatch.context() as patch:
+            patch.setattr(encode, "frozen_forward", other)
+            built(first)
+
+    forward = encode.frozen_forward
+    if when == "while it is built":
+        change()
+        with pytest.raises(StaleCache, match="was built anew while it was read; run again, which builds from what"):
+            list(half)
+    else:
+        half.close()
+        change()
+    list(build(second, IMAGES, map, told.append))
+    straight = replace(second, folder=second.folder + "-straight")
+    files = [
+        {entry.name: entry.checksum for entry in manifest.shards if entry.rows}
+        for manifest in (read_manifest(second.folder), built(straight))
+    ]
+    assert files[0] == files[1] and "changed since" in told[0]

@@ -16,7 +16,7 @@ from models.drop import DepthDrop
 from models.learner import Learner
 from models.mim import MaskedModel
 from stages.arm import Arm
-from stages.checkpoint import read_state
+from stages.checkpoint import CheckpointError, read_state
 from stages.config import DataConfig
 from stages.endings import evaluations_without_gain, stopped_early
 from stages.images import ImageList, open_images
@@ -251,8 +251,8 @@ def test_encoders_are_kept_after_their_epochs_and_missing_ones_bring_the_trainin
     assert_same(model, again)
 
 
-def test_a_stopped_arm_goes_on_unless_it_has_passed_an_epoch_to_keep(tmp_path: Path, images: ImageList) -> None:
-    """Stopped after 6 steps of 4 an epoch. Only loads from step 6 on, or from 0."""
+def test_a_stopped_arm_that_has_passed_an_epoch_to_keep_is_not_thrown_away(tmp_path: Path, images: ImageList) -> None:
+    """Stopped after 6 steps of 4 an epoch. Only loads from step 6 on, or from 0 where its state was deleted."""
     for epoch, first in ((2, 6), (1, 0)):
         loaded: list[int] = []
 
@@ -264,7 +264,14 @@ def test_a_stopped_arm_goes_on_unless_it_has_passed_an_epoch_to_keep(tmp_path: P
         started = arm(tmp_path / str(epoch), images, parts(0, epochs=3))
         train_arm(started, hooks(StopAfter(5)))
         source = Noting(images, started.source(started.segments[0]).sampling)  # type: ignore[attr-defined]
-        path = tmp_path / f"epoch-{epoch}"
+        path, saved = tmp_path / f"epoch-{epoch}", started.state.read_bytes()
         later = replace(started, keep={epoch: path}, source=lambda segment, source=source: source)
-        progress, _ = train_arm(later, hooks(keep=lambda path, model: path.write_bytes(b"kept")))
+        how = hooks(keep=lambda path, model: path.write_bytes(b"kept"))
+        if first == 0:
+            remedy = "put it back, take 1 from train.save_epochs, or delete the state to train stage 0 anew"
+            with pytest.raises(CheckpointError, match=f"{path} is not there, and {started.state} has .*; {remedy}"):
+                train_arm(later, how)
+            assert started.state.read_bytes() == saved and loaded == []
+            started.state.unlink()
+        progress, _ = train_arm(later, how)
         assert min(loaded) == first and progress.totals[0].steps == 12

@@ -18,7 +18,7 @@ from cache import open_cache
 from cache.backends import files_of as files_of_backend
 from cache.errors import StaleCache
 from cache.layout import Layout, Shard
-from cache.manifest import read_manifest
+from cache.manifest import atomic_write, read_manifest, seal
 from cache.verify import verify_cache
 from models.config import ModelConfig
 from models.vit import Encoder, build_encoder, frozen_hash
@@ -189,7 +189,10 @@ def test_images_that_change_after_they_were_read_are_named_before_the_cache_is_f
 # --- weights and parents ----------------------------------------------------------------------------------------------
 
 
-def test_weights_that_change_during_a_build_are_named(job: EncodeJob, images: ImageList) -> None:
+@pytest.mark.parametrize("over", [False, True], ids=["in a new folder", "over a cache of another version"])
+def test_weights_that_change_during_a_build_are_named(job: EncodeJob, images: ImageList, over: bool) -> None:
+    if over:
+        atomic_write(Path(job.folder) / "manifest.json", seal({"format": 2}))
     building = build(job, images, map)
     for _ in range(6):
         next(building)

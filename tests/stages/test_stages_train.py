@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors.torch import save
 
 from models.config import DecoderConfig, HeadSpec, MaskConfig, ModelConfig
 from models.mim import MaskedModel
@@ -245,6 +246,28 @@ def test_a_state_round_trips_and_damage_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match="no readable state"):
         read_state(path)
+
+
+@pytest.mark.parametrize("what", ["a weight", "the loss so far", "what was asked"])
+def test_a_state_that_was_altered_is_refused(tmp_path: Path, what: str) -> None:
+    model = build_model(BUILD, 1, "cpu")
+    path = tmp_path / "state.safetensors"
+    progress = Progress(0, 3, [SegmentTotals(loss_sum=3.5)])
+    save_state(path, "asked", progress, model_tensors(model, build_adamw(parameter_groups(model, 0.05), TRAIN)))
+    content = bytearray(path.read_bytes())
+    place = {"a weight": -3, "the loss so far": content.index(b"3.5"), "what was asked": content.index(b"asked")}[what]
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="was altered since it was saved; delete it to train this stage anew"):
+        read_state(path)
+
+
+def test_a_state_of_a_version_without_a_digest_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    header = {"version": "2", "inputs": "asked", "progress": Progress(0, 3).to_json()}
+    path.write_bytes(save({"encoder/x": torch.ones(2)}, metadata=header))
+    inputs, progress, tensors = read_state(path)
+    assert (inputs, progress.step, tensors["encoder/x"].tolist()) == ("asked", 3, [1.0, 1.0])
 
 
 def test_nothing_frozen_is_in_the_optimiser() -> None:
