@@ -106,9 +106,10 @@ def alone(wanted: Wanted, pool: Path) -> Iterator[None]:
 
 def made_so(wanted: Wanted, paths: StagePaths) -> bool:
     """Whether a part was made on the machine, and scored on the images, that its key would name: a run goes on with
-    what it has, whatever made it. Ranks are in no key, and the comparison of arms names them."""
+    what it has, whatever made it. Ranks are in no key, and the comparison of arms names them and their way."""
     record = wanted.record(paths) or {}
-    machine = {key: value for key, value in (record.get("machine") or {}).items() if key != "ranks"}
+    noted = (record.get("machine") or {}).items()
+    machine = {key: value for key, value in noted if key not in ("ranks", "parallel")}
     return machine == described(wanted.config) and record.get("scored", wanted.scored) == wanted.scored
 
 

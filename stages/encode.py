@@ -108,10 +108,11 @@ def build(
     folder, layout = place_of(job.folder), job.layout
     parent = parent_of(job)
     parent_kin = parent.kin if parent else ""
-    if parent and not finished(folder, layout) and renew(folder, parent):
+    continues = parent if parent and not finished(folder, layout) else None
+    if continues and renew(folder, continues):
         tell(f"{job.parent} was changed since this cache was begun: it is begun again")
     create_store(folder, layout, images.labels, images.keys, images.digests)
-    chain_error = measure_chain(job, images, run, tell) if parent and not finished(folder, layout) else None
+    chain_error = measure_chain(job, images, run, tell) if continues else None
     donor = None
     if missing := missing_shards(folder, layout, run):
         kin = layout.spec.kin(parent_kin)

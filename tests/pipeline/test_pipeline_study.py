@@ -16,7 +16,7 @@ from pipeline.decide import Wanted
 from pipeline.grid import Request, read_study
 from pipeline.job import Interrupted
 from pipeline.layout import RunPaths
-from pipeline.pool import part_key
+from pipeline.pool import made_so, part_key
 from pipeline.studies import STUDIES, Study, row, study
 from stages.schedule import plan_stages
 from tests.pipeline.toy import SMALL, StopAfter, ask, job, same, toy, weights
@@ -242,6 +242,15 @@ def test_a_part_is_shared_only_where_numbers_seconds_and_scores_would_be_equal(
     here = keys(toy())
     monkeypatch.setattr("pipeline.pool.described", lambda config: {"device": "cpu (another)"})
     assert not set(here) & set(keys(toy())), "nor with another machine"
+
+
+def test_a_part_that_ranks_have_trained_is_shared_and_one_of_another_kernel_is_not(copy: Path) -> None:
+    wanted = Wanted(toy(), RunPaths(copy))
+    paths = wanted.paths.stage(0)
+    plain = json.loads(paths.json.read_text())
+    for more, shared in (({}, True), ({"ranks": 2, "parallel": "fsdp"}, True), ({"attention": "fused"}, False)):
+        paths.json.write_text(json.dumps(plain | {"machine": plain["machine"] | more}))
+        assert made_so(wanted, paths) is shared
 
 
 def test_ctrl_c_saves_writes_the_table_and_ends_with_130(studies: None, tmp_path: Path) -> None:
