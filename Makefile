@@ -103,9 +103,9 @@ bench: $(READY) .venv-peers/.tried ## the benchmarks; prints ratios
 	@$(PERMAFROST) bench $(FLAGS)
 
 test: $(READY) ## the tests
-	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto --dist loadfile
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 check: $(READY) ## ruff, mypy and the tests
 	@$(BIN)/ruff check
 	@$(BIN)/mypy
-	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto --dist loadfile
+	@$(MAKE) --no-print-directory test
