@@ -181,19 +181,43 @@ def users(root: Path) -> list[User]:
     return found
 
 
-def read_cost(folder: Path) -> float | None:
-    """Seconds that building a cache has cost in all, by whichever runs; None where nobody noted it, nan where a part
-    is noted as unknown. StoreUnreachable."""
+@dataclass(frozen=True)
+class Cost:
+    """Seconds that building a cache has cost in all, by whichever runs."""
+
+    seconds: float
+    """nan where a part is not known."""
+    crowded: float | None = None
+    """Of those, what other work on the machine took, as far as it was measured; None where it was not."""
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.seconds + other.seconds, sum_measured((self.crowded, other.crowded)))
+
+    def share(self, part: float) -> Cost:
+        """What a part of the cache has cost."""
+        return Cost(part * self.seconds, None if self.crowded is None else part * self.crowded)
+
+
+def sum_measured(seconds: Iterable[float | None]) -> float | None:
+    """The sum of what was measured, so much at least; None where nothing was."""
+    known = [part for part in seconds if part is not None]
+    return sum(known) if known else None
+
+
+def read_cost(folder: Path) -> Cost | None:
+    """What a cache has cost so far; None where nobody noted it. StoreUnreachable."""
     try:
-        seconds = json.loads(read_bytes(aside(folder, "costs", ".json")))["seconds"]
-        return math.nan if seconds is None else float(seconds)
+        found = json.loads(read_bytes(aside(folder, "costs", ".json")))
+        seconds, crowded = found["seconds"], found.get("crowded_seconds")
+        return Cost(math.nan if seconds is None else float(seconds), None if crowded is None else float(crowded))
     except StoreUnreachable:  # or the note would be begun anew
         raise
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def write_cost(folder: Path, seconds: float) -> None:
-    """Notes what a cache has cost so far; nan where that is unknown. CacheError on a full disk."""
-    known = None if math.isnan(seconds) else seconds
-    atomic_write(aside(folder, "costs", ".json"), json.dumps({"seconds": known}).encode())
+def write_cost(folder: Path, cost: Cost) -> None:
+    """Notes what a cache has cost so far. CacheError on a full disk."""
+    known = None if math.isnan(cost.seconds) else cost.seconds
+    told = {"seconds": known, "crowded_seconds": cost.crowded}
+    atomic_write(aside(folder, "costs", ".json"), json.dumps(told).encode())

@@ -14,18 +14,21 @@ from cache.adopt import Donor
 from cache.layout import Layout
 from cache.lock import CacheBusy, hold_cache
 from cache.place import is_there, place_of
-from cache.users import read_cost, write_cost
+from cache.users import Cost, read_cost, sum_measured, write_cost
 from cache.verify import Damage
 from cache.writer import ErrorLimit
-from pipeline.cluster import task_runner, torch_threads
+from pipeline.cluster import inside, task_runner, torch_threads
+from pipeline.config import PipelineConfig
 from pipeline.decide import Wanted
 from pipeline.desk import Desk
 from pipeline.job import Interrupted
 from pipeline.layout import StagePaths
+from pipeline.machine import whole_machine
 from pipeline.needs import Need
 from pipeline.seconds import read_seconds, write_seconds
 from pipeline.tasks import RunTasks
 from stages.carried import WeightsUnseen, frozen_state
+from stages.crowd import Crowd, others
 from stages.device import best_batch
 from stages.encode import EncodeJob, build
 from stages.mend import mend
@@ -57,7 +60,7 @@ def build_cache(desk: Desk, need: Need, paths: StagePaths, beside: Beside | None
 
 def _build(desk: Desk, need: Need, paths: StagePaths, job: EncodeJob, beside: Beside | None) -> None:
     spec, built = job.layout.spec, False
-    bill = Bill(job, paths)
+    bill = Bill(job, paths, crowd_of(desk.wanted.config, job.threads))
     pace = Pace(job.layout.num_samples * spec.views)
     tag = need.tag | ({"ahead": True} if beside else {})
     with nullcontext(beside.run) if beside else sweeping(desk) as run:
@@ -74,20 +77,26 @@ def _build(desk: Desk, need: Need, paths: StagePaths, job: EncodeJob, beside: Be
 
 class Bill:
     """What a cache that is being built costs: in seconds of this run, and in all, with what other runs have spent on it
-    and what the rows have cost that it takes over from another cache. One that was removed begins at nothing."""
+    and what the rows have cost that it takes over from another cache. One that was removed begins at nothing.
 
-    def __init__(self, job: EncodeJob, paths: StagePaths) -> None:
-        self.spec, self.folder, self.paths = job.layout.spec, place_of(job.folder), paths
+    crowd: measures what other work on the machine takes of those seconds; None where nobody can tell.
+    """
+
+    def __init__(self, job: EncodeJob, paths: StagePaths, crowd: Crowd | None = None) -> None:
+        self.spec, self.folder, self.paths, self.crowd = job.layout.spec, place_of(job.folder), paths, crowd
         there = is_there(self.folder)
         self.spent = read_seconds(paths, self.spec.fingerprint) if there else 0.0
-        self.before = (read_cost(self.folder) or 0.0) if there else 0.0
+        self.before = (read_cost(self.folder) if there else None) or Cost(0.0)
+        self.now = Cost(0.0)
         self.started = time.perf_counter()
 
     def note(self) -> float:
         """Write down what it has cost by now; returns this run's seconds."""
         seconds = time.perf_counter() - self.started
+        lost = self.crowd.lap(seconds - self.now.seconds) if self.crowd else None
+        self.now = Cost(seconds, sum_measured((self.now.crowded, lost)))
         write_seconds(self.paths, self.spec.fingerprint, self.spent + seconds)
-        write_cost(self.folder, self.before + seconds)
+        write_cost(self.folder, self.before + self.now)
         return self.spent + seconds
 
     def took(self, donor: Donor, rows: int) -> None:
@@ -98,18 +107,26 @@ class Bill:
         if self.spec.first_view:
             return
         if rows:
-            self.before += rows * cost_of_row(donor)
+            self.before += cost_of_rows(donor, rows)
         else:
-            write_cost(self.folder, math.nan)
+            write_cost(self.folder, Cost(math.nan))
 
 
-def cost_of_row(donor: Donor) -> float:
-    """Seconds that one row of one view of a finished cache has cost; nan where nobody knows, as of a ring's turn, whose
-    other views were paid for elsewhere."""
+def crowd_of(config: PipelineConfig, threads: int) -> Crowd | None:
+    """What measures other work beside a build by so many threads; None where features come from other processes or from
+    a GPU, or this one has a part of the machine only."""
+    device = config.train.device
+    on_cores = inside(config.cluster, device) and not device.startswith("cuda")
+    return Crowd(threads, others) if on_cores and whole_machine() else None
+
+
+def cost_of_rows(donor: Donor, rows: int) -> Cost:
+    """What rows of one view of a finished cache have cost; nan where nobody knows, as of a ring's turn, whose other
+    views were paid for elsewhere."""
     manifest, cost = donor.reader.manifest, read_cost(donor.folder)
     if cost is None or manifest.spec.first_view:
-        return math.nan
-    return cost / (donor.layout.num_samples * manifest.spec.views)
+        return Cost(math.nan)
+    return cost.share(rows / (donor.layout.num_samples * manifest.spec.views))
 
 
 class Pace:

@@ -69,6 +69,11 @@ def local_processes(config: ClusterConfig, device: str) -> int:
     return chosen(available_cores(), len(gpus()) if device == "cuda" else 0)
 
 
+def inside(config: ClusterConfig, device: str) -> bool:
+    """Whether tasks run in one worker inside this process."""
+    return not config.remote and not local_processes(config, device)
+
+
 def torch_threads(config: ClusterConfig, train: TrainConfig) -> int:
     """Torch threads of a worker."""
     return config.threads or max(1, train.threads // max(1, local_processes(config, train.device)))
@@ -111,7 +116,7 @@ def _connection(
     if config.adapt_to or config.batch:  # of jobs a number that stays, too: they end, and others are asked for
         entered.adapt(minimum=config.workers, maximum=max(config.workers, config.adapt_to))
     watch = JobWatch(entered, config, tell, asker(config.kind)) if config.batch else _nothing
-    return lambda: Client(entered), config.kind == "local" and not processes, watch
+    return lambda: Client(entered), inside(config, device), watch
 
 
 def _nothing() -> None:

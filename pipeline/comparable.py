@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 CROWDED = 0.05
-"""Share of training lost to other work on the machine, from which on its seconds are said to be too long."""
+"""Share of the seconds of training and of building caches that other work on the machine took, from which on they are
+said to be too long."""
 LATER = {"compile": "auto", "attention": "auto", "loader_threads": 2, "prefetch": 4, "ranks": 1, "parallel": "ddp"}
 """What changes seconds and is noted of a machine only by later versions, or of several ranks: its value elsewhere."""
 ANYWHERE = ("constant", "schedule_free")
@@ -74,16 +75,16 @@ def trained_unlike(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def crowded(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """That other work had the cores while some of these were trained, so that their seconds mislead; else empty.
+    """That other work had the cores while some of these were made, so that their seconds mislead; else empty.
 
-    rows: by name, what has `crowded_seconds`, missing or None where it was not measured, and `train_seconds`.
+    rows: by name, what has `crowded_seconds`, missing or None where it was not measured, and `total_seconds`.
     """
     told = [
-        f"{100 * lost / trained:.0f} % of the training of {name}"
+        f"{100 * lost / total:.0f} % of the seconds of {name}"
         for name, row in rows.items()
-        if (lost := row.get("crowded_seconds") or 0.0) > CROWDED * (trained := row.get("train_seconds") or 0.0)
+        if (lost := row.get("crowded_seconds") or 0.0) > CROWDED * (total := row.get("total_seconds") or 0.0)
     ]
-    what = "so seconds are too long and do not compare; scores are what they would be"
+    what = "so they are too long and do not compare; scores are what they would be"
     return f"other work had the cores for {', '.join(told)}, {what}" if told else ""
 
 

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from cache import open_cache
-from cache.users import read_cost
 from models.classifier import Classifier, build_classifier
 from models.drop import DepthDrop
 from models.learner import Learner
@@ -18,7 +17,7 @@ from pipeline.config import ConfigError
 from pipeline.decide import inputs_digest
 from pipeline.desk import Desk
 from pipeline.layout import StagePaths
-from pipeline.seconds import read_seconds, rest_of
+from pipeline.seconds import costs_of, spent_on
 from pipeline.tuned import Tuning
 from pipeline.work import carry_out, file_checksum, finish_record
 from stages.arm import Arm
@@ -44,9 +43,7 @@ def finetune(desk: Desk, tuning: Tuning) -> None:
     spec = wanted.spec(tuning.need) if tuning.need else None
     facts: dict[str, Any] = {"from": tuning.encoder, "cut": tuning.segment.cut, "inputs": tuning.inputs()}
     facts |= {"parent": (tuning.record or {}).get("fingerprint"), "cache": spec.fingerprint if spec else None}
-    own = read_seconds(paths, spec.fingerprint) if spec else 0.0
-    elsewhere = rest_of(read_cost(wanted.cache_folder(spec)), own) if spec else 0.0
-    facts |= {"cache_seconds": own, "cache_seconds_elsewhere": elsewhere}
+    facts |= costs_of([spent_on(wanted, paths, spec)] if spec else [])
     found: list[FinetuneResult] = []
 
     def evaluate(model: Classifier) -> FinetuneResult:

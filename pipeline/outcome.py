@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.claims import FEWEST_SEEDS, Paired, interval, paired, points
 from pipeline.comparable import crowded, trained_unlike, uncosted, unfinished, ways_unlike
-from pipeline.speedup import arm_summary, cache_cost, stopped_at
+from pipeline.speedup import arm_summary, cache_cost, crowded_seconds, stopped_at
 from pipeline.studies import Study
 
 Record = dict[str, Any]
@@ -54,7 +54,7 @@ class Row:
     def not_timed(self, other: Row) -> str:
         """Why its seconds and another's do not compare; empty where they do."""
         pair = {row.variant: row.values for row in (self, other)}
-        busy = "other work had the cores for the training of one" if crowded(pair) else ""
+        busy = "other work had the cores for a part of one" if crowded(pair) else ""
         unknown = "what caches of one have cost is not known" if uncosted(pair) else ""
         return trained_unlike(pair.values()) or busy or unknown
 
@@ -79,7 +79,7 @@ def tuned(record: Record) -> Record:
     values = {key: record[key] for key in keys}
     seconds: Record = {"cache_seconds": cache, "total_seconds": record["train_seconds"] + cache}
     seconds |= {"cache_cost_known": record.get("cache_seconds_elsewhere", 0.0) is not None}
-    seconds |= {"crowded_seconds": record.get("crowded_seconds")}
+    seconds |= {"crowded_seconds": crowded_seconds(record)}
     return values | seconds | {"probe_images": record["evaluated"], "scored": [record.get("scored")]}
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from cache.manifest import atomic_write
-from cache.users import read_cost
+from cache.users import Cost, read_cost, sum_measured
+from models.spec import FeatureSpec
 from pipeline.decide import Wanted, inputs_digest, new_needs
 from pipeline.layout import StagePaths
 
@@ -29,10 +31,36 @@ def spent_seconds(paths: StagePaths) -> dict[str, float]:
     return dict(json.loads(file.read_text())) if file.exists() else {}
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What a cache has cost a run, and others, in seconds."""
+
+    own: float
+    elsewhere: float | None
+    """By other runs, or on rows that were taken over; None where that is not known."""
+    crowded: float | None
+    """Of all of them, what other work on the machine took, as far as it was measured; None where it was not."""
+
+
+def spent_on(wanted: Wanted, paths: StagePaths, spec: FeatureSpec) -> Spent:
+    """What a cache has cost that was built, or found, for what lies in `paths`."""
+    own, cost = read_seconds(paths, spec.fingerprint), read_cost(wanted.cache_folder(spec))
+    return Spent(own, rest_of(cost, own), cost.crowded if cost else None)
+
+
+def costs_of(spent: Iterable[Spent]) -> dict[str, float | None]:
+    """The fields of a record."""
+    found = list(spent)
+    return {
+        "cache_seconds": sum((one.own for one in found), 0.0),
+        "cache_seconds_elsewhere": sum_known(one.elsewhere for one in found),
+        "cache_crowded_seconds": sum_measured(one.crowded for one in found),
+    }
+
+
 def cache_costs(wanted: Wanted, stage: int) -> dict[str, Any]:
-    """What the caches have cost that a stage is the first to read, by the fields of its record: the seconds that this
-    run has spent, and those that others have, or that were spent on rows that were taken over; None where those are
-    not known. Of a ring of views, `turns` says which of them were spent when."""
+    """What the caches have cost that a stage is the first to read, by the fields of its record. Of a ring of views,
+    `turns` says which of them were spent when."""
     paths = wanted.paths.stage(stage)
     turns, ahead = wanted.turns(stage), wanted.config.cache.refresh_ahead
     needs = [*new_needs(wanted, stage), *(wanted.features(stage, before) for before in range(turns))]
@@ -43,37 +71,34 @@ def cache_costs(wanted: Wanted, stage: int) -> dict[str, Any]:
     found = {}
     for spec in map(wanted.spec, needs if stage else ()):
         assert spec is not None, "they were built or found"
-        own, total = read_seconds(paths, spec.fingerprint), read_cost(wanted.cache_folder(spec))
-        found[spec.fingerprint] = own, rest_of(total, own)
-    told: dict[str, Any] = {
-        "cache_seconds": sum(own for own, _ in found.values()),
-        "cache_seconds_elsewhere": sum_known(rest for _, rest in found.values()),
-    }
+        found[spec.fingerprint] = spent_on(wanted, paths, spec)
+    told: dict[str, Any] = costs_of(found.values())
     if wanted.refresh(stage):
         told |= {"refresh_wait_seconds": waited_seconds(wanted, stage), "turns": turn_costs(wanted, stage, found)}
     return told
 
 
 def turn_costs(
-    wanted: Wanted, stage: int, found: Mapping[str, tuple[float, float | None]]
+    wanted: Wanted, stage: int, found: Mapping[str, Spent]
 ) -> list[dict[str, float]]:
     """What every turn of a stage's ring has cost, and before which epoch it was: of the run, as curves count, and of
-    the stage. found: by fingerprint, the seconds of this run and of others."""
+    the stage. found: by fingerprint."""
     told, starts = [], wanted.starts(wanted.asked(stage), stage)
     for turn, epoch in starts.items():
         spec = wanted.spec(wanted.features(stage, turn))
         if turn and spec and spec.fingerprint in found:
-            own, rest = found[spec.fingerprint]
-            told.append({"epoch": epoch, "after": epoch - starts[0], "seconds": own + (rest or 0.0)})
+            spent = found[spec.fingerprint]
+            seconds = spent.own + (spent.elsewhere or 0.0)
+            told.append({"epoch": epoch, "after": epoch - starts[0], "seconds": seconds})
     return told
 
 
-def rest_of(total: float | None, own: float) -> float | None:
+def rest_of(total: Cost | None, own: float) -> float | None:
     """What a cache has cost beside a run's own seconds; None where that is not known: nobody noted what it has cost,
     and the run did not build it, or a part is noted as unknown."""
     if total is None:
         return 0.0 if own else None
-    return None if math.isnan(total) else max(0.0, total - own)
+    return None if math.isnan(total.seconds) else max(0.0, total.seconds - own)
 
 
 def waited_seconds(wanted: Wanted, stage: int) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cache.manifest import atomic_write
+from cache.users import sum_measured
 from pipeline.claims import PROBES
 from pipeline.comparable import (
     epochs_unlike,
@@ -143,7 +144,6 @@ def arm_summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """One arm from the records of its parts, in order. A part's probe points count from its start, after its cache, and
     after what turns of its ring of views had cost by then."""
     curve, spent = [], 0.0
-    crowded = [lost for part in parts if (lost := part.get("crowded_seconds")) is not None]  # so much at least
     for part in parts:
         points = ("epoch", "knn_top1", "linear_top1", "effective_rank", "probe_images")
         for point in part["curve"]:
@@ -158,7 +158,7 @@ def arm_summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "cache_cost_known": all(part.get("cache_seconds_elsewhere", 0.0) is not None for part in parts),
         "total_seconds": spent,
         "loader_wait_seconds": sum(part["loader_wait_seconds"] for part in parts),
-        "crowded_seconds": sum(crowded) if crowded else None,
+        "crowded_seconds": sum_measured(map(crowded_seconds, parts)),
         "evaluate_seconds": sum(part["evaluate_seconds"] for part in parts),
         "epochs": sum(part["epochs"] for part in parts),
         "images": sum(part["images"] for part in parts),
@@ -182,6 +182,11 @@ def distinct(values: Iterable[Any]) -> list[Any]:
 def cache_cost(part: dict[str, Any]) -> float:
     """What a part's caches have cost to build, whoever built them: a cache that was found must not flatter."""
     return float(part["cache_seconds"]) + (part.get("cache_seconds_elsewhere") or 0.0)
+
+
+def crowded_seconds(part: dict[str, Any]) -> float | None:
+    """Of a part's seconds, building its caches included, what other work on the machine took, as far as measured."""
+    return sum_measured((part.get("crowded_seconds"), part.get("cache_crowded_seconds")))
 
 
 def timeline(parts: list[dict[str, Any]]) -> list[tuple[float, float]]:

@@ -62,7 +62,7 @@ def arms_table(story: Story) -> Table | None:
         row("evaluation, counted for no arm, s", "evaluate_seconds", ".1f"),
     ]
     if any(arm.get("crowded_seconds") is not None for arm in found.values()):
-        rows.insert(-1, row("lost to other work on the machine within training, s", "crowded_seconds", ".1f"))
+        rows.insert(-1, row("of the total lost to other work on the machine, s", "crowded_seconds", ".1f"))
     if any(arm["cache_seconds_elsewhere"] for arm in found.values()):
         rows.insert(2, row("of that elsewhere, s", "cache_seconds_elsewhere", ".1f"))
     partial = "" if story.speedup else ", as far as they are done"

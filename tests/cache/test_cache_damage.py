@@ -29,7 +29,7 @@ from cache.errors import CacheError
 from cache.layout import Shard
 from cache.lock import CacheBusy, aside, hold_cache, hold_shard, hold_store
 from cache.manifest import atomic_write, read_manifest, seal
-from cache.users import read_cost, register, users, write_cost
+from cache.users import Cost, read_cost, register, users, write_cost
 from cache.verify import remove_cache, verify_cache
 from cache.writer import create_store, finish, missing_shards, write_rows
 from tests.cache.mending import KINDS, VARIANTS, Sound, damage_trial
@@ -334,8 +334,8 @@ def test_what_a_cache_has_cost_goes_with_it(tmp_path: Path, example) -> None:
     folder = tmp_path / "cache"
     assert read_cost(folder) is None
     example().build(folder)
-    write_cost(folder, 12.5)
-    assert read_cost(folder) == 12.5 and aside(folder, "manifests", ".json").exists()
+    write_cost(folder, Cost(12.5, 0.5))
+    assert read_cost(folder) == Cost(12.5, 0.5) and aside(folder, "manifests", ".json").exists()
     remove_cache(folder)
     assert read_cost(folder) is None and not aside(folder, "manifests", ".json").exists()
 

@@ -16,7 +16,7 @@ from cache.manifest import ShardEntry, atomic_write, cache_folder_name, find_dam
 from cache.patience import CutShort, StoreConfig, patiently, repeated, use_store
 from cache.place import StoreUnreachable, holds_secret, is_there, place_of, read_bytes, read_range, remove_tree
 from cache.receipts import read_receipt, write_receipt
-from cache.users import read_cost, write_cost
+from cache.users import Cost, read_cost, write_cost
 from cache.verify import kept_manifest, verify_cache
 from tests.faulty import THROUGH_PROXY, Fault, FaultyStore
 from tests.object_store import KEY, SECRET
@@ -238,9 +238,9 @@ def test_a_store_that_does_not_answer_has_not_lost_a_receipt_or_a_copy(
     """Or it would be built again, and mended, for nothing."""
     layout, place = example().layout, faulty.store.at(tmp_path / "cut")
     write_receipt(place, layout, "view_0-000000000", [ShardEntry("a", 0, 3, 1, "x")])
-    write_cost(place, 3.0)
+    write_cost(place, Cost(3.0))
     example().build(finished := faulty.store.at(tmp_path / cache_folder_name(layout.spec)))
-    assert read_receipt(place, layout, "view_0-000000000") and kept_manifest(finished) and read_cost(place) == 3.0
+    assert read_receipt(place, layout, "view_0-000000000") and kept_manifest(finished) and read_cost(place) == Cost(3.0)
     faulty.faults = [Fault("status")]
     with pytest.raises(StoreUnreachable, match="cannot be reached"):
         read_receipt(place, layout, "view_0-000000000")

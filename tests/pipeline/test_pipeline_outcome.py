@@ -89,7 +89,7 @@ def test_rows_that_were_scored_differently_are_not_compared() -> None:
     ("which", "change", "why"),
     [
         ("e2e", {"lr_schedule": "cosine"}, "its rate (train.lr_schedule = cosine) had not fallen by then"),
-        ("near", {"train_seconds": 70.0, "crowded_seconds": 7.0}, "where other work had the cores for the training of"),
+        ("near", {"crowded_seconds": 7.0}, "where other work had the cores for a part of one"),
         ("near", {"machines": [{"threads": 1}]}, "(threads 1 or 2), so seconds do not compare"),
         ("near", {"cache_cost_known": False}, "where what caches of one have cost is not known"),
     ],

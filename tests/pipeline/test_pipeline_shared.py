@@ -17,22 +17,16 @@ import pytest
 from cache.errors import CacheError
 from cache.lock import hold_cache
 from cache.manifest import atomic_write, read_manifest, seal
-from cache.users import read_cost, write_cost
+from cache.users import Cost, read_cost, write_cost
 from cache.verify import verify_cache
 from pipeline import care, runner, speedup
-from pipeline.config import PipelineConfig
 from pipeline.decide import Wanted, judge_all
 from pipeline.job import Interrupted, Job
 from pipeline.layout import RunPaths
 from pipeline.seconds import read_seconds, sum_known, write_seconds
 from stages import encode
 from tests.cache.conftest import files_of
-from tests.pipeline.toy import StopAfter, job, record, same, toy, weights
-
-
-def sharing(root: Path, store: Path, config: PipelineConfig | None = None, **more) -> Job:
-    """A toy run whose caches lie in a store."""
-    return replace(job(root, config, **more), paths=RunPaths(root, store))
+from tests.pipeline.toy import StopAfter, record, same, sharing, toy, weights
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +84,7 @@ def test_a_build_that_two_runs_share_counts_each_second_once(tmp_path: Path) -> 
     (folder,) = store.glob("cut-1-*")
     fingerprint = read_manifest(folder).fingerprint
     parts = [read_seconds(RunPaths(tmp_path / run).stage(1), fingerprint) for run in ("a", "b")]
-    assert min(parts) > 0 and sum(parts) == pytest.approx(read_cost(folder))
+    assert min(parts) > 0 and sum(parts) == pytest.approx(read_cost(folder).seconds)
     assert record(tmp_path / "b", "stage-1")["cache_seconds_elsewhere"] == pytest.approx(parts[0])
 
 
@@ -100,7 +94,7 @@ def test_rows_that_are_taken_over_cost_what_they_have_cost(tmp_path: Path, had: 
     first, second = tmp_path / "first", tmp_path / "second"
     runner.run_stage(sharing(first, tmp_path / "store", toy(**{"cache.views": had}), target=1))
     (donor,) = (tmp_path / "store").glob("cut-1-*")
-    write_cost(donor, 100.0)
+    write_cost(donor, Cost(100.0, 40.0))
     asked = sharing(second, tmp_path / "store", toy(**{"cache.views": wants}), target=1)
     with pytest.raises(Interrupted):
         runner.run_stage(replace(asked, stop=StopAfter(8)))
@@ -108,7 +102,9 @@ def test_rows_that_are_taken_over_cost_what_they_have_cost(tmp_path: Path, had: 
     found = record(second, "stage-1")
     assert found["cache_seconds"] < 10 and found["cache_seconds_elsewhere"] == pytest.approx(share)
     (own,) = set((tmp_path / "store").glob("cut-1-*")) - {donor}
-    assert read_cost(own) == pytest.approx(share + found["cache_seconds"]), "and so do those who take from it"
+    cost = read_cost(own)
+    assert cost.seconds == pytest.approx(share + found["cache_seconds"]), "and so do those who take from it"
+    assert 0.4 * share <= cost.crowded <= 0.4 * share + found["cache_seconds"], "its share of what other work took, too"
 
 
 def test_rows_from_a_cache_of_unknown_cost_make_a_cost_unknown(tmp_path: Path) -> None:
@@ -127,12 +123,12 @@ def test_a_cache_that_was_removed_and_is_built_again_costs_what_it_costs_once(tm
     (folder,) = run.paths.cache_root.glob("cut-1-*")
     fingerprint, paths = read_manifest(folder).fingerprint, run.paths.stage(1)
     write_seconds(paths, fingerprint, 100.0)
-    write_cost(folder, 100.0)
+    write_cost(folder, Cost(100.0))
     shutil.rmtree(folder)
     runner.run_stage(run)
     found = record(tmp_path / "a", "stage-1")
     assert 0 < found["cache_seconds"] < 10 and found["cache_seconds_elsewhere"] == 0
-    assert read_cost(folder) == pytest.approx(found["cache_seconds"])
+    assert read_cost(folder).seconds == pytest.approx(found["cache_seconds"])
 
 
 def test_clearing_up_leaves_what_another_run_uses(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,6 +56,11 @@ def job(root: Path, config: PipelineConfig | None = None, **more: Any) -> Job:
     return Job("toy", config or toy(), RunPaths(root), **more)
 
 
+def sharing(root: Path, store: Path, config: PipelineConfig | None = None, **more: Any) -> Job:
+    """A toy run whose caches lie in a store."""
+    return replace(job(root, config, **more), paths=RunPaths(root, store))
+
+
 def record(root: Path, name: str) -> dict:
     return json.loads((root / name / "stage.json").read_text())
 
