@@ -22,7 +22,7 @@ from stages import remote
 from stages.config import DataConfig
 from stages.copies import Copies
 from stages.errors import DataError
-from stages.index import Entry, Index, content_hash, indexed
+from stages.index import RECENT, Entry, Index, content_hash, indexed
 
 SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample"
 HELD_OUT = 10
@@ -107,6 +107,7 @@ class ImageList:
     def _forget(self) -> None:
         """Let the next run list the images anew, also where no stamp tells that one has changed: a store may keep none,
         another decoder may give other pixels of a torchvision data set."""
+        RECENT.forget()
         if self.index_file:
             with suppress(OSError):
                 self.index_file.unlink(missing_ok=True)
