@@ -72,21 +72,28 @@ def indexed(source: str, on_bad: str, index_file: Path | None) -> tuple[Index, R
     files = [] if by_name else _files_of(source)
     read: Reader = _read_torchvision if by_name else _read
     stamps = [_stamp(path) for path in files]
-    header = header_of(source, on_bad, stamps)
-    kept = kept_index(index_file, header)
-    if kept is None:
-        kept = RECENT.found(header)
-        if kept is None:
-            let_the_clock_tick(max((stamp[3] for stamp in stamps), default=0))
-            entries, classes = _found(source, files)
-            kept = as_index(source, *inspect_all(entries, read, on_bad), classes)
-            if changed := [path for path, stamp in zip(files, stamps, strict=True) if _stamp(path) != stamp]:
-                raise DataError(
-                    f"{changed[0]} was changed while it was read; run again when nothing writes to {source}"
-                )
-            RECENT.keep(header, kept)
-        keep_index(index_file, header, kept)
-    return kept, read
+
+    def make() -> Index:
+        let_the_clock_tick(max((stamp[3] for stamp in stamps), default=0))
+        entries, classes = _found(source, files)
+        made = as_index(source, *inspect_all(entries, read, on_bad), classes)
+        if changed := [path for path, stamp in zip(files, stamps, strict=True) if _stamp(path) != stamp]:
+            raise DataError(f"{changed[0]} was changed while it was read; run again when nothing writes to {source}")
+        return made
+
+    return kept_or_made(index_file, header_of(source, on_bad, stamps), make), read
+
+
+def kept_or_made(index_file: Path | None, header: dict[str, Any], make: Callable[[], Index]) -> Index:
+    """The index on disk while it is true, else one that this process has made, else a new one, which is kept."""
+    found = kept_index(index_file, header)
+    if found is None:
+        found = RECENT.found(header)
+        if found is None:
+            found = make()
+            RECENT.keep(header, found)
+        keep_index(index_file, header, found)
+    return found
 
 
 class Recent:

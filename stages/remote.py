@@ -29,8 +29,7 @@ from stages.index import (
     expand,
     header_of,
     inspect_all,
-    keep_index,
-    kept_index,
+    kept_or_made,
 )
 
 AT_A_TIME = 16
@@ -96,16 +95,16 @@ def _fetched(entry: Entry) -> bytes:
 def indexed(source: str, on_bad: str, index_file: Path | None, copies: Copies | None) -> tuple[Index, Reader]:
     """`index.indexed` for a URL. Raises DataError, StoreUnreachable, or CacheError for an unknown protocol."""
     files, read = remote_files(source), Reader(copies)
-    header = header_of(source, on_bad, [file.stamp for file in files])
-    kept = kept_index(index_file, header)
-    if kept is None:
-        kept = _made(source, files, on_bad, read)
+
+    def make() -> Index:
+        made = _made(source, files, on_bad, read)
         now = {file.url: file for file in remote_files(source)}
         if changed := [file for file in files if now.get(file.url) != file]:
             url = changed[0].url
             raise DataError(f"{url} was changed while it was read; run again when nothing writes to {source}")
-        keep_index(index_file, header, kept)
-    return kept, read
+        return made
+
+    return kept_or_made(index_file, header_of(source, on_bad, [file.stamp for file in files]), make), read
 
 
 def _made(source: str, files: list[Remote], on_bad: str, read: Reader) -> Index:

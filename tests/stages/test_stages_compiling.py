@@ -44,7 +44,7 @@ def test_a_compiled_step_gives_the_same_losses_and_resumes(images: ImageList, tm
 @pytest.mark.slow
 def test_a_segment_at_every_cut_of_one_process_is_compiled(monkeypatch: pytest.MonkeyPatch, images: ImageList) -> None:
     """torch compiles a function 8 times and then, with a warning, runs it as it is: the cut is one of what it compiles
-    for. A FreezeOut run of 12 blocks has 12 cuts. Here 4 cuts are more than its 2 times, and no code is generated, which
+    for. A FreezeOut run of 12 blocks has 12 cuts. Here 4 cuts are more than 2 times, and no code is generated, which
     takes longest."""
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     compile_of, graphs = torch.nn.Module.compile, [0]
