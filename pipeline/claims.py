@@ -9,7 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.comparable import crowded, scored_unlike, seconds_unlike, stopped_unfairly, trained_unlike
+from pipeline.comparable import (
+    crowded,
+    epochs_unlike,
+    scored_unlike,
+    seconds_unlike,
+    stopped_unfairly,
+    trained_unlike,
+)
 
 PROBES = {"knn_top1": "kNN", "linear_top1": "linear probe"}
 FEWEST_SEEDS = 3
@@ -43,6 +50,13 @@ class Paired:
         verdict = ("higher" if self.mean > 0 else "lower") if self.sure else "no difference within the interval"
         return f"{mean}, 95 % interval {low:+.1f} to {high:+.1f} ({self.seeds} seeds): {verdict}"
 
+    def claimed(self, unfair: str) -> tuple[bool, str]:
+        """(whether it is claimed, what is said). unfair: why the control may score worse than it could, if it may: that
+        something scores above it is no claim then; that it scores below is one all the more."""
+        if self.sure and self.mean > 0 and unfair:
+            return False, f"{self.said}, but {unfair}: not claimed"
+        return self.sure, self.said
+
 
 @dataclass(frozen=True)
 class Contrast:
@@ -53,6 +67,8 @@ class Contrast:
     cached: float
     paired: Paired
     """The cached arm less the other, seed by seed."""
+    unfair: str = ""
+    """Why the other may score worse than it could, if it may."""
 
     @property
     def difference(self) -> float:
@@ -64,7 +80,8 @@ class Contrast:
 
     def __str__(self) -> str:
         """`kNN 25.5 % against 25.8 %: +0.3 points; one seed: no difference is claimed (...)`."""
-        return f"{self.name} {percent(self.other)} against {percent(self.cached)}: {self.paired.said}"
+        _, said = self.paired.claimed(self.unfair)
+        return f"{self.name} {percent(self.other)} against {percent(self.cached)}: {said}"
 
 
 def standard_error(score: float, images: int) -> float:
@@ -105,6 +122,7 @@ def contrasts(
     result: list[Contrast] = []
     if scored_unlike(seeds or [found]) or (other == "early_stop" and times_unlike(seeds or [found])):
         return result
+    unfair = stopped_unfairly(seeds or [found]) if other == "early_stop" else ""
     for key, name in PROBES.items():
         pairs = [
             ((one["early_stop"] if other == "early_stop" else one["arms"]["e2e"])[key], one["arms"]["cached"][key])
@@ -115,15 +133,23 @@ def contrasts(
         theirs, ours = (dict(enumerate(side)) for side in zip(*pairs, strict=True))
         pair = paired(ours, theirs, found["arms"]["cached"]["curve"][-1]["probe_images"])
         assert pair, "there is one run at least"
-        result.append(Contrast(name, statistics.fmean(theirs.values()), statistics.fmean(ours.values()), pair))
+        means = statistics.fmean(theirs.values()), statistics.fmean(ours.values())
+        result.append(Contrast(name, *means, pair, unfair))
     return result
 
 
 def headline(found: dict[str, Any], seeds: Sequence[dict[str, Any]] = ()) -> str:
     """The first line: the speed-up in total, and what stopping early says about it."""
-    if unlike := scored_unlike(seeds or [found]) or times_unlike(seeds or [found], brief=True):
+    runs = seeds or [found]
+    if unlike := scored_unlike(runs) or times_unlike(runs, brief=True) or lengths_unlike(runs):
         return f"{speedup_said(found, seeds)}; {unlike}"
-    return f"{speedup_said(found, seeds)}{early_stop_said(contrasts(found, seeds), seeds or [found])}"
+    return f"{speedup_said(found, seeds)}{early_stop_said(contrasts(found, seeds), runs)}"
+
+
+def lengths_unlike(runs: Sequence[dict[str, Any]]) -> str:
+    """That end to end and cached training have trained for different numbers of epochs in some run; else empty."""
+    arms = ({arm: one["arms"][arm] for arm in ("e2e", "cached")} for one in runs)
+    return next((why for one in arms if (why := epochs_unlike(one))), "")
 
 
 def times_unlike(runs: Sequence[dict[str, Any]], brief: bool = False) -> str:

@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 from cache.rank import Rank
 from pipeline.config import ConfigError
-from pipeline.decide import Wanted, difference
+from pipeline.decide import Wanted
+from pipeline.inputs import difference
 from pipeline.job import Job, RunFailed
 from pipeline.ranks import local_rank, on_own_device, rank_here, refuse_what_ranks_cannot
 from pipeline.tuned import Tuning

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -16,9 +16,10 @@ from cache.layout import Layout
 from cache.manifest import cache_folder_name, check_spec, read_manifest
 from cache.place import is_there, matching
 from models.config import IMAGE_TARGETS, learning_heads
-from models.spec import COMPUTATION_VERSION, FeatureSpec, digest
+from models.spec import COMPUTATION_VERSION, FeatureSpec
 from pipeline.budget import cached_stages
 from pipeline.course import Course
+from pipeline.inputs import difference, inputs_digest, named
 from pipeline.kept import going_on, lost_epochs, never_reached
 from pipeline.layout import StagePaths
 from pipeline.needs import Need
@@ -50,6 +51,8 @@ class Verdict:
     what: str
     state: State
     reason: str
+    scored: str = ""
+    """How a part that is current was scored otherwise than the settings ask: it is not trained again for that."""
 
     @property
     def current(self) -> bool:
@@ -109,20 +112,20 @@ class Wanted(Course):
         if not any(head.teacher for head in self.heads_of(stage)):
             return {}
         if self.config.teacher.kind == "ema":
-            return _named("teacher", self.config.teacher)
+            return named("teacher", self.config.teacher)
         record = self.record(self.paths.stage(0)) or {}
         weights = record.get("frozen_weights", {}).get(str(self.identity["depth"]))
-        return _named("teacher", self.config.teacher, {"momentum"}) | {"teacher weights": weights}
+        return named("teacher", self.config.teacher, {"momentum"}) | {"teacher weights": weights}
 
     def _common(self, arm: str = "") -> dict[str, Any]:
         config, train = self.config, self.config.train
         inputs: dict[str, Any] = {"seed": config.seed, "data": self.data.train.digest, "version": TRAINING_VERSION}
         inputs |= {"data.views": view_transform_id(config.data, config.model.image_size)} | config.cache.order_inputs
-        inputs |= self.model_inputs | _named("mask", config.mask, {"groups"})
+        inputs |= self.model_inputs | named("mask", config.mask, {"groups"})
         inputs |= {"model.weights": self.weights} if config.model.weights else {}
-        inputs |= _named("target", config.target) | config.decoder.inputs() | _named("heads", config.heads)
+        inputs |= named("target", config.target) | config.decoder.inputs() | named("heads", config.heads)
         unused = set() if train.lr_schedule == "wsd" else {"decay_share"}
-        inputs |= _named("train", train, {name.removeprefix("train.") for name in NO_INFLUENCE} | unused)
+        inputs |= named("train", train, {name.removeprefix("train.") for name in NO_INFLUENCE} | unused)
         by_layer = config.schedule.kind == "freezeout" and arm != "e2e"
         by_progress = config.mask.changes or ":" in config.heads.weights or train.layer_drop > 0
         if by_layer or by_progress or (train.lr_schedule in ("cosine", "wsd") and not train.lr_restart):
@@ -331,21 +334,6 @@ def _after(broken: str, verdict: Verdict) -> Verdict:
     return verdict
 
 
-def difference(had: Mapping[str, Any], wants: Mapping[str, Any]) -> str:
-    """The inputs that changed: `train.lr: 0.001 -> 0.002`; a setting that came or went shows as `(none)`."""
-    changed = [
-        f"{name}: {_short(had.get(name, '(none)'))} -> {_short(wants.get(name, '(none)'))}"
-        for name in sorted(had.keys() | wants.keys())
-        if had.get(name, "(none)") != wants.get(name, "(none)")
-    ]
-    return ", ".join(changed)
-
-
-def inputs_digest(inputs: Mapping[str, Any]) -> str:
-    """The fingerprint of a stage or arm."""
-    return digest(dict(inputs))
-
-
 def _judge(
     wanted: Wanted, what: str, paths: StagePaths, inputs: dict[str, Any], segments: tuple[Segment, ...]
 ) -> Verdict:
@@ -369,11 +357,27 @@ def _judge(
         reason += f"; {record['ended']['why']}"
     if segments and (later := never_reached(epochs, segments, record)):
         reason += f"; ended before epoch {later[0]} of train.save_epochs"
-    return Verdict(what, "current", reason)
+    if scored := _scored_otherwise(wanted, record, ("eval.val_limit", "data.val") if what == "finetune" else ()):
+        reason += f"; scored otherwise than asked: {scored}"
+    return Verdict(what, "current", reason, scored)
 
 
-def _named(prefix: str, settings: Any, without: frozenset[str] | set[str] = frozenset()) -> dict[str, Any]:
-    return {f"{prefix}.{name}": value for name, value in asdict(settings).items() if name not in without}
+def _scored_otherwise(wanted: Wanted, record: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    """How a part was scored otherwise than the settings ask, of all or some that say how; empty where nobody noted."""
+    noted = record.get("scored") or {}
+    had = {name: value for name, value in noted.items() if name in (names or wanted.scored)}
+    return difference(had, {name: value for name, value in wanted.scored.items() if name in had})
+
+
+def scores_said(verdicts: Iterable[Verdict]) -> str:
+    """That scores of a run are not those that its settings ask for, of which parts, and what to do; else empty."""
+    parts: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        if verdict.scored:
+            parts.setdefault(verdict.scored, []).append(verdict.what)
+    told = "; ".join(f"{how} ({', '.join(whats)})" for how, whats in parts.items())
+    ways = "`make probe` scores the encoders as they ask, a new RUN all of it"
+    return f"scores are not those that the settings ask for: {told}; {ways}" if told else ""
 
 
 def _nearest_cache(wanted: Wanted, spec: FeatureSpec) -> str | None:
@@ -393,8 +397,3 @@ def _nearest_cache(wanted: Wanted, spec: FeatureSpec) -> str | None:
     except CacheError as error:
         return str(error)
     return None
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return f"{text[:8]}…" if len(text) == 64 and all(c in "0123456789abcdef" for c in text) else text

@@ -14,8 +14,8 @@ from models.drop import DepthDrop
 from models.learner import Learner
 from models.vit import build_encoder
 from pipeline.config import ConfigError
-from pipeline.decide import inputs_digest
 from pipeline.desk import Desk
+from pipeline.inputs import inputs_digest
 from pipeline.layout import StagePaths
 from pipeline.seconds import costs_of, spent_on
 from pipeline.tuned import Tuning

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from pipeline.comparable import machines, ways_unlike
-from pipeline.decide import Wanted, difference
+from pipeline.decide import Wanted
+from pipeline.inputs import difference
 from pipeline.machine import described
 from pipeline.reading import flatten
 

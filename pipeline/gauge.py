@@ -30,7 +30,7 @@ from models.mim import MaskedModel
 from models.vit import Encoder, build_encoder
 from pipeline.decide import Wanted
 from pipeline.feeds import live_source, sampling, source_for
-from pipeline.machine import available_cores, processor
+from pipeline.machine import available_cores, hardware
 from pipeline.predict import GIGA, TERA, OnProfile
 from pipeline.profile import ENDLESS, BlockRate, CodecRate, DeviceProfile
 from pipeline.rates import fresh_model, unwatched
@@ -66,7 +66,7 @@ def measure_profile(wanted: Wanted, folder: Path, images: ImageList | None, room
     codecs, write_rate, read_rate = measure_storing(wanted, folder)
     found = DeviceProfile(
         name="this machine",
-        device=f"{train.device} ({processor()}), {train.threads} threads, {train.precision}",
+        device=f"{train.device} ({hardware(train.device)}), {train.threads} threads, {train.precision}",
         origin="measured",
         assumptions=(
             "Measured in seconds, on blocks and rows of this run's own sizes, with what else the machine was doing.",

@@ -56,7 +56,7 @@ def described(config: PipelineConfig, ranks: int = 1) -> dict[str, Any]:
     that train together."""
     train = config.train
     return {
-        "device": f"{train.device} ({processor()})",
+        "device": f"{train.device} ({hardware(train.device)})",
         "precision": train.precision,
         "threads": train.threads,
         "compile": train.compile,
@@ -66,6 +66,16 @@ def described(config: PipelineConfig, ranks: int = 1) -> dict[str, Any]:
         "versions": {"permafrost": __version__, "python": platform.python_version()}
         | {name: version(name) for name in VERSIONS},
     } | ({"ranks": ranks, "parallel": train.parallel} if ranks > 1 else {})
+
+
+def hardware(device: str) -> str:
+    """The processor's name, and before it that of the GPU that computes: a host may have several kinds."""
+    if device.startswith("cuda"):
+        import torch
+
+        if torch.cuda.is_available():
+            return f"{torch.cuda.get_device_name(device)}, {processor()}"
+    return processor()
 
 
 def processor() -> str:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from cache.manifest import atomic_write
 from models.vit import ALL, build_encoder, frozen_hash
 from pipeline.config import ConfigError
-from pipeline.decide import Wanted, difference
+from pipeline.decide import Wanted
+from pipeline.inputs import difference
 from pipeline.layout import StagePaths
 from pipeline.show import console, table
 from pipeline.status import records

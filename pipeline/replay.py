@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.config import ConfigError
-from pipeline.decide import difference
+from pipeline.inputs import difference
 from pipeline.job import Job, RunFailed
 from pipeline.status import records
 from stages.replay import Replay

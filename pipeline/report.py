@@ -17,6 +17,7 @@ from cache.manifest import atomic_write
 from pipeline import __version__
 from pipeline.claims import FEWEST_SEEDS, contrasts, headline, mean_seconds
 from pipeline.comparable import epochs_unlike, frozen_for_all, scored_unlike, seconds_unlike, stopped_unfairly
+from pipeline.decide import scores_said
 from pipeline.foretold import foretold_line
 from pipeline.job import Job
 from pipeline.layout import RunPaths
@@ -107,7 +108,7 @@ def control(story: Story) -> list[str]:
     seconds, epoch = (statistics.fmean(one["early_stop"][key] for one in runs) for key in ("seconds", "epoch"))
     cached, freeze, e2e = (mean_seconds(runs, arm) for arm in ("cached", "freeze", "e2e"))
     images = story.speedup["arms"]["cached"]["curve"][-1]["probe_images"]
-    why = stopped_unfairly(runs)
+    why = stopped_unfairly(runs) if not any(one.unfair in str(one) for one in stopped if one.unfair) else ""
     errors = (
         "Seconds and scores are means over seeds; intervals are 95 %, by Student's t, of differences paired by seed. A "
         "difference within its interval is none."
@@ -137,6 +138,8 @@ def warnings(story: Story) -> Iterator[str]:
     stale = [verdict for verdict in story.verdicts if verdict.state == "stale"]
     for verdict in stale:
         yield f"{verdict.what} is stale: {verdict.reason}."
+    if asked := scores_said(story.verdicts):
+        yield f"{asked[0].upper()}{asked[1:]}."
     if story.outdated:
         yield "speedup.json is of earlier stages or arms, so it is left out here."
     if story.probe_unlike:

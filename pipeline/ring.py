@@ -18,8 +18,9 @@ from cache.place import is_there
 from pipeline.ahead import Ahead
 from pipeline.building import Beside, build_cache, encode_job, sweeping
 from pipeline.cluster import local_processes
-from pipeline.decide import inputs_digest, judge_cache
+from pipeline.decide import judge_cache
 from pipeline.desk import Desk
+from pipeline.inputs import inputs_digest
 from pipeline.seconds import waited_seconds
 from pipeline.sharing import claim, remove_unused
 from pipeline.tasks import RunTasks

@@ -54,13 +54,12 @@ def over_seeds(found: Mapping[int, Record]) -> Record:
 def differences(found: Mapping[int, Record], control: str) -> Record:
     """By probe, the cached arm less a control: by seed, their mean, its interval, one binomial standard error of a
     score on the evaluation images, and whether a difference is claimed; empty for images without labels, and where
-    arms were scored differently or, of stopping early, their seconds do not compare. That cached training scores above
-    a curve which may not be stopped anywhere is no claim either; that it scores below is one all the more."""
+    arms were scored differently or, of stopping early, their seconds do not compare."""
     told: Record = {}
     runs = list(found.values())
     early = control == "early_stop"
     unlike = scored_unlike(runs) or (times_unlike(runs) if early else "")
-    why = stopped_unfairly(runs) if early else ""
+    unfair = stopped_unfairly(runs) if early else ""
     for key in PROBES if not unlike else ():
         ours = {seed: run["arms"]["cached"][key] for seed, run in sorted(found.items())}
         theirs = {seed: CONTROLS[control](run)[key] for seed, run in sorted(found.items())}
@@ -69,9 +68,8 @@ def differences(found: Mapping[int, Record], control: str) -> Record:
         images = min((run["arms"]["cached"]["curve"][-1]["probe_images"] for run in found.values()), default=0)
         if pair := paired(ours, theirs, images):
             by_seed = [ours[seed] - theirs[seed] for seed in ours]
-            shaky = why if pair.sure and pair.mean > 0 else ""
-            said = f"{pair.said}, but {shaky}: not claimed" if shaky else pair.said
-            told[key] = {"differences": by_seed} | asdict(pair) | {"claimed": pair.sure and not shaky, "said": said}
+            claimed, said = pair.claimed(unfair)
+            told[key] = {"differences": by_seed} | asdict(pair) | {"claimed": claimed, "said": said}
     return told
 
 

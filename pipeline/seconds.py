@@ -11,7 +11,8 @@ from typing import Any
 from cache.manifest import atomic_write
 from cache.users import Cost, read_cost, sum_measured
 from models.spec import FeatureSpec
-from pipeline.decide import Wanted, inputs_digest, new_needs
+from pipeline.decide import Wanted, new_needs
+from pipeline.inputs import inputs_digest
 from pipeline.layout import StagePaths
 
 

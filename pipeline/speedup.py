@@ -23,7 +23,7 @@ from pipeline.comparable import (
     stopped_unfairly,
 )
 from pipeline.config import ConfigError
-from pipeline.decide import ARMS, Wanted, judge_all
+from pipeline.decide import ARMS, Verdict, Wanted, judge_all, scores_said
 from pipeline.desk import Desk, at_work
 from pipeline.foretold import foretold, foretold_line, with_totals
 from pipeline.job import Job
@@ -46,11 +46,12 @@ def run_speedup(job: Job) -> None:
             run = f" CONFIG={job.paths.config} RUN={job.paths.root}" if job.paths.config.exists() else ""
             ways = f"`make all{run}` runs them, `make explain{run}` says why"
             raise ConfigError(f"not current: {', '.join(missing)}; {ways}")
-        compare(desk)
+        compare(desk, verdicts)
 
 
-def compare(desk: Desk) -> None:
-    """Write speedup.json and the figure, print the table. Everything it compares is current."""
+def compare(desk: Desk, verdicts: Iterable[Verdict] = ()) -> None:
+    """Write speedup.json and the figure, print the table. Everything it compares is current; verdicts: of that, if they
+    have not been told."""
     from pipeline.figures import accuracy_against_time
     from pipeline.sceptic import refresh
 
@@ -61,6 +62,8 @@ def compare(desk: Desk) -> None:
     figure = paths.figures / "accuracy-time.png"
     accuracy_against_time(found, figure)
     show(found)
+    if told := scores_said(verdicts):
+        desk.log.message(told)
     desk.log.message(f"written: {paths.speedup}, {figure}")
 
 

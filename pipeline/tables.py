@@ -126,8 +126,9 @@ def seeds_table(story: Story) -> Table | None:
     for name, found in (("less e2e stopped early", contrasts(story.runs[0], story.runs)), ("less e2e", whole)):
         for one in found:
             assert one.paired.half is not None, "there are two seeds at least"
-            claimed = Cell(points(one.paired.half), error="claimed" if one.sure else "not claimed")
-            rows.append((f"{one.name}, cached {name}", [Cell(f"{100 * one.difference:+.1f} points"), claimed]))
+            claimed, _ = one.paired.claimed(one.unfair)
+            within = Cell(points(one.paired.half), error="claimed" if claimed else "not claimed")
+            rows.append((f"{one.name}, cached {name}", [Cell(f"{100 * one.difference:+.1f} points"), within]))
     return Table(f"Over {len(story.seeds)} seeds", ["mean", "95 % interval"], rows)
 
 

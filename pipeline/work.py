@@ -25,9 +25,10 @@ from models.teacher import EmaTeacher, Teacher
 from models.vit import Encoder, frozen_hash
 from pipeline.comparable import so_far
 from pipeline.config import PipelineConfig
-from pipeline.decide import Wanted, inputs_digest
+from pipeline.decide import Wanted
 from pipeline.desk import Desk
 from pipeline.feeds import live_source, sampling, source_for, stage_source
+from pipeline.inputs import inputs_digest
 from pipeline.job import Interrupted, RunFailed
 from pipeline.kept import forget_epochs, kept_epochs
 from pipeline.layout import StagePaths

@@ -6,7 +6,7 @@ import ast
 import re
 from pathlib import Path
 
-from pipeline.decide import difference
+from pipeline.inputs import difference
 
 REPOSITORY = Path(__file__).parents[1]
 TABLE = re.compile(r"^## Complaints about caches.*?^\| --- .*?\n(.*?)(?:^$|\Z)", re.MULTILINE | re.DOTALL)

@@ -22,8 +22,9 @@ from pipeline import care, costs, disk, equivalence, explain, runner, speedup
 from pipeline.budget import Candidate, Sizes, choose, course_of_disk
 from pipeline.checks import check
 from pipeline.config import ConfigError, PipelineConfig
-from pipeline.decide import Wanted, inputs_digest, judge_all
+from pipeline.decide import Wanted, judge_all
 from pipeline.events import EventLog
+from pipeline.inputs import inputs_digest
 from pipeline.job import Interrupted
 from pipeline.layout import RunPaths
 from pipeline.needs import Need

@@ -20,8 +20,9 @@ def comparison(stopped: Pair, cached: Pair, ratio: float = 1.25) -> dict[str, An
     return {
         "speedup_total": ratio,
         "arms": {
-            "e2e": {"total_seconds": 50.0, "knn_top1": 0.55, "linear_top1": 0.65, "lr_schedule": "constant"},
-            "cached": {"total_seconds": 40.0, "curve": [{"probe_images": 10_000}]} | end,
+            "e2e": {"total_seconds": 50.0, "epochs": 20.0, "lr_schedule": "constant"}
+            | {"knn_top1": 0.55, "linear_top1": 0.65},
+            "cached": {"total_seconds": 40.0, "epochs": 20.0, "curve": [{"probe_images": 10_000}]} | end,
         },
         "early_stop": dict(zip(PROBES, stopped, strict=True)),
     }
@@ -150,6 +151,9 @@ def test_seconds_that_do_not_compare_and_rates_that_have_not_fallen_carry_no_cla
         told = differences(dict(enumerate(runs)), "early_stop")["knn_top1"]
         assert (told["claimed"], round(told["mean"], 4)) == (claimed, 0.03)
         assert ("not claimed" in told["said"]) is not claimed
+        shown = [str(one) for one in contrasts(runs[0], runs)]
+        assert ["not claimed" in one for one in shown] == [not claimed] * 2, "the report says the same"
+        assert [one.paired.claimed(one.unfair)[0] for one in contrasts(runs[0], runs)] == [claimed] * 2
     for one in unfair:
         del one["arms"]["e2e"]["lr_schedule"]
     assert "but an earlier version has not noted its rate" in headline(unfair[0], unfair)
@@ -160,6 +164,14 @@ def test_seconds_that_do_not_compare_and_rates_that_have_not_fallen_carry_no_cla
     fair[1]["arms"]["cached"] |= {"crowded_seconds": 0.3 * fair[1]["arms"]["cached"]["total_seconds"]}
     assert headline(fair[0], fair).endswith("; other work had the cores, so seconds do not compare")
     assert differences(dict(enumerate(fair)), "early_stop") == {} != differences(dict(enumerate(fair)), "e2e")
+
+
+def test_a_training_that_ended_early_is_not_said_to_be_faster_at_the_same_work() -> None:
+    found = comparison((0.50, 0.60), (0.53, 0.63), 2.0)
+    found["arms"]["cached"]["epochs"] = 8.0
+    line = headline(found, [found] * 3)
+    assert line.startswith("2.00× the speed") and "ahead" not in line
+    assert line.endswith("; arms trained for different numbers of epochs (e2e 20, cached 8)")
 
 
 def test_what_goes_on_elsewhere_names_both_machines() -> None:

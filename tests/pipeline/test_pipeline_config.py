@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +20,7 @@ from models.config import ModelConfig
 from pipeline import machine as machine_module
 from pipeline.checks import BOUNDS, check
 from pipeline.config import ConfigError, PipelineConfig, get
-from pipeline.machine import resolve
+from pipeline.machine import described, processor, resolve
 from pipeline.reading import flatten, load_config, parse, parse_override, read_toml, to_toml
 from pipeline.recipes import RECIPES, sample
 from stages.config import DataConfig, ScheduleConfig, TrainConfig
@@ -362,7 +363,6 @@ def test_resolve_without_looking_up(machine: list[str]) -> None:
 
 
 def test_this_machine_is_resolved_to_something_torch_accepts() -> None:
-    import torch
 
     train = resolve(PipelineConfig(model=ModelConfig())).train
     torch.ones(1, device=train.device, dtype=getattr(torch, train.precision))
@@ -372,3 +372,12 @@ def test_this_machine_is_resolved_to_something_torch_accepts() -> None:
 
 def _flat(value: PipelineConfig) -> dict[str, Any]:
     return dict(flatten(asdict(value)))
+
+
+def test_a_gpu_is_told_by_its_name_and_its_host_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two kinds in one host take other seconds."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", {"cuda": "Big", "cuda:1": "Small"}.__getitem__)
+    runs = [replace(PipelineConfig(), train=TrainConfig(device=device)) for device in ("cuda", "cuda:1", "cpu")]
+    named = [described(run)["device"] for run in runs]
+    assert named == [f"cuda (Big, {processor()})", f"cuda:1 (Small, {processor()})", f"cpu ({processor()})"]

@@ -26,8 +26,9 @@ from models.vit import build_encoder
 from pipeline import equivalence, export, runner
 from pipeline.checks import check
 from pipeline.config import ConfigError, PipelineConfig
-from pipeline.decide import Wanted, inputs_digest, judge_stage
+from pipeline.decide import Wanted, judge_stage
 from pipeline.finetuning import checked_start, make_classifier, source_of
+from pipeline.inputs import inputs_digest
 from pipeline.layout import RunPaths
 from pipeline.probing import probe_again
 from pipeline.recipes import recipe

@@ -6,12 +6,13 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import pytest
 
 from pipeline import __main__ as cli
-from pipeline import runner
+from pipeline import runner, speedup
 from pipeline.config import ConfigError
 from pipeline.layout import RunPaths
 from pipeline.reading import read_toml, to_toml
@@ -171,3 +172,19 @@ def test_config_is_written_once_something_is_trained_or_built(copy: Path) -> Non
     assert read_toml(copy / "config.toml").cache.views == 3
     runner.run_all(job(copy))
     assert (copy / "config.toml").read_bytes() == had, "all stages and arms are as these settings ask for"
+
+
+def test_scores_of_other_images_than_the_settings_ask_for_are_said_to_be(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is trained again for how it is scored, so all parts stay current."""
+    runner.run_all(job(copy, toy(**{"eval.val_limit": 30})))
+    out = " ".join(capsys.readouterr().out.split())
+    how = "eval.val_limit: 40 -> 30"
+    assert out.count(": current (fingerprint") == 5 == out.count(f"scored otherwise than asked: {how}")
+    told = f"are not those that the settings ask for: {how} (stage 0, stage 1, stage 2, arm e2e, arm freeze)"
+    assert told in unescape(render(read_story(RunPaths(copy)))) and record(copy, "stage-2")["curve"][-1]["probe_images"] == 40
+    speedup.run_speedup(job(copy, toy(**{"eval.val_limit": 30})))
+    assert f"scores {told}" in " ".join(capsys.readouterr().out.split())
+    runner.run_all(job(copy, toy()))
+    assert "not those that" not in capsys.readouterr().out + render(read_story(RunPaths(copy)))
