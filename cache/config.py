@@ -29,8 +29,8 @@ class CacheConfig:
     later_codec: Literal["", "float16", "bfloat16", "int8"] = ""
     """Codec of the second cut's cache and of all later ones; empty means that of the first."""
     max_error: float = 0.05
-    """A cache whose measured relative RMSE is larger is refused; one that continues others is also compared with the
-    images, on a few samples, before it is built."""
+    """A build whose measured relative RMSE is larger is refused; one that continues others is also compared with the
+    images, on a few samples, before it begins. A finished cache is taken as it is."""
     views: int = 2
     """Augmented views kept of every image; epoch e reads view e mod views."""
     refresh: int = 0

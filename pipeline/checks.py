@@ -305,6 +305,11 @@ def cache_problems(config: PipelineConfig) -> Iterator[str]:
             f"cache.refresh = {cache.refresh} replaces the views that the teacher's features are of; use "
             "teacher.kind=ema or cache.refresh=0"
         )
+    if cache.refresh and config.schedule.caches == "cost":
+        yield (
+            f"cache.refresh = {cache.refresh} builds every cache from images and adds a view at every turn, which "
+            "schedule.caches = cost does not count; use schedule.caches=given or cache.refresh=0"
+        )
     if cache.refresh_ahead and not cache.refresh:
         yield (
             f"cache.refresh_ahead = {cache.refresh_ahead} makes the next views of a ring, and cache.refresh = 0 keeps "

@@ -244,6 +244,8 @@ def words_for(wanted: Wanted, events: Events, selection: Selection) -> str:
         return ""
     if len(selection.chosen) == len(marks):
         return "cache.over_budget=refuse"
+    if config.cache.refresh:
+        return "none"  # views that turn are refused with cache.over_budget=live
     keep_all, stages = config.cache.keep == "all", range(1, len(marks) + 1)
     candidates: list[Candidate] = [candidate(events.wanted, stage) for stage in stages]
     if choose(candidates, selection.bytes, keep_all) == selection.chosen:

@@ -201,6 +201,14 @@ def early_stop_said(found: Sequence[Contrast], runs: Sequence[dict[str, Any]]) -
     return f" – but {at} scores as well, within error"
 
 
+def aligned(curves: Sequence[Sequence[Mapping[str, Any]]]) -> list[tuple[Mapping[str, Any], ...]]:
+    """The points that curves of several seeds have at the same epochs, in the order of the first: stages that end by
+    themselves end at other epochs with another seed."""
+    by_epoch = [{point["epoch"]: point for point in curve} for curve in curves]
+    shared = [epoch for epoch in (by_epoch[0] if by_epoch else ()) if all(epoch in points for points in by_epoch)]
+    return [tuple(points[epoch] for points in by_epoch) for epoch in shared]
+
+
 def seeds_said(count: int) -> str:
     """`one seed`, `2 seeds`."""
     return "one seed" if count == 1 else f"{count} seeds"

@@ -95,6 +95,8 @@ class Course:
         """Why a run of one stage is one, for people."""
         if self.adaptive:
             return f"nothing settled in the {sum(self.config.schedule.epochs)} epochs of the run, and nothing froze"
+        if self.config.schedule.caches == "cost":
+            return "no freeze event deserves a cache (schedule.caches=cost), so that blocks freeze in place"
         return f"schedule.cuts={list(self.config.schedule.cuts)} freezes nothing"
 
     @property
@@ -111,7 +113,20 @@ class Course:
         schedule, warmup = self.config.schedule, self.config.train.warmup_epochs
         work = self.work if schedule.caches == "cost" else None
         taken = self.taken[:stages] if self.adaptive else ()
-        return plan_stages(schedule, self.identity["depth"], self.steps_per_epoch, warmup, work, taken)
+        plan = plan_stages(schedule, self.identity["depth"], self.steps_per_epoch, warmup, work, taken)
+        if work and len(plan) == 1:
+            self._refuse_targets_of_later_stages()
+        return plan
+
+    def _refuse_targets_of_later_stages(self) -> None:
+        """ConfigError where a head predicts what is only there behind a cache, or once stage 0 has ended."""
+        frozen = self.config.teacher.kind == "frozen"
+        late = {"features", "teacher"} if frozen else {"features"}
+        if asked := [head.target for head in self.heads if head.target in late]:
+            raise ConfigError(
+                f"schedule.caches = cost finds no freeze event worth a cache, so there is one stage only, which cannot "
+                f"predict {asked[0]}; use schedule.caches=given, or another target"
+            )
 
     @property
     def taken(self) -> tuple[int, ...]:
@@ -214,6 +229,7 @@ class Course:
             samples=len(self.data.train),
             views=config.cache.views,
             images_per_epoch=self.steps_per_epoch * config.train.batch_size,
+            averaged=config.teacher.kind == "ema" and any(head.teacher for head in self.heads),
         )
 
     def cut(self, stage: int) -> int:

@@ -71,7 +71,8 @@ def write_export(folder: Path, config: ModelConfig, paths: StagePaths, descripti
 
 
 def preprocessing(config: ModelConfig) -> dict[str, Any]:
-    """How images come in, in timm's words: the centre view that evaluation cuts."""
+    """How images come in, in timm's words: the centre view that evaluation cuts. Of images no larger than the view it
+    takes the whole, for which timm's word would be a `crop_pct` of 1."""
     return {
         "input_size": (3, config.image_size, config.image_size),
         "interpolation": "bicubic",

@@ -310,7 +310,7 @@ def step_seconds(wanted: Wanted, stage: int, segment: Segment, arm: str, imagine
         source = ImaginedImages(sampling(wanted))
     else:
         source = step_source(wanted, stage if cached else 0, segment, model)
-    inputs = source.load(segment, 0)
+    inputs = source.load(segment, segment.steps // 2)  # a mask that changes is then as it is on average
     return seconds_of(lambda: train_step(model, optimizer, source, inputs, train), train)
 
 
@@ -320,7 +320,7 @@ def live_seconds(wanted: Wanted, stage: int, segment: Segment, arm: str) -> floa
     model, optimizer = fresh_model(wanted, stage, segment.cut, False, segment.entry)
     train = wanted.config.train
     source = source_for(wanted, stage) if arm == "cached" else live_source(wanted, segment)
-    numbers = (number % segment.steps for number in count())
+    numbers = (number % segment.steps for number in count(segment.steps // 2))
     with loader(source, segment, numbers, train, wanted.config.cache.memory) as batches:
         return seconds_of(lambda: train_step(model, optimizer, source, next(batches), train), train, LIVE_STEPS)
 

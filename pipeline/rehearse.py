@@ -66,7 +66,8 @@ class Rehearsed:
         wanted = self.wanted
         cached, live = arm == "cached" and stage in wanted.cached_stages, arm == "cached" and stage > 0
         taught = wanted.teacher_blocks(stage) if stage else ()
-        key = (part.cut, part.entry, cached, live, taught, wanted.heads_of(stage), wanted.reads_features(part))
+        masked = part.first_step + part.steps // 2 if wanted.config.mask.changes else 0
+        key = (part.cut, part.entry, cached, live, taught, masked, wanted.heads_of(stage), wanted.reads_features(part))
         if key not in self.steps:
             measure = live_seconds if self.loads(stage, arm) else step_seconds
             self.steps[key] = measure(wanted, stage, part, arm)

@@ -21,7 +21,7 @@ from pipeline.cluster import local_processes
 from pipeline.decide import judge_cache
 from pipeline.desk import Desk
 from pipeline.inputs import inputs_digest
-from pipeline.seconds import waited_seconds
+from pipeline.seconds import keep_cost, waited_seconds
 from pipeline.sharing import claim, remove_unused
 from pipeline.tasks import RunTasks
 from stages.encode import frozen_encoder
@@ -105,6 +105,8 @@ class Ring:
         spec = wanted.spec(wanted.features(self.stage, generation))
         assert spec is not None, "the stage before has made its weights"
         folder = wanted.cache_folder(spec)
+        if is_there(folder):
+            keep_cost(wanted, self.paths, spec)
         if is_there(folder) and (why := remove_unused(wanted, folder)):
             self.desk.log.message(f"kept: {folder}: {why}")
 

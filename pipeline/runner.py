@@ -19,7 +19,7 @@ from pipeline.needs import Need
 from pipeline.ranks import rank_here
 from pipeline.remaining import first_to_run
 from pipeline.sharing import claim
-from pipeline.speedup import keep_speed, kept_speed
+from pipeline.speedup import current_comparison, keep_speed, kept_speed
 from pipeline.tuned import Tuning
 from stages.segment import Segment
 
@@ -42,9 +42,20 @@ def _run_all(desk: Desk) -> None:
     if len(wanted.segments) == 1:
         desk.log.message(f"{wanted.why_nothing_freezes}: there are no arms to compare")
         return
+    ensure_caches_to_time(desk)
     for arm in ARMS:
         ensure_arm(desk, arm)
     ensure_compared(desk)
+
+
+def ensure_caches_to_time(desk: Desk) -> None:
+    """The comparison times steps on the caches of stages, which may be gone though these are current: they are built
+    before anything else takes hours."""
+    wanted = desk.wanted
+    for stage in range(1, len(wanted.segments)) if not current_comparison(wanted) else ():
+        for need in wanted.needs(stage) if not kept_speed(wanted, stage) else ():
+            if not judge_cache(wanted, need).current:
+                ensure_built(desk, need, wanted.needs(stage))
 
 
 def ensure_stages(desk: Desk) -> None:
@@ -59,7 +70,7 @@ def ensure_stages(desk: Desk) -> None:
 
 def ensure_compared(desk: Desk) -> None:
     """The comparison of the arms, all of which are current."""
-    from pipeline.speedup import compare, current_comparison, show
+    from pipeline.speedup import compare, show
 
     if current_comparison(desk.wanted):
         from pipeline.sceptic import refresh

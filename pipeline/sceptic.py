@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cache.manifest import atomic_write
-from pipeline.claims import FEWEST_SEEDS, PROBES, interval, paired, times_unlike
+from pipeline.claims import FEWEST_SEEDS, PROBES, aligned, interval, paired, times_unlike
 from pipeline.comparable import scored_unlike, stopped_unfairly
 from pipeline.layout import RunPaths
 from pipeline.story import read_json, same_but_seed
@@ -74,9 +74,9 @@ def differences(found: Mapping[int, Record], control: str) -> Record:
 
 
 def mean_points(curves: Sequence[Sequence[Mapping[str, Any]]]) -> list[Record]:
-    """The points that all curves have, in order: mean seconds, and by probe the mean and half of its interval."""
+    """The epochs that all curves have: mean seconds, and by probe the mean and half of its interval."""
     told = []
-    for points in zip(*curves, strict=False):
+    for points in aligned(curves):
         point: Record = {key: statistics.fmean(one[key] for one in points) for key in ("seconds", "epoch")}
         for key in PROBES:
             scores = [one[key] for one in points]

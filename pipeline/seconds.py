@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from cache.manifest import atomic_write
@@ -45,8 +45,22 @@ class Spent:
 
 def spent_on(wanted: Wanted, paths: StagePaths, spec: FeatureSpec) -> Spent:
     """What a cache has cost that was built, or found, for what lies in `paths`."""
-    own, cost = read_seconds(paths, spec.fingerprint), read_cost(wanted.cache_folder(spec))
+    own = read_seconds(paths, spec.fingerprint)
+    cost = read_cost(wanted.cache_folder(spec)) or _kept_costs(paths).get(spec.fingerprint)
     return Spent(own, rest_of(cost, own), cost.crowded if cost else None)
+
+
+def keep_cost(wanted: Wanted, paths: StagePaths, spec: FeatureSpec) -> None:
+    """Note beside what reads a cache what that has cost: its own note goes with it, when a ring of views turns."""
+    if cost := read_cost(wanted.cache_folder(spec)):
+        kept = {name: asdict(one) for name, one in (_kept_costs(paths) | {spec.fingerprint: cost}).items()}
+        atomic_write(paths.root / "costs.json", json.dumps(kept).encode())
+
+
+def _kept_costs(paths: StagePaths) -> dict[str, Cost]:
+    """By fingerprint."""
+    file = paths.root / "costs.json"
+    return {name: Cost(**cost) for name, cost in json.loads(file.read_text()).items()} if file.exists() else {}
 
 
 def costs_of(spent: Iterable[Spent]) -> dict[str, float | None]:

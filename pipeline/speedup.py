@@ -67,10 +67,10 @@ def compare(desk: Desk, verdicts: Iterable[Verdict] = ()) -> None:
     desk.log.message(f"written: {paths.speedup}, {figure}")
 
 
-def states(wanted: Wanted) -> list[str]:
-    """What is compared: the final states of the stages and arms."""
+def states(wanted: Wanted) -> list[str | None]:
+    """What is compared: the final states of the stages and arms; None of what is not there or has not ended."""
     paths = [*(wanted.paths.stage(k) for k in range(len(wanted.segments))), *(wanted.paths.arm(arm) for arm in ARMS)]
-    return [record(wanted, path)["state"] for path in paths]
+    return [(wanted.record(path) or {}).get("state") for path in paths]
 
 
 def current_comparison(wanted: Wanted) -> dict[str, Any] | None:

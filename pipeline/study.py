@@ -16,7 +16,7 @@ from cache.errors import CacheError
 from cache.manifest import atomic_write
 from cache.place import without_secrets
 from cache.users import register
-from pipeline.decide import ARMS, Wanted, judge_cache
+from pipeline.decide import ARMS, Wanted
 from pipeline.desk import Desk, at_work
 from pipeline.grid import Request, Run
 from pipeline.job import Interrupted, Job, RunFailed
@@ -25,7 +25,6 @@ from pipeline.needs import Need
 from pipeline.pool import alone, publish, take
 from pipeline.sharing import claim, remove_unused, used
 from pipeline.show import console
-from pipeline.speedup import current_comparison, kept_speed
 from pipeline.study_table import compares, finished, show_results, show_runs, show_studies, tuning_of, write_results
 
 
@@ -146,8 +145,12 @@ def ensure(desk: Desk, run: Run) -> None:
     """Train what variants measure of a run. One that has all three arms also gets its comparison and its report."""
     from pipeline import runner
 
-    asked = set(run.measures.values())
-    runner.look_before(desk, desk.wanted.candidates - 1 if asked & {"cached", "finetune"} else 0)
+    asked, more = set(run.measures.values()), []
+    if "finetune" in asked:
+        tuning = tuning_of(desk.wanted)
+        tuning.refuse_what_cannot_be()
+        more = [tuning.need] if tuning.need else []
+    runner.look_before(desk, desk.wanted.candidates - 1 if asked & {"cached", "finetune"} else 0, more)
     if asked & {"cached", "finetune"}:
         runner.ensure_stages(desk)
     for arm in ARMS:
@@ -156,19 +159,8 @@ def ensure(desk: Desk, run: Run) -> None:
     if "finetune" in asked:
         runner.ensure_finetuned(desk, tuning_of(desk.wanted))
     if compares(asked):
-        ensure_caches_to_time(desk)
+        runner.ensure_caches_to_time(desk)
         runner.ensure_compared(desk)
-
-
-def ensure_caches_to_time(desk: Desk) -> None:
-    """The comparison times steps on the caches; those of stages that were taken over may be gone."""
-    from pipeline import runner
-
-    wanted = desk.wanted
-    for stage in range(1, len(wanted.segments)) if not current_comparison(wanted) else ():
-        for need in wanted.needs(stage) if not kept_speed(wanted, stage) else ():
-            if not judge_cache(wanted, need).current:
-                runner.ensure_built(desk, need, wanted.needs(stage))
 
 
 def let_go(run: Run) -> None:

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipeline.claims import Paired, interval
+from pipeline.claims import Paired, aligned, interval
 from pipeline.outcome import MEASURES, Line, Row
 
 MARKERS = "oDs^vP*X<>d"
@@ -26,13 +26,13 @@ TITLE = 70
 
 
 def mean_curve(curves: Sequence[Sequence[Mapping[str, Any]]], key: str) -> list[tuple[float, float, float]]:
-    """(seconds, score, half of its 95 % interval) at the points that the curves of all seeds have, in order.
+    """(seconds, score, half of its 95 % interval) at the epochs that the curves of all seeds have.
 
     Seconds are the mean over seeds of when that point was reached; one seed has intervals of 0.
     """
     told = [[point for point in curve if point.get(key) is not None] for curve in curves]
     found = []
-    for points in zip(*told, strict=False):
+    for points in aligned(told):
         scores = [point[key] for point in points]
         mean, half = interval(scores) if len(scores) > 1 else (scores[0], 0.0)
         found.append((statistics.fmean(point["seconds"] for point in points), mean, half))

@@ -130,7 +130,7 @@ def facts(request: Request) -> list[str]:
         held = f"evaluated on the {config.data.source}'s own evaluation images"
     if config.data.val_source and not flags.data_val:
         held = f"evaluated on {config.data.val_source}"
-    call = f"make study NAME={flags.name}"
+    call = f"make study NAME={flags.name}" + (f" CONFIG={Path(flags.config).name}" if flags.config else "")
     call += (" DATA=..." if flags.data else "") + (" DATA_VAL=..." if flags.data_val else "")
     call += f' SET="{" ".join(word for words in flags.set for word in words)}"' if flags.set else ""
     machines = sorted({machine for run in request.runs for machine in machines_of(run)})

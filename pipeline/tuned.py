@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from models.config import SIZES
 from pipeline.config import ConfigError
 from pipeline.needs import Need
 from pipeline.show import console, table
@@ -51,8 +52,18 @@ class Tuning:
         return Segment(finetune.freeze, 0, finetune.epochs, 0, steps, per_epoch)
 
     def refuse_what_cannot_be(self) -> None:
-        """Raise DataError or ConfigError for images without labels and batches with more images than there are."""
+        """Raise DataError or ConfigError for images without labels, batches with more images than there are, and heads
+        that the encoder has no place for."""
         require_labels(self.wanted.data)
+        finetune, identity, model = self.wanted.config.finetune, self.wanted.identity, self.wanted.config.model
+        if finetune.pool == "token" and not (model.class_token if model.name in SIZES else identity["prefix"]):
+            raise ConfigError(f"finetune.pool=token needs a class token, {model.name} has none; use finetune.pool=mean")
+        depth = int(identity["depth"])
+        if max(finetune.freeze, *finetune.heads, 1) > depth:
+            raise ConfigError(
+                f"finetune.freeze = {finetune.freeze} and finetune.heads = {list(finetune.heads)} must lie within the "
+                f"{depth} blocks of {model.name}; lower them"
+            )
         batch, images = self.wanted.config.finetune.batch_size, len(self.wanted.data.train)
         if not self.segment.steps:
             raise ConfigError(

@@ -189,7 +189,8 @@ def train(
         desk.log.message(f"{arm.label}: {told}")
     finish_record(paths, done, done.model.encoder.vit.state_dict(), scores)
     if isinstance(done.model, MaskedModel):
-        show_reconstructions(desk, done.model, paths, arm.label, sum(part.steps for part in trained))
+        step, place = sum(part.steps for part in trained), segment.first_step + trained[-1].steps
+        show_reconstructions(desk, done.model, paths, arm.label, step, place / wanted.total_steps)
 
 
 @dataclass(frozen=True)
@@ -237,12 +238,15 @@ def carry_out(
     return Done(arm, record, progress, model)
 
 
-def show_reconstructions(desk: Desk, model: MaskedModel, paths: StagePaths, label: str, step: int) -> None:
-    """A figure of what the decoder fills in, where it predicts pixels; also in TensorBoard, at `step`."""
+def show_reconstructions(
+    desk: Desk, model: MaskedModel, paths: StagePaths, label: str, step: int, progress: float
+) -> None:
+    """A figure of what the decoder fills in, where it predicts pixels, when `progress` of the run is done; also in
+    TensorBoard, at `step` of the part."""
     from pipeline.figures import reconstructions as draw
 
     config = desk.wanted.config
-    rows = reconstructions(model, desk.wanted.data.val, sampling(desk.wanted), config.train.precision)
+    rows = reconstructions(model, desk.wanted.data.val, sampling(desk.wanted), config.train.precision, progress)
     if rows is not None:
         place = paths.root.name
         draw(rows, label, desk.wanted.paths.figures / f"reconstructions-{place}.png")

@@ -65,7 +65,8 @@ class Tally:
 
 
 def blind_losses(batches: Iterable[MaskedBatch], heads: Iterable[HeadSpec]) -> dict[str, Blind]:
-    """By head; every hidden token counts, also where only a share of them is decoded."""
+    """By head; every hidden token counts, also where only a share of them is decoded, but for masks that weigh tokens
+    by their distance: those weigh what is decoded."""
     tallies = {head.name: (head.key, Tally()) for head in heads}
     for batch in batches:
         for key, tally in tallies.values():

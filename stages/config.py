@@ -81,7 +81,8 @@ class TrainConfig:
     batch_size: int = 64
     """Images of one optimiser step."""
     accumulate: int = 1
-    """Micro-batches that a step's batch is split into; gradients equal those of the whole batch."""
+    """Micro-batches that a step's batch is split into; gradients equal those of the whole batch, but for which samples
+    stochastic depth (`drop_path`) drops."""
     max_steps: int = 0
     """Upper bound of a stage's optimiser steps; 0 means none. What is told in epochs counts those that were trained."""
     lr: float = 1e-3
@@ -174,7 +175,8 @@ class FinetuneConfig:
     batch_size: int = 64
     """Images of one optimiser step."""
     accumulate: int = 1
-    """Micro-batches that a step's batch is split into, after mixing; gradients equal those of the whole batch."""
+    """Micro-batches that a step's batch is split into, after mixing; gradients equal those of the whole batch, but for
+    which images stochastic depth (`drop_path`) drops."""
     max_steps: int = 0
     """Upper bound of the optimiser steps; 0 means none."""
     lr: float = 1e-3
@@ -192,7 +194,8 @@ class FinetuneConfig:
     clip: float = 1.0
     """Largest gradient norm; 0 does not clip."""
     drop_path: float = 0.1
-    """Chance that the last block is left out for an image; it grows linearly from 0 at the first block."""
+    """Chance that a branch of the last block, attention or MLP, is left out for an image; it grows linearly from 0 at
+    the first block."""
     mixup: float = 0.8
     """Alpha of mixup; 0 switches it off."""
     cutmix: float = 1.0

@@ -42,6 +42,8 @@ class Work:
     views: int
     images_per_epoch: int
     """Images trained on in an epoch; the incomplete last batch is dropped."""
+    averaged: bool = False
+    """Whether a moving average of the encoder teaches, which runs over all tokens from where the step begins."""
 
     @property
     def embedding(self) -> int:
@@ -67,7 +69,13 @@ class Work:
         input gradient, so it costs one forward."""
         frozen, learning = cut - entry, self.depth - cut
         inputs = 0 if entry else self.embedding * (1 if cut else 2)
-        return inputs + (frozen + 3 * learning) * block_flops(self.visible, self.width) + 3 * self.decoder
+        return inputs + (frozen + 3 * learning) * block_flops(self.visible, self.width) + 3 * self.decoder + (
+            self.teacher(entry) if self.averaged else 0
+        )
+
+    def teacher(self, entry: int) -> int:
+        """The moving average's forward for one image, from the blocks' input at `entry` (0: from the image)."""
+        return (0 if entry else self.embedding) + (self.depth - entry) * block_flops(self.tokens, self.width)
 
     def prefix(self, cut: int, whole: bool) -> int:
         """What running the blocks before `cut` live, as a cache holds them, adds to a step for one image: over all

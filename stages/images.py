@@ -216,14 +216,12 @@ def spread_by_class(labels: np.ndarray, limit: int) -> np.ndarray:
 
 
 def _in_proportion(labels: np.ndarray, rows: np.ndarray) -> bool:
-    """Whether no class has less than half or more than twice its share among the rows, or else chance explains it:
-    Pearson's chi-square of rows drawn at random is about the number of classes, with a variance below three times that,
-    where shares of less than one row count as one. Four deviations are allowed."""
+    """Whether chance explains how often the classes are among the rows: Pearson's chi-square of rows drawn at random is
+    about the number of classes, with a variance below three times that, where shares of less than one row count as one.
+    Four deviations are allowed."""
     classes, class_of = np.unique(labels, return_inverse=True)
     fair = np.bincount(class_of) * (len(rows) / len(labels))
     found = np.bincount(class_of[rows], minlength=len(classes))
-    if np.all((fair / 2 <= found) & (found <= 2 * fair)):
-        return True
     uneven = np.sum((found - fair) ** 2 / np.maximum(fair, 1))
     return bool(uneven <= len(classes) + 4 * np.sqrt(3 * len(classes)))
 

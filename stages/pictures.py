@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from models.masking import block_noise
 from models.mim import MaskedModel
 from models.multiscale import Head
 from models.targets import patchify, pixels_of, unpatchify
@@ -24,10 +25,13 @@ def pixel_head(model: MaskedModel) -> Head | None:
 
 
 @torch.inference_mode()
-def reconstructions(model: MaskedModel, images: ImageList, sampling: Sampling, precision: str) -> np.ndarray | None:
+def reconstructions(
+    model: MaskedModel, images: ImageList, sampling: Sampling, precision: str, progress: float = 0.0
+) -> np.ndarray | None:
     """(3, N, S, S, 3) uint8: masked input, reconstruction with the visible patches in place, original.
 
-    Centre views under masks that are the same at every call. None where no head predicts pixels.
+    Centre views under masks of the run's kind when `progress` of it is done, the same at every call. None where no head
+    predicts pixels.
     """
     head = pixel_head(model)
     if head is None or not len(images):
@@ -35,11 +39,12 @@ def reconstructions(model: MaskedModel, images: ImageList, sampling: Sampling, p
     patch, size = sampling.model.patch_size, sampling.model.image_size
     device = next(model.parameters()).device
     views = torch.from_numpy(centre_batch(images, spread(len(images), COUNT), size)).to(device)
-    noise = torch.rand(len(views), sampling.model.num_tokens, generator=torch.Generator().manual_seed(0)).to(device)
+    noise = torch.rand(len(views), sampling.model.num_tokens, generator=torch.Generator().manual_seed(0))
+    noise = block_noise(noise, sampling.mask.block).to(device)
     learning = model.training
     model.eval()
     with autocast(device, precision):
-        batch = model.from_images(views, noise, sampling.keep(0.0))
+        batch = model.from_images(views, noise, sampling.keep(progress))
         predicted = head.predict(model.encode(batch.visible_BKD)[head.spec.block], batch.whole)
     model.train(learning)
     pixels = patchify(views, patch)

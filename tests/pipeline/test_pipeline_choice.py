@@ -139,6 +139,7 @@ def test_a_small_disk_gets_the_cache_that_saves_most_and_the_words_that_choose_i
     assert words.startswith("cache.over_budget=live cache.budget_gb=")
     values = dict(word.split("=") for word in words.split())
     assert OnPaper(parse(values, run.config), RunPaths(tmp_path), 9600).cached_stages == (2,), "the words do choose it"
+    assert words_for(toy_on_paper(**LONG, **{"cache.refresh": 1}), events, chosen) == "none", "refused with live stages"
     none = events.select(10)
     assert words_for(run, events, none) == "cache.over_budget=live cache.budget_gb=1e-06", "0 would be no budget"
     assert none.chosen == () and "within 1e-08 GB: none; not cut 1, cut 3" in next(

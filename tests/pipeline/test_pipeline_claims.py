@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.claims import PROBES, contrasts, headline, interval, standard_error
 from pipeline.comparable import LATER, machines, scored_unlike, seconds_unlike, so_far
-from pipeline.sceptic import differences, over_seeds
+from pipeline.sceptic import differences, mean_points, over_seeds
 
 Pair = tuple[float | None, float | None]
 """kNN and linear probe."""
@@ -222,3 +222,13 @@ def test_the_controls_over_seeds_are_in_the_comparison_with_their_intervals() ->
     assert one["cached_less_e2e"]["knn_top1"]["half"] is None
     assert "one seed: no difference is claimed" in one["cached_less_e2e"]["knn_top1"]["said"]
     assert one["arms"]["e2e"]["curve"][0]["knn_top1_half"] is None
+
+
+def test_curves_of_seeds_meet_where_their_epochs_do() -> None:
+    """Adaptive stages end at other epochs with another seed: points are paired by epoch, not by number."""
+
+    def curve(*points: tuple[float, float]) -> list[dict[str, float]]:
+        return [{"epoch": epoch, "seconds": 10 * epoch, "knn_top1": top, "linear_top1": top} for epoch, top in points]
+
+    found = mean_points([curve((5, 0.1), (10, 0.4)), curve((6, 0.3), (10, 0.6), (12, 0.9))])
+    assert [(point["epoch"], point["seconds"], point["knn_top1"]) for point in found] == [(10, 100, 0.5)]

@@ -9,13 +9,17 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cache.users import Cost, read_cost, write_cost
+from cache.verify import remove_cache
 from pipeline import building, machine, runner, speedup
 from pipeline.building import crowd_of
 from pipeline.comparable import crowded
+from pipeline.decide import Wanted
 from pipeline.layout import RunPaths
 from pipeline.machine import whole_machine
 from pipeline.outcome import Row, lines, table_md
 from pipeline.report import warnings
+from pipeline.seconds import keep_cost, read_seconds, spent_on
 from pipeline.story import read_story
 from pipeline.studies import Study, row
 from tests.pipeline.toy import job, record, sharing, toy
@@ -79,3 +83,16 @@ def test_what_other_work_took_of_a_cache_counts(share: float, tmp_path: Path, mo
     assert record(second, "stage-1")["cache_crowded_seconds"] == found["cache_crowded_seconds"]
     plain, elsewhere = toy(), toy(**{"cluster.workers": 2})
     assert crowd_of(plain, 1) and crowd_of(elsewhere, 1) is None
+
+
+def test_what_a_cache_has_cost_outlives_it_beside_what_read_it(copy: Path) -> None:
+    """A ring of views removes caches as it turns, and their own notes with them."""
+    wanted = Wanted(toy(), RunPaths(copy))
+    paths, spec = wanted.paths.stage(1), wanted.cache_spec(1)
+    folder, own = wanted.cache_folder(spec), read_seconds(paths, spec.fingerprint)
+    write_cost(folder, Cost(100.0, 40.0))
+    keep_cost(wanted, paths, spec)
+    remove_cache(folder)
+    assert read_cost(folder) is None
+    found = spent_on(wanted, paths, spec)
+    assert (found.own, found.elsewhere, found.crowded) == (own, pytest.approx(100.0 - own), 40.0)

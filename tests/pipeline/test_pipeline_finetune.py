@@ -357,3 +357,7 @@ def test_class_token_models_are_fine_tuned_on_it_and_others_refused(tmp_path: Pa
     assert {"cls_token", "norm.weight", "head.weight"} <= state.keys() and "fc_norm.weight" not in state
     with pytest.raises(ValueError, match=r"finetune\.pool=token needs a class token"):
         runner.run_finetune(job(shutil.copytree(run, tmp_path / "b"), tuned(**{"finetune.pool": "token"})))
+    asked = tuned(**{"finetune.pool": "token", "finetune.freeze": 2})
+    with pytest.raises(ConfigError, match=r"finetune\.pool=token needs a class token"):
+        runner.run_finetune(job(tmp_path / "c", asked))
+    assert not (tmp_path / "c" / "stage-0").exists(), "before anything is trained or built"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import costs, equivalence, explain, runner, speedup, status
+from pipeline.checks import check
 from pipeline.comparable import frozen_for_all
 from pipeline.config import ConfigError, PipelineConfig
 from pipeline.decide import Wanted, judge_all, judge_stage
@@ -137,7 +138,7 @@ def test_caches_are_chosen_by_cost(tmp_path: Path, capsys: pytest.CaptureFixture
     assert all(event.otherwise >= 1 for event in event_costs(wanted(root, cheap))), "no other choice is cheaper"
     assert any(event.otherwise < 1 for event in event_costs(wanted(root, freezeout())))
     runner.run_all(job(root, dear))
-    assert "freezes nothing" in capsys.readouterr().out
+    assert "no freeze event deserves a cache (schedule.caches=cost), so that blocks" in capsys.readouterr().out
     assert [part["cut"] for part in record(root, "stage-0")["segments"]] == [0, 1, 2, 3]
     with pytest.raises(ConfigError, match=r"no stage 1 here; the plan has 0-0 \(cuts \[0\]\)"):
         runner.run_stage(job(root, dear, target=1))
@@ -294,3 +295,15 @@ def test_a_stage_asked_for_that_turns_out_not_to_exist(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="stage 2 does not exist"):
         runner.run_stage(job(tmp_path / "toy", config, target=2))
     assert record(tmp_path / "toy", "stage-0")["status"] == "done"
+
+
+@pytest.mark.parametrize("kind", ["features", "teacher"])
+def test_a_run_in_which_no_event_deserves_a_cache_does_not_train_another_target_in_silence(
+    kind: str, tmp_path: Path
+) -> None:
+    dear = {"schedule.caches": "cost", "schedule.epochs": [6], "cache.views": 2}
+    assert len(wanted(tmp_path, freezeout(**dear)).plan) == 1
+    with pytest.raises(ConfigError, match=f"there is one stage only, which cannot predict {kind}; use schedule"):
+        _ = wanted(tmp_path, freezeout(**dear, **{"target.kind": kind})).plan
+    with pytest.raises(ConfigError, match=r"schedule\.caches = cost does not count; use schedule\.caches=given"):
+        check(freezeout(**dear, **{"cache.refresh": 1}))

@@ -54,6 +54,11 @@ def test_the_table_says_what_it_was_evaluated_on(tmp_path: Path, words: list[str
     assert f"- data: {told}" in facts(read_study(["seeds", "--run", str(tmp_path), *words]))
 
 
+def test_the_table_s_command_names_the_recipe(tmp_path: Path) -> None:
+    told = facts(read_study(["seeds", "--run", str(tmp_path), "--config", "cifar10", "--set", "data.source=sample"]))
+    assert told[0].startswith('- command: `make study NAME=seeds CONFIG=cifar10 SET="data.source=sample"`')
+
+
 def test_rows_that_are_fine_tuned_behind_one_cache_build_it_once_and_both_pay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -165,6 +165,12 @@ def test_a_reconstruction_shows_the_image_and_guesses_only_what_is_hidden(tmp_pa
     assert (filled[grey] != original[grey]).mean() > 0.5
     again = reconstructions(model, wanted.data.val, sampling(wanted), "float32")
     assert again is not None and (again == rows).all()
+    blocks = Wanted(toy(**{"mask.block": 2, "mask.ratio_end": 0.9375}), RunPaths(tmp_path))
+    for progress, hidden in ((0.0, 0.75), (1.0, 0.9375)):
+        rows = reconstructions(model, blocks.data.val, sampling(blocks), "float32", progress)
+        squares = (rows[0] == 128).all(axis=-1).reshape(8, 2, 8, 2, 8).mean(axis=(2, 4))
+        assert squares.mean() == pytest.approx(hidden, abs=0.01)
+        assert progress or set(squares.ravel().round(1)) == {0.0, 1.0}, "whole squares of 2 x 2 tokens of 4 pixels"
     hog = Wanted(toy(**{"target.kind": "hog"}), RunPaths(tmp_path))
     model = build_model(masked_build(hog, 1, cached=True), 1, "cpu")
     assert reconstructions(model, hog.data.val, sampling(hog), "float32") is None

@@ -11,7 +11,9 @@ import torch
 
 from models.config import ModelConfig
 from models.vit import build_encoder, use_attention
-from pipeline import costs
+from pipeline import costs, rehearse
+from pipeline.decide import Wanted
+from pipeline.layout import RunPaths
 from pipeline.memory import block_bytes, peak_bytes
 from pipeline.predict import OnProfile, StageCost, beside, on_paper, predict, row_bytes, stage_costs, totals
 from pipeline.profile import read_profile, to_toml
@@ -246,3 +248,18 @@ def test_a_row_is_counted_as_the_layout_has_it() -> None:
     layout = run.layout(run.features(1))
     assert row_bytes(layout) == 1024 + 16 + 768 + 20 + 48
     assert row_bytes(layout, 0.25) == 256 + 4 + 768 + 20 + 48
+
+
+def test_steps_under_a_mask_that_changes_are_timed_by_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a fixed ratio e2e takes as long in every stage, and is timed once."""
+    timed: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        rehearse, "live_seconds", lambda wanted, stage, part, arm: timed.append((stage, part.first_step)) or 1.0
+    )
+    for changes, times in (({}, 1), ({"mask.ratio_end": 0.9}, 2)):
+        wanted = Wanted(toy(**changes), RunPaths(tmp_path))
+        prices = rehearse.Rehearsed(wanted, PROFILE, {})
+        timed.clear()
+        for stage, part in enumerate(wanted.arm_segments("e2e")):
+            prices.compute(stage, part, "e2e")
+        assert len(timed) == times

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -73,3 +74,18 @@ def test_a_copy_that_may_not_be_true_is_left_alone(copy: Path, why: str) -> None
     assert (folder / "manifest.json").read_bytes() == manifest == manifest_copy(folder).read_bytes()
     after = files(folder)
     assert after.keys() == before.keys() and after[SHARD] != before[SHARD], "built anew, to the same bits"
+
+
+def test_caches_that_the_comparison_times_are_there_before_the_arms_take_their_hours(copy: Path) -> None:
+    """Stages are current without them, and the comparison is what would have failed."""
+    for stage in (1, 2):
+        shutil.rmtree(folder_of(copy, stage))
+    shutil.rmtree(copy / "arms")
+    (copy / "speedup.json").unlink()
+    (copy / "events.jsonl").unlink()
+    runner.run_all(job(copy))
+    told = [json.loads(line) for line in (copy / "events.jsonl").read_text().splitlines()]
+    kinds = [event.keys() & {"cache_seconds", "arm"} for event in told]
+    order = ["cache" if "cache_seconds" in kind else "arm" for kind in kinds if kind]
+    assert {"cache", "arm"} == set(order) and "cache" not in order[order.index("arm") :]
+    assert (copy / "speedup.json").exists()

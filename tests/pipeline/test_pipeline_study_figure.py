@@ -24,7 +24,7 @@ def test_the_title_of_a_figure_stays_clear_of_its_legend(scores: tuple[str, ...]
 
 
 def test_the_curve_of_seeds_is_their_mean_point_by_point() -> None:
-    curves = [[{"seconds": s + seed, "k": 0.1 * s + 0.01 * seed} for s in (1, 2, 3)] for seed in (0, 1, 2)]
+    curves = [[{"epoch": s, "seconds": s + seed, "k": 0.1 * s + 0.01 * seed} for s in (1, 2, 3)] for seed in (0, 1, 2)]
     curves[0] = curves[0][:2]
     half = 4.3027 * 0.01 / 3**0.5
     assert mean_curve(curves, "k") == [

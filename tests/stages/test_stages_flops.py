@@ -41,6 +41,14 @@ def test_a_block_by_hand() -> None:
     assert block_flops(196, 768) == pytest.approx(2 * 196 * 12 * 768**2 + 2 * 2 * 196**2 * 768)
 
 
+def test_a_moving_average_runs_over_all_tokens_from_where_a_step_begins() -> None:
+    """A cache saves its blocks, too: block_flops(16, 8) = 24 * 16 * 64 + 4 * 256 * 8."""
+    taught = replace(WORK, averaged=True)
+    assert block_flops(16, 8) == 32_768
+    assert taught.step(0, 2) - WORK.step(0, 2) == EMBEDDING + 4 * 32_768
+    assert taught.step(3, 3) - WORK.step(3, 3) == 32_768
+
+
 def test_a_step_by_hand() -> None:
     assert (WORK.decoder, WORK.embedding) == (DECODER, EMBEDDING)
     assert WORK.step(0, 0) == 12 * BLOCK + 3 * DECODER + 2 * EMBEDDING, "no gradient for the pixels"

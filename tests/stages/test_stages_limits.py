@@ -58,6 +58,13 @@ def test_what_was_in_proportion_is_taken_as_before(limit: int) -> None:
         assert np.array_equal(spread_by_class(labels, limit), before)
 
 
+@pytest.mark.parametrize(("classes", "limit"), [(2, 1500), (2, 1400), (10, 1500)])
+def test_classes_that_take_turns_are_not_taken_two_to_one(classes: int, limit: int) -> None:
+    """Every fourth row is left out, always of the same classes."""
+    labels = np.arange(2000) % classes
+    assert np.bincount(labels[spread_by_class(labels, limit)]).tolist() == [limit // classes] * classes
+
+
 def test_no_limit_takes_all_and_nothing_has_nothing() -> None:
     labels = np.arange(6) % 2
     assert [spread_by_class(labels, limit).tolist() for limit in (0, 6, 9)] == [[0, 1, 2, 3, 4, 5]] * 3
