@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from cache import open_cache
 from models.targets import normalize_images
-from pipeline import care, equivalence, explain, runner, speedup, status
+from pipeline import care, disk, equivalence, explain, runner, speedup, status
 from pipeline.config import ConfigError, PipelineConfig
 from pipeline.decide import Wanted, judge_all, judge_finetune
 from pipeline.events import probe_line
@@ -336,9 +336,10 @@ def test_images_without_labels_and_batches_that_do_not_fit_are_refused_before_an
     assert not (tmp_path / "b" / "stage-0").exists()
 
 
-def test_a_cache_that_does_not_fit_the_disk_is_refused(run: Path) -> None:
-    with pytest.raises(ConfigError, match=r"of fine-tuning with finetune.views=9\d+ need .* lower finetune.views"):
-        runner.run_finetune(job(run, tuned(**{"finetune.views": 90_000_000})))
+def test_a_cache_that_does_not_fit_the_disk_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "free_bytes", lambda root: 1_000)
+    with pytest.raises(ConfigError, match=r"of fine-tuning with finetune.views=9 need .* lower finetune.views"):
+        runner.run_finetune(job(run, tuned(**{"finetune.views": 9})))
 
 
 def test_class_token_models_are_fine_tuned_on_it_and_others_refused(tmp_path: Path, run: Path) -> None:
