@@ -107,8 +107,8 @@ class Ring:
         folder = wanted.cache_folder(spec)
         if is_there(folder):
             keep_cost(wanted, self.paths, spec)
-        if is_there(folder) and (why := remove_unused(wanted, folder)):
-            self.desk.log.message(f"kept: {folder}: {why}")
+            if why := remove_unused(wanted, folder):
+                self.desk.log.message(f"kept: {folder}: {why}")
 
     # --- ahead --------------------------------------------------------------------------------------------------------
 

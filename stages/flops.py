@@ -69,12 +69,14 @@ class Work:
         input gradient, so it costs one forward."""
         frozen, learning = cut - entry, self.depth - cut
         inputs = 0 if entry else self.embedding * (1 if cut else 2)
-        return inputs + (frozen + 3 * learning) * block_flops(self.visible, self.width) + 3 * self.decoder + (
-            self.teacher(entry) if self.averaged else 0
-        )
+        blocks = (frozen + 3 * learning) * block_flops(self.visible, self.width)
+        return inputs + blocks + 3 * self.decoder + self.teacher(entry)
 
     def teacher(self, entry: int) -> int:
-        """The moving average's forward for one image, from the blocks' input at `entry` (0: from the image)."""
+        """The moving average's forward for one image, from the blocks' input at `entry` (0: from the image), if one
+        teaches."""
+        if not self.averaged:
+            return 0
         return (0 if entry else self.embedding) + (self.depth - entry) * block_flops(self.tokens, self.width)
 
     def prefix(self, cut: int, whole: bool) -> int:
