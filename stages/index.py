@@ -110,6 +110,8 @@ class Recent:
         return self.by_header.get(digest(header)) if header["files"] else None
 
     def keep(self, header: dict[str, Any], index: Index) -> None:
+        if not header["files"]:
+            return
         while len(self.by_header) >= self.MOST:
             del self.by_header[next(iter(self.by_header))]
         self.by_header[digest(header)] = index
