@@ -13,7 +13,6 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from cache.errors import CacheError
 from cache.manifest import atomic_write, seal, unseal
 from models.spec import digest
 from stages.errors import DataError
+from stages.named import TORCHVISION, data_set
 from stages.stamps import let_the_clock_tick, stamp_of
 
 INDEX_VERSION = 4
@@ -30,14 +30,6 @@ IMAGE_SUFFIXES = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 PARTS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "eval"})
 """Folders of a data set that lie where classes would, in any case of letters."""
-TORCHVISION = {
-    "cifar10": "CIFAR10",
-    "cifar100": "CIFAR100",
-    "svhn": "SVHN",
-    "stl10": "STL10",
-    "flowers102": "Flowers102",
-}
-TORCHVISION_ROOT = Path("~/.cache/permafrost").expanduser()
 DEEP = frozenset({"I", "F"})
 """Pillow's modes of more than 8 bits a channel, of which making RGB cuts what is above 255; `I;16` is one of them."""
 
@@ -105,16 +97,15 @@ class Recent:
         self.by_header: dict[str, Index] = {}
 
     def found(self, header: dict[str, Any]) -> Index | None:
-        """An index that is as true as one on disk would be. What has no files, by whose stamps a change is seen, is
-        not looked for."""
-        return self.by_header.get(digest(header)) if header["files"] else None
+        """An index that is as true as one on disk would be."""
+        return self.by_header.get(digest(header))
 
     def keep(self, header: dict[str, Any], index: Index) -> None:
-        if not header["files"]:
-            return
-        while len(self.by_header) >= self.MOST:
-            del self.by_header[next(iter(self.by_header))]
-        self.by_header[digest(header)] = index
+        """Keep an index, but not of what has no files, by whose stamps a change would be seen."""
+        if header["files"]:
+            while len(self.by_header) >= self.MOST:
+                del self.by_header[next(iter(self.by_header))]
+            self.by_header[digest(header)] = index
 
     def forget(self) -> None:
         """Read again whatever is asked for next."""
@@ -372,31 +363,10 @@ def _label(content: Any, file: str, name: str) -> int:
 
 
 def _of_torchvision(source: str) -> tuple[list[Entry], tuple[str, ...]]:
-    data = _torchvision(source)
+    data = data_set(source)
     return [Entry(f"{source}/{row:06d}", int(data[row][1]), source, row, 0) for row in range(len(data))], ()
 
 
 def _read_torchvision(entry: Entry) -> Image.Image:
-    image: Image.Image = _torchvision(entry.file)[entry.offset][0]
+    image: Image.Image = data_set(entry.file)[entry.offset][0]
     return image
-
-
-@cache
-def _torchvision(source: str) -> Any:
-    """A torchvision data set, downloaded where there is a network; `cifar10:test` is its test set."""
-    from torchvision import datasets
-
-    name, _, split = source.partition(":")
-    which: dict[str, Any] = {"split": split or "train"}
-    if name in ("cifar10", "cifar100"):
-        if split not in ("", "train", "test"):
-            raise DataError(f"{source}: {name} has no part {split!r}; use {name}, or {name}:test for its test images")
-        which = {"train": split != "test"}
-    try:
-        return getattr(datasets, TORCHVISION[name])(TORCHVISION_ROOT, download=True, **which)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"{source} is not in {TORCHVISION_ROOT} and could not be downloaded ({reason}); give a folder or tars with "
-            "DATA="
-        ) from error

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from models.spec import digest
-from stages import index
+from stages import index, named
 from stages.config import DataConfig
 from stages.errors import DataError
 from stages.images import SAMPLE, ImageList, open_data, open_images, spread
@@ -206,10 +206,10 @@ def cifar(monkeypatch, tmp_path) -> Path:
     monkeypatch.setattr(
         datasets.CIFAR10, "meta", datasets.CIFAR10.meta | {"filename": "batches.meta", "md5": sums["batches.meta"]}
     )
-    monkeypatch.setattr(index, "TORCHVISION_ROOT", root)
-    index._torchvision.cache_clear()
+    monkeypatch.setattr(named, "TORCHVISION_ROOT", root)
+    named.data_set.cache_clear()
     yield base
-    index._torchvision.cache_clear()
+    named.data_set.cache_clear()
 
 
 def test_torchvision_sets_are_read_where_they_lie(cifar, tmp_path) -> None:
@@ -217,7 +217,7 @@ def test_torchvision_sets_are_read_where_they_lie(cifar, tmp_path) -> None:
     assert train.keys == tuple(f"cifar10/{row:06d}" for row in range(4)) and train.labels.tolist() == [3, 1, 4, 1]
     assert train.image(2).size == (32, 32) and train.digest != test.digest
     assert not set(train.keys) & set(test.keys)
-    index._torchvision.cache_clear()
+    named.data_set.cache_clear()
     again = open_images("cifar10", index_file=tmp_path / "i.json")
     assert again.entries == train.entries and again.image(3).tobytes() == train.image(3).tobytes()
 

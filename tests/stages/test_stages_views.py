@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -221,12 +222,19 @@ def test_the_name_of_the_views_tells_every_setting() -> None:
     assert view_transform_id(replace(DATA, source="elsewhere", limit=3), 56) == view_transform_id(DATA, 56)
 
 
-def test_views_are_made_fast_enough(sample) -> None:
-    """64 views of 56 pixels in 30 ms of one core; the best of ten, in CPU time, so that company does not count."""
-    image_batch(sample, range(64), 0, DATA, 56, 0)
-    seconds = []
+def test_views_cost_little_more_than_reading_and_resizing(sample) -> None:
+    """Less than three times what Pillow alone takes for the same 64 images (measured: 1.9 times); the best of ten, in
+    turns and in CPU time, so that neither company nor the machine counts."""
+    ours, bare = [], []
     for view in range(10):
         start = time.thread_time()
         image_batch(sample, range(64), view, DATA, 56, 0)
-        seconds.append(time.thread_time() - start)
-    assert min(seconds) < 0.030
+        ours.append(time.thread_time() - start)
+        start = time.thread_time()
+        for entry in sample.entries[:64]:
+            with open(entry.file, "rb") as file:
+                file.seek(entry.offset)
+                image = Image.open(io.BytesIO(file.read(entry.size))).convert("RGB")
+            image.resize((56, 56), Image.Resampling.BICUBIC)
+        bare.append(time.thread_time() - start)
+    assert min(ours) < 3 * min(bare)
