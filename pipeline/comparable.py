@@ -53,6 +53,21 @@ def scored_unlike(runs: Sequence[dict[str, Any]], arms: Iterable[str] = ("e2e", 
     return f"arms were scored differently ({how}): their scores do not compare, no difference is claimed" if how else ""
 
 
+def scores_said(scored: Iterable[tuple[str, str]]) -> str:
+    """That scores of a run are not those that its settings ask for, of which parts, and what to do; else empty.
+
+    scored: a part, and how it was scored otherwise, if it was.
+    """
+    parts: dict[str, list[str]] = {}
+    for what, how in scored:
+        if how:
+            parts.setdefault(how, []).append(what)
+    told = "; ".join(f"{how} ({', '.join(whats)})" for how, whats in parts.items())
+    kept = ", which the report leaves out" if "data.val" in told else ""
+    ways = f"`make probe` scores the encoders as they ask{kept}, a new RUN all of it"
+    return f"scores are not those that the settings ask for: {told}; {ways}" if told else ""
+
+
 def machines(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """On what a part was trained, as far as it changes its seconds; more than one where it went on elsewhere."""
     machine = record.get("machine")
@@ -77,15 +92,22 @@ def trained_unlike(rows: Iterable[Mapping[str, Any]]) -> str:
 def crowded(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """That other work had the cores while some of these were made, so that their seconds mislead; else empty.
 
-    rows: by name, what has `crowded_seconds`, missing or None where it was not measured, and `total_seconds`.
+    rows: by name, what has `crowded_seconds`, missing or None where it was not measured, and `watched_seconds`, of
+    which that is a part: building caches with worker processes is not watched, and would dilute the share.
     """
     told = [
-        f"{100 * lost / total:.0f} % of the seconds of {name}"
+        f"{100 * lost / watched:.0f} % of the seconds of {name}"
         for name, row in rows.items()
-        if (lost := row.get("crowded_seconds") or 0.0) > CROWDED * (total := row.get("total_seconds") or 0.0)
+        if (lost := row.get("crowded_seconds") or 0.0) > CROWDED * (watched := _watched(row))
     ]
     what = "so they are too long and do not compare; scores are what they would be"
     return f"other work had the cores for {', '.join(told)}, {what}" if told else ""
+
+
+def _watched(row: Mapping[str, Any]) -> float:
+    """Seconds in which other work was measured; an earlier version, which did not note them, watched training."""
+    noted = (row.get(key) for key in ("watched_seconds", "train_seconds", "total_seconds"))
+    return float(next((seconds for seconds in noted if seconds is not None), 0.0))
 
 
 def uncosted(rows: Mapping[str, Mapping[str, Any]]) -> str:

@@ -53,6 +53,7 @@ def make_plan(wanted: Wanted, show: bool = False) -> dict[str, Any]:
     from pipeline.gauge import measure_profile
     from pipeline.rehearse import rehearse
 
+    wanted.refuse_targets_of_later_stages()
     refuse_too_little_memory(wanted, wanted.candidates - 1)
     refuse_what_does_not_fit(wanted, wanted.candidates - 1)
     folder = disk_folder(wanted)

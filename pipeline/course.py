@@ -16,7 +16,7 @@ from models.identity import model_identity
 from pipeline.config import ConfigError, PipelineConfig
 from pipeline.layout import RunPaths, StagePaths
 from stages.flops import Work
-from stages.images import Data, open_data
+from stages.images import Data, by_class, open_data
 from stages.schedule import StagePlan, plan_stages
 from stages.segment import Segment, as_end_to_end, parts_of, segments_of, turned
 
@@ -40,11 +40,16 @@ class Course:
     def data(self) -> Data:
         return open_data(self.config.data, self.paths.index)
 
-    @property
+    @cached_property
     def scored(self) -> dict[str, Any]:
         """How encoders are scored while they are trained. No stage trains again for it, so every record says it."""
-        names = ("train_limit", "val_limit", "knn_k")
-        return {f"eval.{name}": getattr(self.config.eval, name) for name in names} | {"data.val": self.data.val.digest}
+        asked, data = self.config.eval, self.data
+        found = {f"eval.{name}": getattr(asked, name) for name in ("train_limit", "val_limit", "knn_k")}
+        # Earlier versions took other rows where these are not simply spread; a record that says so is not like theirs.
+        limits = ((data.train.labels, asked.train_limit), (data.val.labels, asked.val_limit))
+        if any(by_class(labels[labels >= 0], limit) for labels, limit in limits):
+            found["eval.rows"] = "in proportion to classes"
+        return found | {"data.val": data.val.digest}
 
     @property
     def model_inputs(self) -> dict[str, Any]:
@@ -113,13 +118,13 @@ class Course:
         schedule, warmup = self.config.schedule, self.config.train.warmup_epochs
         work = self.work if schedule.caches == "cost" else None
         taken = self.taken[:stages] if self.adaptive else ()
-        plan = plan_stages(schedule, self.identity["depth"], self.steps_per_epoch, warmup, work, taken)
-        if work and len(plan) == 1:
-            self._refuse_targets_of_later_stages()
-        return plan
+        return plan_stages(schedule, self.identity["depth"], self.steps_per_epoch, warmup, work, taken)
 
-    def _refuse_targets_of_later_stages(self) -> None:
-        """ConfigError where a head predicts what is only there behind a cache, or once stage 0 has ended."""
+    def refuse_targets_of_later_stages(self) -> None:
+        """ConfigError where a head predicts what is only there behind a cache, or once stage 0 has ended, and by
+        `schedule.caches=cost` there is no other stage. What an earlier version has trained so can be used."""
+        if self.config.schedule.caches != "cost" or len(self.plan) > 1:
+            return
         frozen = self.config.teacher.kind == "frozen"
         late = {"features", "teacher"} if frozen else {"features"}
         if asked := [head.target for head in self.heads if head.target in late]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -57,6 +57,11 @@ class Verdict:
     @property
     def current(self) -> bool:
         return self.state == "current"
+
+    @property
+    def told(self) -> str:
+        """The reason, and how it was scored."""
+        return self.reason + (f"; scored otherwise than asked: {self.scored}" if self.scored else "")
 
 
 @dataclass(frozen=True)
@@ -357,9 +362,8 @@ def _judge(
         reason += f"; {record['ended']['why']}"
     if segments and (later := never_reached(epochs, segments, record)):
         reason += f"; ended before epoch {later[0]} of train.save_epochs"
-    if scored := _scored_otherwise(wanted, record, ("eval.val_limit", "data.val") if what == "finetune" else ()):
-        reason += f"; scored otherwise than asked: {scored}"
-    return Verdict(what, "current", reason, scored)
+    names = ("eval.val_limit", "data.val") if what == "finetune" else ()
+    return Verdict(what, "current", reason, _scored_otherwise(wanted, record, names))
 
 
 def _scored_otherwise(wanted: Wanted, record: Mapping[str, Any], names: tuple[str, ...]) -> str:
@@ -367,17 +371,6 @@ def _scored_otherwise(wanted: Wanted, record: Mapping[str, Any], names: tuple[st
     noted = record.get("scored") or {}
     had = {name: value for name, value in noted.items() if name in (names or wanted.scored)}
     return difference(had, {name: value for name, value in wanted.scored.items() if name in had})
-
-
-def scores_said(verdicts: Iterable[Verdict]) -> str:
-    """That scores of a run are not those that its settings ask for, of which parts, and what to do; else empty."""
-    parts: dict[str, list[str]] = {}
-    for verdict in verdicts:
-        if verdict.scored:
-            parts.setdefault(verdict.scored, []).append(verdict.what)
-    told = "; ".join(f"{how} ({', '.join(whats)})" for how, whats in parts.items())
-    ways = "`make probe` scores the encoders as they ask, a new RUN all of it"
-    return f"scores are not those that the settings ask for: {told}; {ways}" if told else ""
 
 
 def _nearest_cache(wanted: Wanted, spec: FeatureSpec) -> str | None:

@@ -36,7 +36,7 @@ class Desk:
         """Tell a verdict before acting on it: what is not current is trained or built next."""
         if not verdict.current:
             self.note_settings()
-        self.log.message(f"{verdict.what}: {verdict.state} ({verdict.reason})")
+        self.log.message(f"{verdict.what}: {verdict.state} ({verdict.told})")
 
     def note_settings(self) -> None:
         """Write the resolved settings to config.toml. A call that is refused, or only looks, leaves there those with

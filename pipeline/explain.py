@@ -16,7 +16,7 @@ def show_explain(job: Job) -> None:
     wanted = Wanted(job.config, job.paths)
     rows = table("what", "state", "why")
     for verdict in judge_all(wanted):
-        rows.add_row(verdict.what, f"[{COLOURS[verdict.state]}]{verdict.state}[/]", verdict.reason)
+        rows.add_row(verdict.what, f"[{COLOURS[verdict.state]}]{verdict.state}[/]", verdict.told)
     out = console()
     out.print(rows)
     for line in budget_lines(wanted):

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.claims import FEWEST_SEEDS, Paired, interval, paired, points
 from pipeline.comparable import crowded, trained_unlike, uncosted, unfinished, ways_unlike
-from pipeline.speedup import arm_summary, cache_cost, crowded_seconds, stopped_at
+from pipeline.speedup import arm_summary, cache_cost, crowded_seconds, stopped_at, watched_seconds
 from pipeline.studies import Study
 
 Record = dict[str, Any]
@@ -79,7 +79,7 @@ def tuned(record: Record) -> Record:
     values = {key: record[key] for key in keys}
     seconds: Record = {"cache_seconds": cache, "total_seconds": record["train_seconds"] + cache}
     seconds |= {"cache_cost_known": record.get("cache_seconds_elsewhere", 0.0) is not None}
-    seconds |= {"crowded_seconds": crowded_seconds(record)}
+    seconds |= {"crowded_seconds": crowded_seconds(record), "watched_seconds": watched_seconds(record)}
     return values | seconds | {"probe_images": record["evaluated"], "scored": [record.get("scored")]}
 
 

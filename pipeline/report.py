@@ -16,8 +16,14 @@ from markupsafe import Markup, escape
 from cache.manifest import atomic_write
 from pipeline import __version__
 from pipeline.claims import FEWEST_SEEDS, contrasts, headline, mean_seconds
-from pipeline.comparable import epochs_unlike, frozen_for_all, scored_unlike, seconds_unlike, stopped_unfairly
-from pipeline.decide import scores_said
+from pipeline.comparable import (
+    epochs_unlike,
+    frozen_for_all,
+    scored_unlike,
+    scores_said,
+    seconds_unlike,
+    stopped_unfairly,
+)
 from pipeline.foretold import foretold_line
 from pipeline.job import Job
 from pipeline.layout import RunPaths
@@ -138,14 +144,14 @@ def warnings(story: Story) -> Iterator[str]:
     stale = [verdict for verdict in story.verdicts if verdict.state == "stale"]
     for verdict in stale:
         yield f"{verdict.what} is stale: {verdict.reason}."
-    if asked := scores_said(story.verdicts):
+    if asked := scores_said((verdict.what, verdict.scored) for verdict in story.verdicts):
         yield f"{asked[0].upper()}{asked[1:]}."
     if story.outdated:
         yield "speedup.json is of earlier stages or arms, so it is left out here."
     if story.probe_unlike:
         yield (
             f"The scores of {', '.join(story.probe_unlike)} in probe.json are of other weights or images than the "
-            "run's, so they are left out; `make probe` scores what is here."
+            "run's, so they are left out; `make probe` on the images that the run was scored on scores what is here."
         )
     if story.settings.get("mask", {}).get("groups") == 1 and len(story.settings["schedule"]["cuts"]) > 1:
         yield (

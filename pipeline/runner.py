@@ -56,6 +56,8 @@ def ensure_caches_to_time(desk: Desk) -> None:
         for need in wanted.needs(stage) if not kept_speed(wanted, stage) else ():
             if not judge_cache(wanted, need).current:
                 ensure_built(desk, need, wanted.needs(stage))
+        # Where caches go once nothing needs them, steps are timed now, and the next stage's are often made of these.
+        leave(desk, wanted.needs(stage + 1) if stage + 1 < len(wanted.segments) else ())
 
 
 def ensure_stages(desk: Desk) -> None:
@@ -70,12 +72,13 @@ def ensure_stages(desk: Desk) -> None:
 
 def ensure_compared(desk: Desk) -> None:
     """The comparison of the arms, all of which are current."""
-    from pipeline.speedup import compare, show
+    from pipeline.speedup import compare, show, tell_scores
 
     if current_comparison(desk.wanted):
         from pipeline.sceptic import refresh
 
         show(refresh(desk.wanted.paths))
+        tell_scores(desk)
     else:
         compare(desk)
 
@@ -289,6 +292,7 @@ def look_before(desk: Desk, last: int, more: Sequence[Need] = ()) -> None:
     refuse_what_does_not_fit(desk.wanted, last, more)
     refuse_what_is_not_labelled(desk.wanted)
     refuse_epochs_that_never_end(desk.wanted)
+    desk.wanted.refuse_targets_of_later_stages()
 
 
 def refuse_what_is_not_labelled(wanted: Wanted) -> None:

@@ -19,11 +19,12 @@ from pipeline.comparable import (
     frozen_for_all,
     machines,
     scored_unlike,
+    scores_said,
     seconds_unlike,
     stopped_unfairly,
 )
 from pipeline.config import ConfigError
-from pipeline.decide import ARMS, Verdict, Wanted, judge_all, scores_said
+from pipeline.decide import ARMS, Wanted, judge_all
 from pipeline.desk import Desk, at_work
 from pipeline.foretold import foretold, foretold_line, with_totals
 from pipeline.job import Job
@@ -46,12 +47,11 @@ def run_speedup(job: Job) -> None:
             run = f" CONFIG={job.paths.config} RUN={job.paths.root}" if job.paths.config.exists() else ""
             ways = f"`make all{run}` runs them, `make explain{run}` says why"
             raise ConfigError(f"not current: {', '.join(missing)}; {ways}")
-        compare(desk, verdicts)
+        compare(desk)
 
 
-def compare(desk: Desk, verdicts: Iterable[Verdict] = ()) -> None:
-    """Write speedup.json and the figure, print the table. Everything it compares is current; verdicts: of that, if they
-    have not been told."""
+def compare(desk: Desk) -> None:
+    """Write speedup.json and the figure, print the table. Everything it compares is current."""
     from pipeline.figures import accuracy_against_time
     from pipeline.sceptic import refresh
 
@@ -62,9 +62,14 @@ def compare(desk: Desk, verdicts: Iterable[Verdict] = ()) -> None:
     figure = paths.figures / "accuracy-time.png"
     accuracy_against_time(found, figure)
     show(found)
-    if told := scores_said(verdicts):
-        desk.log.message(told)
+    tell_scores(desk)
     desk.log.message(f"written: {paths.speedup}, {figure}")
+
+
+def tell_scores(desk: Desk) -> None:
+    """Say which parts of a run are scored otherwise than its settings ask for, if any."""
+    if told := scores_said((verdict.what, verdict.scored) for verdict in judge_all(desk.wanted)):
+        desk.log.message(told)
 
 
 def states(wanted: Wanted) -> list[str | None]:
@@ -162,6 +167,7 @@ def arm_summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "total_seconds": spent,
         "loader_wait_seconds": sum(part["loader_wait_seconds"] for part in parts),
         "crowded_seconds": sum_measured(map(crowded_seconds, parts)),
+        "watched_seconds": sum(map(watched_seconds, parts)),
         "evaluate_seconds": sum(part["evaluate_seconds"] for part in parts),
         "epochs": sum(part["epochs"] for part in parts),
         "images": sum(part["images"] for part in parts),
@@ -190,6 +196,12 @@ def cache_cost(part: dict[str, Any]) -> float:
 def crowded_seconds(part: dict[str, Any]) -> float | None:
     """Of a part's seconds, building its caches included, what other work on the machine took, as far as measured."""
     return sum_measured((part.get("crowded_seconds"), part.get("cache_crowded_seconds")))
+
+
+def watched_seconds(part: dict[str, Any]) -> float:
+    """A part's seconds in which it was measured what other work on the machine took."""
+    watched = 0.0 if part.get("crowded_seconds") is None else float(part["train_seconds"])
+    return watched + (0.0 if part.get("cache_crowded_seconds") is None else cache_cost(part))
 
 
 def timeline(parts: list[dict[str, Any]]) -> list[tuple[float, float]]:

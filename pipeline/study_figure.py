@@ -1,5 +1,6 @@
-"""The figure of a study: accuracy against seconds by variant, mean and interval over seeds, and below it how far each
-variant is from what it is compared with and from end to end stopped after as many seconds."""
+"""The figure of a study: accuracy against seconds by variant, or against epochs where seconds do not compare, mean and
+interval over seeds, and below it how far each variant is from what it is compared with and from end to end stopped
+after as many seconds."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.claims import Paired, aligned, interval
+from pipeline.comparable import seconds_unlike
 from pipeline.outcome import MEASURES, Line, Row
 
 MARKERS = "oDs^vP*X<>d"
@@ -25,18 +27,26 @@ TITLE = 70
 """Letters of a title over each column."""
 
 
-def mean_curve(curves: Sequence[Sequence[Mapping[str, Any]]], key: str) -> list[tuple[float, float, float]]:
-    """(seconds, score, half of its 95 % interval) at the epochs that the curves of all seeds have.
-
-    Seconds are the mean over seeds of when that point was reached; one seed has intervals of 0.
+def mean_curve(
+    curves: Sequence[Sequence[Mapping[str, Any]]], key: str, when: str = "seconds"
+) -> list[tuple[float, float, float]]:
+    """(seconds, score, half of its 95 % interval) at the epochs that the curves of all seeds have; when: "epoch" for
+    that in place of seconds, which are the mean over seeds of when a point was reached. One seed has intervals of 0.
     """
     told = [[point for point in curve if point.get(key) is not None] for curve in curves]
     found = []
     for points in aligned(told):
         scores = [point[key] for point in points]
         mean, half = interval(scores) if len(scores) > 1 else (scores[0], 0.0)
-        found.append((statistics.fmean(point["seconds"] for point in points), mean, half))
+        found.append((statistics.fmean(point[when] for point in points), mean, half))
     return found
+
+
+def drawn_against(rows: Sequence[Row]) -> str:
+    """What curves are drawn against: seconds, or epochs where seconds of the rows do not compare."""
+    done = [row for row in rows if row.state == "done"]
+    unlike = seconds_unlike({f"{row.variant}, {row.seed}": row.values for row in done})
+    return "epoch" if unlike and all(row.curve for row in done) else "seconds"
 
 
 def drawn(lines: Sequence[Line]) -> list[Line]:
@@ -77,22 +87,24 @@ def study_figure(title: str, lines: Sequence[Line], rows: Sequence[Row]) -> Figu
 
 
 def curves(axis: Axes, key: str, lines: Sequence[Line], rows: Sequence[Row]) -> None:
-    """A score of every variant against seconds: mean over its seeds, shaded by its interval."""
+    """A score of every variant against seconds or epochs: mean over its seeds, shaded by its interval."""
+    when = drawn_against(rows)
     for number, (line, marker) in enumerate(zip(lines, cycle(MARKERS), strict=False)):
         own = [row for row in rows if row.variant == line.variant and row.state == "done"]
-        points = mean_curve([row.curve for row in own], key) if own and all(row.curve for row in own) else []
+        points = mean_curve([row.curve for row in own], key, when) if own and all(row.curve for row in own) else []
         if not points and key in line.means and "total_seconds" in line.means:
             points = [(line.means["total_seconds"][0], line.means[key][0], line.means[key][1] or 0.0)]
         if not points:
             continue
-        seconds, means, halves = ([point[place] for point in points] for place in range(3))
+        reached, means, halves = ([point[place] for point in points] for place in range(3))
         colour = plt.get_cmap("tab20")(number % 20)
         low = [100 * (mean - half) for mean, half in zip(means, halves, strict=True)]
         high = [100 * (mean + half) for mean, half in zip(means, halves, strict=True)]
         label = f"{line.variant} ({len(line.seeds)})"
-        axis.plot(seconds, [100 * mean for mean in means], color=colour, marker=marker, markersize=4, label=label)
-        axis.fill_between(seconds, low, high, color=colour, alpha=0.15, linewidth=0)
-    axis.set(xlabel="seconds of training and cache building", ylabel=f"{MEASURES[key]} top-1, %", xlim=(0, None))
+        axis.plot(reached, [100 * mean for mean in means], color=colour, marker=marker, markersize=4, label=label)
+        axis.fill_between(reached, low, high, color=colour, alpha=0.15, linewidth=0)
+    what = "epochs (seconds do not compare)" if when == "epoch" else "seconds of training and cache building"
+    axis.set(xlabel=what, ylabel=f"{MEASURES[key]} top-1, %", xlim=(0, None))
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
 

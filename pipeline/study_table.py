@@ -14,6 +14,7 @@ from cache.size import cache_bytes as bytes_of
 from pipeline.decide import ARMS, Wanted, judge_arm, judge_finetune, judge_stage
 from pipeline.grid import Request, Run
 from pipeline.outcome import Row, lines, measured, results_csv, table_csv, table_md, tuned, with_control
+from pipeline.recipes import RECIPES
 from pipeline.report import write_report
 from pipeline.sceptic import refresh
 from pipeline.show import console, table
@@ -130,7 +131,8 @@ def facts(request: Request) -> list[str]:
         held = f"evaluated on the {config.data.source}'s own evaluation images"
     if config.data.val_source and not flags.data_val:
         held = f"evaluated on {config.data.val_source}"
-    call = f"make study NAME={flags.name}" + (f" CONFIG={Path(flags.config).name}" if flags.config else "")
+    call = f"make study NAME={flags.name}"
+    call += f" CONFIG={flags.config if flags.config in RECIPES else '...'}" if flags.config else ""
     call += (" DATA=..." if flags.data else "") + (" DATA_VAL=..." if flags.data_val else "")
     call += f' SET="{" ".join(word for words in flags.set for word in words)}"' if flags.set else ""
     machines = sorted({machine for run in request.runs for machine in machines_of(run)})

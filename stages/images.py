@@ -22,7 +22,7 @@ from stages import remote
 from stages.config import DataConfig
 from stages.copies import Copies
 from stages.errors import DataError
-from stages.index import RECENT, Entry, Index, content_hash, indexed
+from stages.index import Entry, Index, content_hash, indexed
 
 SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample"
 HELD_OUT = 10
@@ -107,7 +107,6 @@ class ImageList:
     def _forget(self) -> None:
         """Let the next run list the images anew, also where no stamp tells that one has changed: a store may keep none,
         another decoder may give other pixels of a torchvision data set."""
-        RECENT.forget()
         if self.index_file:
             with suppress(OSError):
                 self.index_file.unlink(missing_ok=True)
@@ -210,9 +209,13 @@ def spread_by_class(labels: np.ndarray, limit: int) -> np.ndarray:
     others: then they are evenly spread over the list sorted by class.
     """
     rows = spread(len(labels), limit)
-    if len(rows) == len(labels) or _in_proportion(labels, rows):
-        return rows
-    return np.sort(np.argsort(labels, kind="stable")[rows])
+    return np.sort(np.argsort(labels, kind="stable")[rows]) if by_class(labels, limit) else rows
+
+
+def by_class(labels: np.ndarray, limit: int) -> bool:
+    """Whether `spread_by_class` takes others than the rows of `spread`."""
+    rows = spread(len(labels), limit)
+    return len(rows) < len(labels) and not _in_proportion(labels, rows)
 
 
 def _in_proportion(labels: np.ndarray, rows: np.ndarray) -> bool:

@@ -20,7 +20,6 @@ from PIL import Image, UnidentifiedImageError
 
 from cache.errors import CacheError
 from cache.manifest import atomic_write, seal, unseal
-from models.spec import digest
 from stages.errors import DataError
 from stages.named import TORCHVISION, data_set
 from stages.stamps import let_the_clock_tick, stamp_of
@@ -77,42 +76,12 @@ def indexed(source: str, on_bad: str, index_file: Path | None) -> tuple[Index, R
 
 
 def kept_or_made(index_file: Path | None, header: dict[str, Any], make: Callable[[], Index]) -> Index:
-    """The index on disk while it is true, else one that this process has made, else a new one, which is kept."""
+    """The index on disk while it is true, else a new one, which is kept there."""
     found = kept_index(index_file, header)
     if found is None:
-        found = RECENT.found(header)
-        if found is None:
-            found = make()
-            RECENT.keep(header, found)
+        found = make()
         keep_index(index_file, header, found)
     return found
-
-
-class Recent:
-    """The indexes that this process has made last, so that the runs of a study read their images once, not a run."""
-
-    MOST = 4
-
-    def __init__(self) -> None:
-        self.by_header: dict[str, Index] = {}
-
-    def found(self, header: dict[str, Any]) -> Index | None:
-        """An index that is as true as one on disk would be."""
-        return self.by_header.get(digest(header))
-
-    def keep(self, header: dict[str, Any], index: Index) -> None:
-        """Keep an index, but not of what has no files, by whose stamps a change would be seen."""
-        if header["files"]:
-            while len(self.by_header) >= self.MOST:
-                del self.by_header[next(iter(self.by_header))]
-            self.by_header[digest(header)] = index
-
-    def forget(self) -> None:
-        """Read again whatever is asked for next."""
-        self.by_header.clear()
-
-
-RECENT = Recent()
 
 
 def header_of(source: str, on_bad: str, stamps: list[list[Any]]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ under such a name must have these axes, and a letter means one size within a cal
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import sys
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,6 +86,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (-slow[item.path], -tests[item.path]))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sample_listed_once() -> Iterator[None]:
+    """The sample's index is made once by a process of tests, where no run has one on disk: it took almost half of the
+    processor time of a toy run."""
+    from stages import index
+    from stages.images import SAMPLE
+
+    plain, listed = index.kept_or_made, {}
+
+    def once(file: Path | None, header: dict[str, Any], make: Callable[[], index.Index]) -> index.Index:
+        def made() -> index.Index:
+            key = json.dumps(header)
+            if key not in listed:
+                listed[key] = make()
+            return listed[key]
+
+        return plain(file, header, made if header["source"].startswith(str(SAMPLE)) else make)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index, "kept_or_made", once)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -74,12 +74,14 @@ def test_a_ring_is_paid_for_as_it_turns() -> None:
 @pytest.mark.usefixtures("crowds")
 def test_what_other_work_took_is_told_though_a_part_did_not_measure_it() -> None:
     arm = arm_summary([part(0, [40.0], crowded_seconds=None), part(1, [60.0], crowded_seconds=20.0)])
-    assert arm["crowded_seconds"] == 20.0 and "20 % of the seconds of e2e" in seconds_unlike({"e2e": arm})
+    assert arm["crowded_seconds"] == 20.0 and "33 % of the seconds of e2e" in seconds_unlike({"e2e": arm})
+    assert arm["watched_seconds"] == 60.0, "what was not watched would make the share smaller"
     assert arm_summary([part(0, [40.0], crowded_seconds=None)])["crowded_seconds"] is None
     built = {"cache_seconds": 20.0, "cache_seconds_elsewhere": 5.0, "cache_crowded_seconds": 15.0}
     parts = [part(0, [40.0]), part(1, [35.0], crowded_seconds=None, **built)]
-    assert arm_summary(parts)["crowded_seconds"] == 15.0, "of 100 seconds, 25 of them for a cache"
-    assert "15 % of the seconds of cached" in seconds_unlike({"cached": arm_summary(parts)})
+    arm = arm_summary(parts)
+    assert (arm["crowded_seconds"], arm["watched_seconds"]) == (15.0, 65.0), "of 100 seconds, 25 of them for a cache"
+    assert "23 % of the seconds of cached" in seconds_unlike({"cached": arm})
 
 
 @pytest.mark.parametrize(

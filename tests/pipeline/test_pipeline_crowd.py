@@ -41,7 +41,7 @@ def test_the_comparison_and_the_report_tell(copy: Path, capsys: pytest.CaptureFi
         arm = found["arms"][name]
         lost = arm["crowded_seconds"]
         assert lost is None if not whole_machine() else 0.0 <= lost <= arm["total_seconds"], "measured"
-        arm["crowded_seconds"] = share * arm["total_seconds"]
+        arm |= {"crowded_seconds": share * arm["total_seconds"], "watched_seconds": arm["total_seconds"]}
     (copy / "speedup.json").write_text(json.dumps(found))
     told = " ".join(warnings(read_story(RunPaths(copy))))
     assert "Other work had the cores for 25 % of the seconds of cached, so they are too long" in told
@@ -63,7 +63,8 @@ def test_of_a_part_of_a_machine_nobody_can_tell(monkeypatch: pytest.MonkeyPatch,
 def test_the_table_of_a_study_tells() -> None:
     asked = Study("q", {"e2e": row("e2e"), "near": row()}, "e2e")
     plain = {"knn_top1": 0.5, "total_seconds": 9.0, "train_seconds": 8.0, "probe_images": 40}
-    rows = [Row("e2e", 0, "done", plain), Row("near", 0, "done", plain | {"crowded_seconds": 2.25})]
+    busy = plain | {"crowded_seconds": 2.25, "watched_seconds": 9.0}
+    rows = [Row("e2e", 0, "done", plain), Row("near", 0, "done", busy)]
     told = table_md(asked, "q", [], lines(asked, rows), rows)
     assert "Other work had the cores for 25 % of the seconds of near, seed 0, so they are too long" in told
 

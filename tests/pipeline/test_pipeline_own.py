@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from pipeline import __main__ as cli
-from pipeline import runner, speedup
+from pipeline import course, runner, speedup
+from pipeline.comparable import ways_unlike
 from pipeline.config import ConfigError
+from pipeline.decide import Wanted
 from pipeline.layout import RunPaths
 from pipeline.reading import read_toml, to_toml
 from pipeline.recipes import recipe
@@ -183,9 +185,20 @@ def test_scores_of_other_images_than_the_settings_ask_for_are_said_to_be(
     how = "eval.val_limit: 40 -> 30"
     assert out.count(": current (fingerprint") == 5 == out.count(f"scored otherwise than asked: {how}")
     told = f"are not those that the settings ask for: {how} (stage 0, stage 1, stage 2, arm e2e, arm freeze)"
-    assert told in unescape(render(read_story(RunPaths(copy))))
+    assert told in unescape(render(read_story(RunPaths(copy)))) and f"scores {told}" in out, "also where nothing ran"
     assert record(copy, "stage-2")["curve"][-1]["probe_images"] == 40
     speedup.run_speedup(job(copy, toy(**{"eval.val_limit": 30})))
     assert f"scores {told}" in " ".join(capsys.readouterr().out.split())
     runner.run_all(job(copy, toy()))
     assert "not those that" not in capsys.readouterr().out + render(read_story(RunPaths(copy)))
+
+
+def test_scores_on_rows_that_an_earlier_version_took_otherwise_do_not_compare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its records say nothing of rows; nor do those of lists whose rows are the same as then."""
+    before = Wanted(toy(), RunPaths(tmp_path)).scored
+    assert "eval.rows" not in before
+    monkeypatch.setattr(course, "by_class", lambda labels, limit: True)
+    now = Wanted(toy(), RunPaths(tmp_path)).scored
+    assert ways_unlike([before, now]) == "eval.rows alike or in proportion to classes"

@@ -89,3 +89,13 @@ def test_caches_that_the_comparison_times_are_there_before_the_arms_take_their_h
     order = ["cache" if "cache_seconds" in kind else "arm" for kind in kinds if kind]
     assert {"cache", "arm"} == set(order) and "cache" not in order[order.index("arm") :]
     assert (copy / "speedup.json").exists()
+
+
+def test_they_are_timed_before_they_go_again_where_only_needed_ones_stay(copy: Path, capsys) -> None:
+    for stage in (1, 2):
+        shutil.rmtree(folder_of(copy, stage))
+    (copy / "speedup.json").unlink()
+    runner.run_all(job(copy, toy(**{"cache.keep": "needed"})))
+    assert (copy / "speedup.json").exists()
+    assert not any(folder_of(copy, stage).exists() for stage in (1, 2))
+    assert capsys.readouterr().out.count(": built in ") == 2, "the second of the first"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import pytest
 
-from pipeline.outcome import Line
+from pipeline.outcome import Line, Row
 from pipeline.study_figure import mean_curve, study_figure
 
 
@@ -32,3 +32,19 @@ def test_the_curve_of_seeds_is_their_mean_point_by_point() -> None:
         (3.0, pytest.approx(0.21), pytest.approx(half, rel=1e-4)),
     ]
     assert mean_curve(curves[:1], "k") == [(1, 0.1, 0.0), (2, 0.2, 0.0)]
+
+
+@pytest.mark.usefixtures("crowds")
+@pytest.mark.parametrize(("lost", "at"), [(0.0, [30.0, 60.0]), (20.0, [1.0, 2.0])])
+def test_curves_are_drawn_against_epochs_where_seconds_do_not_compare(lost: float, at: list[float]) -> None:
+    rows = []
+    for name, seconds in (("e2e", 40.0), ("cached", 30.0)):
+        curve = tuple({"epoch": n, "seconds": n * seconds, "knn_top1": 0.2 + 0.01 * n} for n in (1.0, 2.0))
+        values = {"total_seconds": 2 * seconds, "crowded_seconds": lost, "watched_seconds": 2 * seconds}
+        rows.append(Row(name, 0, "done", values, curve))
+    lines = [Line(row.variant, "", (0,), {"knn_top1": (0.22, None)}, {}, {}) for row in rows]
+    figure = study_figure("a study", lines, rows)
+    above = figure.axes[0]
+    assert [list(line.get_xdata()) for line in above.lines][1] == at
+    assert above.get_xlabel().startswith("epochs" if lost else "seconds")
+    plt.close(figure)

@@ -66,20 +66,3 @@ def test_an_image_that_differs_from_its_index_is_taken_as_it_is_by_the_next_run(
         images.image(0)
     again = open_images(str(source), index_file=file)
     assert again.digest == open_images(str(source)).digest != images.digest and again.image(0).size == (12, 9)
-
-
-def test_a_process_reads_images_once_for_all_of_its_runs(tmp_path: Path, monkeypatch, picture, fill) -> None:
-    source, seen, inspect = fill(tmp_path / "images", {"a.png": picture(1), "b.png": picture(2)}), [], index._inspect
-    monkeypatch.setattr(index, "_inspect", lambda entry, read: (seen.append(entry.key), inspect(entry, read))[1])
-    first = open_images(str(source), index_file=tmp_path / "first" / "train.json")
-    second = open_images(str(source), index_file=tmp_path / "second" / "train.json")
-    assert sorted(seen) == ["a.png", "b.png"] and second.entries == first.entries
-    assert (tmp_path / "second/train.json").read_bytes() == (tmp_path / "first/train.json").read_bytes()
-    assert len(open_images(str(source), "skip").entries) == 2 and len(seen) == 4, "asked otherwise"
-    fill(source, {"a.png": picture(3)})
-    assert open_images(str(source)).digest != first.digest and len(seen) == 6, "changed since"
-    for number in range(index.Recent.MOST):
-        open_images(str(fill(tmp_path / f"other-{number}", {"c.png": picture(4)})))
-    assert len(index.RECENT.by_header) == index.Recent.MOST and len(seen) == 6 + index.Recent.MOST
-    open_images(str(source))
-    assert len(seen) == 8 + index.Recent.MOST, "the last few are kept"

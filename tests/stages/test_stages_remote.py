@@ -15,7 +15,6 @@ from cache.place import StoreUnreachable
 from stages.config import DataConfig
 from stages.errors import DataError
 from stages.images import ImageList, open_data, open_images
-from stages.index import RECENT
 from stages.views import image_batch
 from tests.faulty import THROUGH_PROXY, Fault, FaultyStore
 from tests.object_store import ObjectStore
@@ -153,7 +152,6 @@ def test_faults_that_go_away_leave_the_same_list_and_images(faulty: FaultyStore,
     for fault in FAULTS:
         before = sum(repeated().values())
         faulty.faults = [replace(fault, times=1, inside="train-001")]
-        RECENT.forget()  # as another process
         there = open_images(url)
         faulty.faults = [replace(fault, times=1, inside="train-002")]
         assert alike(local, there) and sum(repeated().values()) == before + 2
