@@ -319,6 +319,7 @@ def variant(
     try:
         check(other)
         run = on_paper(other, images)
+        run.refuse_targets_of_later_stages()
         costs = stage_costs(run, OnProfile(run, profile))
     except (ConfigError, CacheError):
         return None

@@ -96,7 +96,7 @@ def crowded(rows: Mapping[str, Mapping[str, Any]]) -> str:
     which that is a part: building caches with worker processes is not watched, and would dilute the share.
     """
     told = [
-        f"{100 * lost / watched:.0f} % of the seconds of {name}"
+        f"{100 * lost / max(lost, watched):.0f} % of the seconds of {name}"
         for name, row in rows.items()
         if (lost := row.get("crowded_seconds") or 0.0) > CROWDED * (watched := _watched(row))
     ]
@@ -105,7 +105,8 @@ def crowded(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _watched(row: Mapping[str, Any]) -> float:
-    """Seconds in which other work was measured; an earlier version, which did not note them, watched training."""
+    """Seconds in which other work was measured. Where an earlier version did not note them they are those of training,
+    at least; where a cache that was found has lost its cost, though not what was lost of it, they may be too few."""
     noted = (row.get(key) for key in ("watched_seconds", "train_seconds", "total_seconds"))
     return float(next((seconds for seconds in noted if seconds is not None), 0.0))
 

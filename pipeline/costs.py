@@ -89,6 +89,7 @@ def show_elsewhere(job: Job) -> None:
 
         wanted = on_paper(job.config, images)
         profile = measure_profile(wanted, disk_folder(here), None, free_bytes(here.paths.cache_root))
+    wanted.refuse_targets_of_later_stages()
     costs = stage_costs(wanted, OnProfile(wanted, profile))
     found = planned(wanted, profile, costs) | advice(wanted, profile, costs, (1.0, 1.0))
     found |= {"codecs": codec_bytes(wanted)} if len(costs) > 1 else {}

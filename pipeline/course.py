@@ -122,7 +122,7 @@ class Course:
 
     def refuse_targets_of_later_stages(self) -> None:
         """ConfigError where a head predicts what is only there behind a cache, or once stage 0 has ended, and by
-        `schedule.caches=cost` there is no other stage. What an earlier version has trained so can be used."""
+        `schedule.caches=cost` there is no other stage. Not asked of what only reads what is there."""
         if self.config.schedule.caches != "cost" or len(self.plan) > 1:
             return
         frozen = self.config.teacher.kind == "frozen"

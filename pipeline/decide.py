@@ -369,6 +369,8 @@ def _judge(
 def _scored_otherwise(wanted: Wanted, record: Mapping[str, Any], names: tuple[str, ...]) -> str:
     """How a part was scored otherwise than the settings ask, of all or some that say how; empty where nobody noted."""
     noted = record.get("scored") or {}
+    if noted and "eval.rows" in wanted.scored:  # of which an earlier version, which took others, noted nothing
+        noted = {"eval.rows": "evenly spread"} | noted
     had = {name: value for name, value in noted.items() if name in (names or wanted.scored)}
     return difference(had, {name: value for name, value in wanted.scored.items() if name in had})
 

@@ -50,6 +50,7 @@ def part_key(wanted: Wanted, inputs: dict[str, Any], cached: bool) -> str:
             "eval": asdict(config.eval),
             "val": wanted.data.val.digest,
         }
+        | ({"rows": rows} if (rows := wanted.scored.get("eval.rows")) else {})
         | ({"cache": cache, "cluster": asdict(config.cluster)} if cached else {})
     )
 

@@ -67,8 +67,9 @@ def compare(desk: Desk) -> None:
 
 
 def tell_scores(desk: Desk) -> None:
-    """Say which parts of a run are scored otherwise than its settings ask for, if any."""
-    if told := scores_said((verdict.what, verdict.scored) for verdict in judge_all(desk.wanted)):
+    """Say which encoders of a run are scored otherwise than its settings ask for, if any."""
+    verdicts = [verdict for verdict in judge_all(desk.wanted) if verdict.what != "finetune"]
+    if told := scores_said((verdict.what, verdict.scored) for verdict in verdicts):
         desk.log.message(told)
 
 

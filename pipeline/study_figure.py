@@ -42,11 +42,14 @@ def mean_curve(
     return found
 
 
-def drawn_against(rows: Sequence[Row]) -> str:
-    """What curves are drawn against: seconds, or epochs where seconds of the rows do not compare."""
+def drawn_against(rows: Sequence[Row]) -> tuple[str, str]:
+    """What curves are drawn against, as their points name it and for people: seconds, or, where those of the rows do
+    not compare, epochs, unless fine-tunings are among them, which have no curve."""
     done = [row for row in rows if row.state == "done"]
     unlike = seconds_unlike({f"{row.variant}, {row.seed}": row.values for row in done})
-    return "epoch" if unlike and all(row.curve for row in done) else "seconds"
+    if unlike and all(row.curve for row in done):
+        return "epoch", "epochs (seconds do not compare)"
+    return "seconds", "seconds of training and cache building" + (" (they do not compare)" if unlike else "")
 
 
 def drawn(lines: Sequence[Line]) -> list[Line]:
@@ -88,11 +91,11 @@ def study_figure(title: str, lines: Sequence[Line], rows: Sequence[Row]) -> Figu
 
 def curves(axis: Axes, key: str, lines: Sequence[Line], rows: Sequence[Row]) -> None:
     """A score of every variant against seconds or epochs: mean over its seeds, shaded by its interval."""
-    when = drawn_against(rows)
+    when, what = drawn_against(rows)
     for number, (line, marker) in enumerate(zip(lines, cycle(MARKERS), strict=False)):
         own = [row for row in rows if row.variant == line.variant and row.state == "done"]
         points = mean_curve([row.curve for row in own], key, when) if own and all(row.curve for row in own) else []
-        if not points and key in line.means and "total_seconds" in line.means:
+        if not points and when == "seconds" and key in line.means and "total_seconds" in line.means:
             points = [(line.means["total_seconds"][0], line.means[key][0], line.means[key][1] or 0.0)]
         if not points:
             continue
@@ -103,7 +106,6 @@ def curves(axis: Axes, key: str, lines: Sequence[Line], rows: Sequence[Row]) -> 
         label = f"{line.variant} ({len(line.seeds)})"
         axis.plot(reached, [100 * mean for mean in means], color=colour, marker=marker, markersize=4, label=label)
         axis.fill_between(reached, low, high, color=colour, alpha=0.15, linewidth=0)
-    what = "epochs (seconds do not compare)" if when == "epoch" else "seconds of training and cache building"
     axis.set(xlabel=what, ylabel=f"{MEASURES[key]} top-1, %", xlim=(0, None))
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)

@@ -82,6 +82,9 @@ def test_what_other_work_took_is_told_though_a_part_did_not_measure_it() -> None
     arm = arm_summary(parts)
     assert (arm["crowded_seconds"], arm["watched_seconds"]) == (15.0, 65.0), "of 100 seconds, 25 of them for a cache"
     assert "23 % of the seconds of cached" in seconds_unlike({"cached": arm})
+    unknown = {"cache_seconds": 0.0, "cache_seconds_elsewhere": None, "cache_crowded_seconds": 3.0}
+    arm = arm_summary([part(0, [40.0], crowded_seconds=None, **unknown)])
+    assert "100 % of the seconds of cached" in seconds_unlike({"cached": arm}), "of a cache whose cost is lost"
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,15 @@ def test_what_the_other_settings_forbid_is_not_offered() -> None:
     assert {one.codec for one in bits} == {"float16", "bfloat16"}
 
 
+def test_what_leaves_one_stage_that_cannot_predict_its_target_is_not_offered() -> None:
+    """With more views no cache deserves its price, and without one there are no features to predict."""
+    dear = {"schedule.kind": "freezeout", "schedule.t0": 0.3, "schedule.scale": "linear", "schedule.cuts": [0, 1]}
+    dear |= {"schedule.epochs": [12], "train.warmup_epochs": 0.0, "schedule.caches": "cost"}
+    pixels = [one.views for one in variants(toy_on_paper(**dear), PROFILE)]
+    features = variants(toy_on_paper(**dear, **{"target.kind": "features"}), PROFILE)
+    assert len(features) < len(pixels) and all(one.bytes for one in features)
+
+
 def one(seconds: float, size: int, groups: int = 4, views: int = 1, words: str = "x=1") -> Variant:
     return Variant(words, groups, "float16", views, seconds, size)
 

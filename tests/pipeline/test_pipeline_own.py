@@ -15,8 +15,9 @@ from pipeline import __main__ as cli
 from pipeline import course, runner, speedup
 from pipeline.comparable import ways_unlike
 from pipeline.config import ConfigError
-from pipeline.decide import Wanted
+from pipeline.decide import Wanted, judge_all
 from pipeline.layout import RunPaths
+from pipeline.pool import part_key
 from pipeline.reading import read_toml, to_toml
 from pipeline.recipes import recipe
 from pipeline.report import render
@@ -202,3 +203,16 @@ def test_scores_on_rows_that_an_earlier_version_took_otherwise_do_not_compare(
     monkeypatch.setattr(course, "by_class", lambda labels, limit: True)
     now = Wanted(toy(), RunPaths(tmp_path)).scored
     assert ways_unlike([before, now]) == "eval.rows alike or in proportion to classes"
+
+
+def test_a_run_that_an_earlier_version_scored_on_other_rows_is_told(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Wanted(toy(), RunPaths(copy))
+    key = part_key(run, {}, cached=False)
+    assert not any(verdict.scored for verdict in judge_all(run))
+    monkeypatch.setattr(course, "by_class", lambda labels, limit: True)
+    run = Wanted(toy(), RunPaths(copy))
+    told = {verdict.what: verdict.scored for verdict in judge_all(run)}
+    assert told["stage 0"] == told["arm e2e"] == "eval.rows: evenly spread -> in proportion to classes"
+    assert part_key(run, {}, cached=False) != key, "nor is such a part handed on in a study"
